@@ -1,0 +1,80 @@
+"""The per-layer report of a sparsified model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["Report", "Row"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prunable weight: its size, its zeros, and its share of all the weights that survive."""
+
+    name: str
+    shape: tuple[int, ...]
+    total: int
+    zeros: int
+    survivor_share: float
+
+    @property
+    def rate(self) -> float:
+        """Fraction of zeros."""
+        return self.zeros / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `desparsify` would leave: a row per weight, the totals, and the weights that stay dense.
+
+    Attributes:
+        rows: the prunable weights in the model's order.
+        skipped: names of the weights left dense, with the reason.
+
+    Example:
+        >>> print(Report((Row("fc.weight", (10, 4), 40, 30, 1.0),)))
+        weight     shape  total  zeros     rate  survivors
+        fc.weight  10x4      40     30  75.000%    100.00%
+        all                  40     30  75.000%    100.00%
+    """
+
+    rows: tuple[Row, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Number of prunable weights."""
+        return sum(row.total for row in self.rows)
+
+    @property
+    def zeros(self) -> int:
+        """Number of zeros among them."""
+        return sum(row.zeros for row in self.rows)
+
+    @property
+    def rate(self) -> float:
+        """Fraction of zeros among them."""
+        return self.zeros / self.total if self.total else 0.0
+
+    @property
+    def dead(self) -> tuple[str, ...]:
+        """Names of the weights of which nothing survives."""
+        return tuple(row.name for row in self.rows if 0 < row.total == row.zeros)
+
+    def __str__(self) -> str:
+        cells = [("weight", "shape", "total", "zeros", "rate", "survivors")]
+        for row in self.rows:
+            shape = "x".join(map(str, row.shape))
+            share = f"{row.survivor_share:.2%}"
+            cells.append((row.name, shape, f"{row.total:,}", f"{row.zeros:,}", f"{row.rate:.3%}", share))
+        cells.append(("all", "", f"{self.total:,}", f"{self.zeros:,}", f"{self.rate:.3%}", "100.00%"))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column < 2 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in cells
+        ]
+        lines += [f"dense: {name} ({reason})" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
