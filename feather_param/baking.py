@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from feather_param.parametrizations import SharedThreshold, feather_threshold
+from feather_param.parametrizations import SharedThreshold, feather_threshold, originals
 from feather_param.selection import Site, Weight
 from feather_param.thresholds import PruneCount, count_pruned, kth_magnitude
 
@@ -21,14 +23,50 @@ def bake(weights: Sequence[Weight]) -> None:
     """Write the exact zeros into the Parameters and remove our parametrizations; on an error nothing changes."""
     values = _values(weights)
     for weight in weights:
+        site = weight.sites[0]
+        _inverted(site, copy.deepcopy(_before(site)), values[weight.name])  # raises before anything is written
+    for weight in weights:
+        site = weight.sites[0]
+        tensors = _inverted(site, _before(site), values[weight.name])
+        with torch.no_grad():
+            for parameter, tensor in zip(originals(site.parametrizations), tensors, strict=True):
+                parameter.copy_(tensor)
         for site in weight.sites:
             _remove(site)
-        site = weight.sites[0]
-        with torch.no_grad():
-            if parametrize.is_parametrized(site.module, site.tensor):  # by another library: it stores what it needs
-                setattr(site.module, site.tensor, values[weight.name])
-            else:
-                getattr(site.module, site.tensor).copy_(values[weight.name])
+
+
+def _before(site: Site) -> list[nn.Module]:
+    """Return the parametrizations registered before ours: by other libraries."""
+    return list(itertools.takewhile(lambda parametrization: parametrization is not site.feather, site.parametrizations))
+
+
+def _inverted(site: Site, before: Sequence[nn.Module], value: Tensor) -> list[Tensor]:
+    """Return the originals from which the parametrizations before ours make `value`."""
+    with torch.no_grad():
+        tensors: Any = value
+        for parametrization in reversed(before):
+            tensors = parametrization.right_inverse(tensors)  # type: ignore[operator]
+        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        # A normalisation of nothing but zeros is 0 / 0: there the old direction stays, its length becomes 0.
+        undefined = _through(before, tensors).isnan()
+        tensors = [
+            torch.where(undefined, old, new) if new.shape == undefined.shape else new
+            for old, new in zip(originals(site.parametrizations), tensors, strict=True)
+        ]
+        if not torch.equal(_through(before, tensors) == 0, value == 0):
+            names = ", ".join(type(parametrization).__name__ for parametrization in before)
+            raise ValueError(
+                f"expected the other parametrizations of {site.name} ({names}) to be able to hold its zeros, but they "
+                "give another weight; take them off before sparsify (parametrize.remove_parametrizations)"
+            )
+    return tensors
+
+
+def _through(parametrizations: Sequence[nn.Module], tensors: Sequence[Tensor]) -> Tensor:
+    for parametrization in parametrizations:
+        tensors = [parametrization(*tensors)]
+    (value,) = tensors
+    return value
 
 
 def baked(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]:
@@ -74,6 +112,7 @@ def _values(weights: Sequence[Weight]) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     dead: list[str] = []
     for shared, group in groups.items():
+        shared.catch_up()
         dense = {weight.name: weight.sites[0].dense().detach() for weight in group}
         total = sum(tensor.numel() for tensor in dense.values())
         if total != shared.total:
@@ -141,7 +180,7 @@ def _remove(site: Site) -> None:
     if len(plist) > 1:
         del plist[list(plist).index(feather)]
         return
-    original = plist.original
+    (original,) = originals(plist)
     by_name: nn.ModuleDict = module.parametrizations  # type: ignore[assignment]
     del by_name[site.tensor]
     cls = type(module)
@@ -151,7 +190,7 @@ def _remove(site: Site) -> None:
     else:
         del module.parametrizations
         module.__class__ = cls.__bases__[0]
-    module.register_parameter(site.tensor, original)  # type: ignore[arg-type]
+    module.register_parameter(site.tensor, original)
     parameters = module._parameters
     order = [name for name in feather.parameter_order if name in parameters]
     order += [name for name in parameters if name not in order]

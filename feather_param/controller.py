@@ -179,15 +179,19 @@ class Controller:
         self._shared.set(threshold, pruned)
 
     def _register(self, p: float, theta: float) -> None:
-        sites = [site for weight in self._weights for site in weight.sites]
-        orders = {site.module: tuple(site.module._parameters) for site in sites}
-        for i, site in enumerate(sites):
-            parametrization = FeatherParametrization(
-                self._shared, owner=i == 0, p=p, theta=theta, parameter_order=orders[site.module]
-            )
-            parametrization.train(site.module.training)
-            # unsafe: the check would run the operator, and our shapes and dtypes are right by construction.
-            parametrize.register_parametrization(site.module, site.tensor, parametrization, unsafe=True)
+        orders = {site.module: tuple(site.module._parameters) for weight in self._weights for site in weight.sites}
+        owner = True
+        for weight in self._weights:
+            for site in weight.sites:
+                feather = FeatherParametrization(
+                    self._shared, owner=owner, p=p, theta=theta, parameter_order=orders[site.module]
+                )
+                owner = False
+                # unsafe: the check would run the operator, and our shapes and dtypes are right by construction.
+                parametrize.register_parametrization(site.module, site.tensor, feather, unsafe=True)
+                site.module.parametrizations.train(site.module.training)  # type: ignore[union-attr, operator]
+                if site is weight.sites[0]:
+                    feather.join(weight.name, site.parametrizations)
 
     def _follow(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer

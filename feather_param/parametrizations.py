@@ -1,19 +1,23 @@
 """The Feather operator, and the parametrization that applies it to one weight.
 
-This module knows nothing of models, layers or time: a parametrization reads the threshold of its group
+This module knows nothing of models or time: a parametrization reads the threshold of its group
 (`SharedThreshold`), and somebody else (`controller.py`) decides what that threshold is.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-__all__ = ["FeatherParametrization", "SharedThreshold", "feather_threshold"]
+from feather_param.thresholds import kth_magnitude
+
+__all__ = ["FeatherParametrization", "SharedThreshold", "feather_threshold", "originals"]
 
 # Elements the operator handles at a time on a CPU: its half a dozen intermediates then stay in the cache
 # instead of each being a fresh allocation as large as the weight (measured by `benchmarks.operator`).
@@ -95,7 +99,8 @@ class _FeatherThreshold(torch.autograd.Function):
     """`feather_threshold` with its own gradient.
 
     With theta = 1 the gradient is the identity and nothing is saved; otherwise one byte per weight is.
-    The mask is an output because `setup_context`, which torch.func needs, sees only inputs and outputs.
+    The mask is an output because `setup_context`, which torch.func needs, sees only inputs and outputs. There
+    is no `jvp` (forward-mode derivatives), because torch.compile refuses a Function that has one.
     """
 
     generate_vmap_rule = True
@@ -114,23 +119,14 @@ class _FeatherThreshold(torch.autograd.Function):
         if pruned is not None:
             ctx.mark_non_differentiable(pruned)
             ctx.save_for_backward(pruned)
-            ctx.save_for_forward(pruned)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
-        return _scale(ctx, grads[0]), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
-        # A view, because an output tangent may not be the input tangent itself.
-        return _scale(ctx, tangents[0]).view_as(tangents[0]), None
-
-
-def _scale(ctx: Any, slope: Tensor) -> Tensor:
-    if ctx.theta == 1.0:
-        return slope
-    (pruned,) = ctx.saved_tensors
-    return torch.where(pruned, slope * ctx.theta, slope)
+        slope = grads[0]
+        if ctx.theta != 1.0:
+            (pruned,) = ctx.saved_tensors
+            slope = torch.where(pruned, slope * ctx.theta, slope)
+        return slope, None, None, None
 
 
 class SharedThreshold(nn.Module):
@@ -147,18 +143,56 @@ class SharedThreshold(nn.Module):
 
     threshold: Tensor
     pruned: Tensor
+    leader: SharedThreshold | None
 
     def __init__(self, total: int, device: torch.device | None = None) -> None:
         super().__init__()
         self.total = total
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32, device=device))
         self.register_buffer("pruned", torch.zeros((), dtype=torch.int64, device=device))
+        self.members: dict[str, FeatherParametrization] = {}
+        self._readers: set[int] = set()
+        self._follow(None)
 
     def set(self, threshold: Tensor, pruned: int) -> None:
         """Take over a new threshold in place, so that every reader and compiled graph sees it."""
+        self._follow(None)
+        self._write(threshold, pruned)
+
+    def _write(self, threshold: Tensor, pruned: int) -> None:
         with torch.no_grad():
             self.threshold.copy_(threshold)
             self.pruned.fill_(pruned)
+
+    def _follow(self, leader: SharedThreshold | None) -> None:
+        object.__setattr__(self, "leader", leader)  # a plain reference: not a submodule
+
+    def read(self, reader: FeatherParametrization) -> Tensor:
+        """Return the threshold for a forward pass of one of the weights."""
+        if self.leader is not None and not torch.compiler.is_compiling():
+            if not self._readers or id(reader) in self._readers:  # a new pass begins: the weights may be new
+                self._readers.clear()
+                self.catch_up()
+            self._readers.add(id(reader))
+        return self.threshold
+
+    def catch_up(self) -> None:
+        """Bring the threshold of a copy up to date with its weights; see Note [Copies]."""
+        weights = {name: member.dense() for name, member in self.members.items()}
+        if self.leader is None or sum(weight.numel() for weight in weights.values()) != self.total:
+            return
+        pruned = int(self.pruned)
+        if pruned and torch.equal(kth_magnitude(weights, pruned).to(self.threshold.device), self.threshold):
+            return
+        pruned = int(self.leader.pruned)
+        self._write(kth_magnitude(weights, pruned), pruned)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedThreshold:
+        twin = SharedThreshold(self.total, self.threshold.device)
+        memo[id(self)] = twin
+        twin._write(self.threshold, int(self.pruned))
+        twin._follow(self.leader or self)
+        return twin.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedThreshold:
         before = self.threshold
@@ -172,7 +206,16 @@ class SharedThreshold(nn.Module):
 # The `SharedThreshold` is a submodule of exactly one parametrization (the "owner", the first weight of the
 # group) and a plain attribute of the others. One registration means one entry in the state_dict (two would be
 # shared memory, which safetensors refuses), one visit by `.to()` and one copy by `deepcopy`; and the
-# plain references in a deepcopy lead to the copy's own threshold, so that an EMA copy stands alone.
+# plain references in a deepcopy lead to the copy's own threshold, so that it stands alone.
+
+# Note [Copies]
+# A deepcopy of a sparsified model is either a snapshot (best model so far) or a moving average, and nobody tells
+# which. No controller steps it, and an averaging loop may average the buffers, sync them or leave them alone. So a
+# copy decides by its numbers. Where the stored threshold is the k-th magnitude of its own weights for the stored k, it
+# is a snapshot: nothing changes. Otherwise its weights have moved since, and it takes the k of the model
+# it was copied from (the "leader"), as that stands now, and the threshold from its own weights. k = 0 fits any
+# weights, so a copy from before the pruning began counts as moving. A copy finds its weights through `members`,
+# which its parametrizations fill as they are copied.
 
 
 class FeatherParametrization(nn.Module):
@@ -195,13 +238,14 @@ class FeatherParametrization(nn.Module):
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> layer.weight = nn.Parameter(torch.tensor([[-2.0, 0.5]]))
         >>> shared = SharedThreshold(total=2)
-        >>> _ = nn.utils.parametrize.register_parametrization(layer, "weight", FeatherParametrization(shared))
+        >>> _ = parametrize.register_parametrization(layer, "weight", FeatherParametrization(shared))
         >>> shared.set(torch.tensor(1.0), pruned=1)
         >>> layer.weight
         tensor([[-1.9129,  0.0000]], grad_fn=<_FeatherThresholdBackward>)
     """
 
     shared: SharedThreshold
+    _place: tuple[str, parametrize.ParametrizationList] | None
 
     def __init__(
         self,
@@ -220,14 +264,46 @@ class FeatherParametrization(nn.Module):
         self.p = p
         self.theta = theta
         self.parameter_order = parameter_order
+        self._place = None
+
+    def join(self, name: str, place: parametrize.ParametrizationList) -> None:
+        """Become the member of the group that stands for the weight ``name``, kept at ``place``."""
+        self._place = (name, place)
+        self.shared.members[name] = self
+
+    def dense(self) -> Tensor:
+        """Return the weight as it comes to this parametrization: past those registered before it."""
+        assert self._place is not None
+        place = self._place[1]
+        values: list[Any] = list(originals(place))
+        for parametrization in place:
+            if parametrization is self:
+                break
+            values = [parametrization(*values)]
+        (value,) = values
+        return value
 
     def forward(self, weight: Tensor) -> Tensor:
-        threshold = self.shared.threshold.to(weight.device)
+        threshold = self.shared.read(self).to(weight.device)
         return feather_threshold(weight, threshold, self.theta, self.p)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Make ``layer.weight = w`` store ``w`` as the dense weight."""
         return weight
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeatherParametrization:
+        twin = FeatherParametrization.__new__(FeatherParametrization)
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        if twin._place is not None:
+            twin.join(*twin._place)
+        return twin
+
     def extra_repr(self) -> str:
         return f"p={self.p}, theta={self.theta}"
+
+
+def originals(place: parametrize.ParametrizationList) -> list[nn.Parameter]:
+    """Return the Parameters that a parametrized tensor is made from; most parametrizations take just one."""
+    names = ["original"] if place.is_tensor else [f"original{i}" for i in range(place.ntensors)]
+    return [getattr(place, name) for name in names]

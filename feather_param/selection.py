@@ -60,18 +60,7 @@ class Site:
 
     def dense(self) -> Tensor:
         """Return the weight that our parametrization sees: past those registered before it."""
-        if self.feather is None:
-            return getattr(self.module, self.tensor)
-        plist = self.parametrizations
-        values = (
-            [plist.original] if plist.is_tensor else [getattr(plist, f"original{i}") for i in range(plist.ntensors)]
-        )
-        for parametrization in plist:
-            if parametrization is self.feather:
-                break
-            values = [parametrization(*values)]
-        (value,) = values
-        return value
+        return getattr(self.module, self.tensor) if self.feather is None else self.feather.dense()
 
     @property
     def key(self) -> int:
@@ -202,8 +191,9 @@ def _matcher(rule: Filter | None, argument: str) -> Callable[[Site, list[str], b
         raise TypeError(f"expected {argument} to be glob patterns or a predicate (name, module) -> bool, got {rule!r}")
 
     def matches(site: Site, aliases: list[str], default: bool) -> bool:
+        matrix = site.parameter is not None and not is_lazy(site.parameter) and site.parameter.dim() >= 2
         for pattern in patterns:
-            literal = pattern.rpartition(".")[2] == site.tensor
+            literal = matrix and pattern.rpartition(".")[2] == site.tensor
             for name in aliases:
                 if fnmatchcase(_join(name, site.tensor), pattern) and (default or literal):
                     return True
@@ -239,8 +229,6 @@ def _check(site: Site) -> None:
             f"expected a weight of a real floating dtype at {site.name}, got {parameter.dtype}; "
             f"sparsify before quantising{hint}"
         )
-    if parameter.dim() < 2:
-        raise ValueError(f"expected a weight of two or more dimensions at {site.name}, got {parameter.dim()}{hint}")
 
 
 def _untie(chosen: list[Site], users: dict[int, list[Site]], skipped: dict[str, str], strict: bool) -> list[Weight]:

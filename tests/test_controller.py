@@ -1,0 +1,239 @@
+"""The controller: schedule in steps, following an optimizer, resuming, reporting."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import feather_param
+from feather_param import schedules
+from tests import twins
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 16), nn.Linear(16, 4))
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 3, 6, 6, generator=generator), torch.randint(4, (8,), generator=generator)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:
+    x, y = batch(step)
+    loss = F.cross_entropy(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+SPANS = [(10, 0, None), (10, 2, 8), (10, 3, 3), (10, 0, 0), (10, 10, 10), (1, 0, None), (7, 1, 3)]
+
+
+@pytest.mark.parametrize(("total", "start", "end"), SPANS)
+@pytest.mark.parametrize("final_rate", [0.3, 0.9])
+def test_rate_threshold_and_zeros_follow_the_schedule(total, start, end, final_rate):
+    model = net()
+    controller = feather_param.sparsify(model, final_rate=final_rate, total_steps=total, start_step=start, end_step=end)
+    layers = [model[0], model[3], model[4]]
+    for step in range(total + 3):
+        rate = twins.rate(step, final_rate, start, total // 2 if end is None else end)
+        dense = [layer.parametrizations.weight.original for layer in layers]
+        k = round(rate * sum(weight.numel() for weight in dense))
+        assert controller.step_count == step
+        assert controller.rate == rate
+        assert float(controller.threshold) == twins.threshold(dense, k)
+        assert twins.count_zeros(layer.weight for layer in layers) == k
+        with torch.no_grad():
+            for weight in dense:
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+        controller.step()
+
+
+def test_any_callable_is_a_schedule():
+    controller = feather_param.sparsify(
+        net(), final_rate=0.8, total_steps=4, end_step=4, schedule=lambda progress: progress**2
+    )
+    controller.step()
+    assert controller.rate == 0.8 / 16
+
+
+@pytest.mark.parametrize(("final_rate", "theta"), [(0.9, 1.0), (0.95, 1.0), (0.951, 0.5), (0.99, 0.5)])
+def test_default_theta_is_the_papers_rule(final_rate, theta):
+    model = net()
+    feather_param.sparsify(model, final_rate=final_rate, total_steps=4)
+    assert model[0].parametrizations.weight[0].theta == theta
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["optimizer first", "sparsify first"])
+def test_the_hook_counts_the_steps(before):
+    by_hand, hooked = net(), net()
+    if before:
+        optimizer = torch.optim.SGD(hooked.parameters(), lr=0.1, momentum=0.9)
+    else:
+        feather_param.sparsify(hooked, final_rate=0.9, total_steps=6)
+        feather_param.desparsify(hooked)
+        optimizer = torch.optim.SGD(hooked.parameters(), lr=0.1, momentum=0.9)
+    other = torch.optim.SGD(by_hand.parameters(), lr=0.1, momentum=0.9)
+    follower = feather_param.sparsify(hooked, final_rate=0.9, total_steps=6, optimizer=optimizer)
+    controller = feather_param.sparsify(by_hand, final_rate=0.9, total_steps=6)
+    for step in range(6):
+        train_step(hooked, optimizer, step)
+        train_step(by_hand, other, step)
+        controller.step()
+        assert follower.step_count == step + 1
+        assert torch.equal(follower.threshold, controller.threshold)
+    with pytest.raises(RuntimeError, match=r"expected step\(\) not to be called: sparsify got optimizer="):
+        follower.step()
+    assert follower.step_count == 6
+
+
+OPTIMIZERS = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("hook", [True, False], ids=["optimizer=", "step()"])
+@pytest.mark.parametrize("stop", [0, 1, 4, 9])
+@pytest.mark.parametrize("final_rate", [0.9, 0.98])
+@pytest.mark.filterwarnings("ignore:nothing survives")
+def test_resume_continues_bit_for_bit(make, hook, stop, final_rate):
+    def build(seed):
+        model = net(seed)
+        optimizer = make(model)
+        controller = feather_param.sparsify(
+            model, final_rate=final_rate, total_steps=10, optimizer=optimizer if hook else None
+        )
+        return model, optimizer, controller
+
+    def run(model, optimizer, controller, steps):
+        losses = []
+        for step in steps:
+            losses.append(train_step(model, optimizer, step))
+            if not hook:
+                controller.step()
+        return losses
+
+    parts = build(seed=0)
+    run(*parts, range(stop))
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in parts], file)
+    losses = run(*parts, range(stop, 12))
+    resumed = build(seed=1)
+    file.seek(0)
+    for part, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert run(*resumed, range(stop, 12)) == losses
+    for key, value in parts[0].state_dict().items():
+        assert torch.equal(value, resumed[0].state_dict()[key]), key
+    assert resumed[2].state_dict() == parts[2].state_dict()
+
+
+def test_the_models_state_dict_alone_is_enough_to_evaluate_and_bake():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    feather_param.sparsify(model, final_rate=0.9, total_steps=4, optimizer=optimizer)
+    for step in range(4):
+        train_step(model, optimizer, step)
+    twin = net(seed=1)
+    feather_param.sparsify(twin, final_rate=0.5, total_steps=1)
+    twin.load_state_dict(model.state_dict())
+    x, _ = batch(9)
+    assert torch.equal(twin.eval()(x), model.eval()(x))
+    feather_param.desparsify(twin)
+    feather_param.desparsify(model)
+    for key, value in model.state_dict().items():
+        assert torch.equal(twin.state_dict()[key], value)
+
+
+@given(
+    rate=st.floats(0.01, 0.99),
+    values=st.lists(st.sampled_from([0.0, 0.5, -0.5, 1.0, 2.0]) | st.floats(-4, 4, width=16), min_size=8, max_size=8),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_report_tells_what_desparsify_leaves(rate, values, dtype):
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)).to(dtype)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor(values[:4]).view(2, 2))
+        model[1].weight.copy_(torch.tensor(values[4:]).view(2, 2))
+    if not 0 < round(rate * 8) < 8:
+        return
+    controller = feather_param.sparsify(model, final_rate=rate, total_steps=1, schedule=schedules.constant)
+    k = round(rate * 8)
+    expected = twins.zeros([model[0].parametrizations.weight.original, model[1].parametrizations.weight.original], k)
+    dead = sum(expected[:4]) == 4 or sum(expected[4:]) == 4
+    if dead:
+        with pytest.warns(UserWarning, match="nothing survives in"):
+            report = controller.report()
+        with pytest.warns(UserWarning, match="nothing survives in"):
+            controller.desparsify()
+    else:
+        report = controller.report()
+        controller.desparsify()
+    zeros = [(layer.weight == 0).flatten().tolist() for layer in model]
+    assert zeros[0] + zeros[1] == expected
+    assert [row.zeros for row in report.rows] == [sum(zeros[0]), sum(zeros[1])]
+    assert (report.total, report.zeros) == (8, sum(expected))
+    assert report.rate == sum(expected) / 8
+    if report.zeros < 8:
+        assert sum(row.survivor_share for row in report.rows) == pytest.approx(1.0)
+
+
+def test_report_text():
+    controller = feather_param.sparsify(net(), final_rate=0.5, total_steps=1, exclude="4", end_step=0)
+    lines = str(controller.report()).splitlines()
+    assert lines[0].split() == ["weight", "shape", "total", "zeros", "rate", "survivors"]
+    assert lines[1].split()[:3] == ["0.weight", "8x3x3x3", "216"]
+    assert lines[-2].split() == ["all", "2,264", "1,132", "50.000%", "100.00%"]
+    assert lines[-1] == "dense: 4.weight (excluded)"
+    assert len({len(line) for line in lines[:-1]}) == 1
+
+
+def test_a_dying_layer_is_named_when_the_schedule_ends():
+    model = net()
+    with torch.no_grad():
+        model[4].weight.mul_(1e-6)
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4, end_step=2)
+    controller.step()
+    with pytest.warns(UserWarning, match=r"nothing survives in 4\.weight: .*lower final_rate, or .*exclude"):
+        controller.step()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_weight_is_named_and_the_controller_stays(value):
+    model = net()
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4)
+    controller.step()
+    before = controller.state_dict()
+    with torch.no_grad():
+        model[3].parametrizations.weight.original[0, 0] = value
+    with pytest.raises(ValueError, match=r"finite weights, got NaN or infinity in 3\.weight; .*last checkpoint"):
+        controller.step()
+    assert controller.state_dict() == before
+    with pytest.raises(ValueError, match="finite weights"):
+        feather_param.desparsify(model)
+    assert isinstance(model[3], nn.utils.parametrize.ParametrizationList) or hasattr(model[3], "parametrizations")
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "circular"])
+def test_stepping_keeps_the_training_flag_and_the_padding(padding_mode):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=padding_mode)).eval()
+    feather_param.sparsify(model, final_rate=0.5, total_steps=1)
+    assert not any(module.training for module in model.modules())
+
+
+def test_the_repr_tells_where_it_stands():
+    controller = feather_param.sparsify(net(), final_rate=0.9, total_steps=4)
+    controller.step()
+    assert repr(controller) == "Controller(rate=0.7875 of 0.9, step 1 of 4, 2,328 weights)"

@@ -1,0 +1,223 @@
+"""The operator: values, gradients, memory, function transforms; and the parametrization as a module."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from feather_param.parametrizations import _CHUNK, FeatherParametrization, SharedThreshold, feather_threshold
+from tests import twins
+
+POWERS = [1.0, 1.5, 2.0, 3.0, 4.0, 7.3, 50.0, math.inf]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+def t(value: float) -> Tensor:
+    return torch.tensor(value)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("threshold", [0.0, 1e-20, 0.3, 1.0])
+def test_operator_is_the_equation_to_a_few_ulp(p, threshold):
+    edge = t(threshold).float()
+    near = [edge]
+    for _ in range(50):
+        near.append(torch.nextafter(near[-1], t(math.inf)))
+    weight = torch.cat([normal(2000), torch.stack(near), -torch.stack(near), normal(500, seed=1) * 1e-18])
+    expected = twins.operator(weight, float(edge), p)
+    got = feather_threshold(weight, edge, p=p).double()
+    # Roundings of (|w| - t) / |w|, of the polynomial, of the exponent 1/p (times |ln ratio| < 17), of the
+    # power and of the product; a root divides what comes before it. 8 half-ulps hold them all.
+    assert ((got - expected).abs() <= 8 * 2.0**-24 * expected.abs()).all()
+    assert torch.equal(got == 0, expected == 0)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_result_is_the_fp32_result_rounded_to_the_weights_dtype(p, dtype):
+    weight = normal(4000, dtype=dtype)
+    got = feather_threshold(weight, t(0.3), p=p)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert got.dtype == dtype
+    assert torch.equal(got, feather_threshold(weight.to(wide), t(0.3), p=p).to(dtype))
+
+
+@given(
+    values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=40),
+    threshold=st.floats(0.0, 2.0**100, width=32),
+    p=st.floats(1.0, 60.0) | st.just(math.inf),
+)
+@settings(max_examples=300, deadline=None)
+def test_operator_for_any_input(values, threshold, p):
+    weight = torch.tensor(values)
+    out = feather_threshold(weight, t(threshold), p=p)
+    kept = weight.abs() > threshold
+    assert (out[~kept] == 0).all()
+    assert not torch.signbit(out[~kept]).any()  # no -0.0
+    assert (out[kept].sign() == weight[kept].sign()).all()  # kept weights are never 0, and keep their sign
+    assert (out[kept].abs() <= weight[kept].abs() * (1 + 2**-22)).all()
+    if threshold == 0:
+        assert torch.allclose(out, weight, rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("theta", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("size", [10, _CHUNK + 17], ids=["whole", "in chunks"])
+def test_gradient_is_straight_through(p, theta, size):
+    weight = normal(size).requires_grad_()
+    upstream = normal(size, seed=1)
+    feather_threshold(weight, t(0.5), theta, p).backward(upstream)
+    assert torch.equal(weight.grad, upstream * twins.slope(weight, 0.5, theta).float())
+
+
+def test_zero_threshold_is_the_identity():
+    weight = normal(1000)
+    for p in (1.0, 2.0, math.inf):
+        assert torch.equal(feather_threshold(weight, t(0.0), p=p), weight)
+    assert (feather_threshold(weight, t(0.0)) - weight).abs().max() <= 2**-22 * weight.abs().max()
+
+
+def test_nan_stays_visible():
+    weight = torch.tensor([math.nan, 0.1, 2.0])
+    assert feather_threshold(weight, t(0.5)).isnan().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("theta", [1.0, 0.5])
+def test_a_large_weight_in_chunks_equals_its_parts(theta):
+    weight = normal(_CHUNK * 2 + 3)
+    # p = 2 uses correctly rounded operations only; a power may differ by position within a SIMD register.
+    whole = feather_threshold(weight, t(0.7), theta, p=2)
+    parts = torch.cat([feather_threshold(part, t(0.7), theta, p=2) for part in weight.split(1000)])
+    assert torch.equal(whole, parts)
+
+
+LAYOUTS = {
+    "contiguous": lambda w: w,
+    "channels_last": lambda w: w.to(memory_format=torch.channels_last),
+    "transposed": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+    "strided": lambda w: torch.stack([w, w], -1)[..., 0],
+    "expanded": lambda w: w[:1].expand_as(w),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(4, 3, 3, 3), (64, 64, 8, 8)], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("theta", [1.0, 0.5])
+def test_memory_layouts(layout, shape, theta):
+    weight = LAYOUTS[layout](normal(*shape))
+    expected = feather_threshold(weight.contiguous().flatten(), t(0.5)).view(shape)
+    leaf = weight.detach().requires_grad_()
+    out = feather_threshold(leaf, t(0.5), theta)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert torch.equal(leaf.grad, twins.slope(weight, 0.5, theta).float() if weight.numel() < 999 else leaf.grad)
+    if layout == "channels_last":
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (1,), (1, 1, 1, 1), ()])
+def test_empty_and_single(shape):
+    weight = torch.full(shape, 2.0, requires_grad=True)
+    out = feather_threshold(weight, t(1.0), 0.5)
+    assert out.shape == shape
+    out.sum().backward()
+
+
+@pytest.mark.parametrize(("theta", "expected"), [(1.0, 0), (0.5, 1)])
+@pytest.mark.parametrize("size", [1000, _CHUNK * 2], ids=["whole", "in chunks"])
+def test_bytes_saved_for_backward(theta, expected, size):
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.nbytes)
+        return tensor
+
+    weight = normal(size).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        feather_threshold(weight, t(0.5), theta)
+    assert sum(saved) == expected * size
+
+
+@pytest.mark.parametrize("theta", [1.0, 0.5])
+@pytest.mark.parametrize("size", [50, _CHUNK + 5], ids=["whole", "in chunks"])
+def test_torch_func(theta, size):
+    weight = normal(size)
+    slope = twins.slope(weight, 0.5, theta).float()
+
+    def f(w):
+        return feather_threshold(w, t(0.5), theta)
+
+    assert torch.equal(torch.func.grad(lambda w: f(w).sum())(weight), slope)
+    batch = torch.stack([weight, 2 * weight])
+    assert torch.equal(torch.func.vmap(f)(batch), torch.stack([f(weight), f(2 * weight)]))
+    rows = torch.func.vmap(torch.func.grad(lambda w: f(w).sum()))(batch)
+    assert torch.equal(rows[0], slope)
+
+
+@pytest.mark.parametrize("theta", [1.0, 0.5])
+@pytest.mark.parametrize("p", [1.0, 2.5, 3.0, math.inf])
+def test_compiled_equals_eager_in_one_graph(theta, p):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda w, s: feather_threshold(w, s, theta, p), fullgraph=True, backend="aot_eager")
+    weight = normal(500).requires_grad_()
+    for threshold in (0.0, 0.3, 0.6):
+        out = compiled(weight, t(threshold))
+        assert torch.equal(out, feather_threshold(weight, t(threshold), theta, p))
+        weight.grad = None
+        out.sum().backward()
+        assert torch.equal(weight.grad, twins.slope(weight, float(t(threshold)), theta).float())
+
+
+def sparse_linear(threshold: float = 0.5) -> nn.Module:
+    layer = nn.Linear(4, 3)
+    shared = SharedThreshold(12)
+    shared.set(t(threshold), 6)
+    parametrize.register_parametrization(layer, "weight", FeatherParametrization(shared))
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_threshold_keeps_fp32_through_dtype_casts(dtype):
+    layer = sparse_linear(1 / 3).to(dtype)
+    shared = layer.parametrizations.weight[0].shared
+    assert shared.threshold.dtype == torch.float32
+    assert shared.threshold == t(1 / 3)
+    assert shared.pruned.dtype == torch.int64
+    assert layer.weight.dtype == dtype
+
+
+def test_the_threshold_follows_devices():
+    layer = sparse_linear().to("meta")
+    assert layer.parametrizations.weight[0].shared.threshold.device.type == "meta"
+
+
+def test_a_deepcopy_has_its_own_threshold():
+    layer = sparse_linear()
+    twin = copy.deepcopy(layer)
+    layer.parametrizations.weight[0].shared.set(t(9.0), 12)
+    assert twin.parametrizations.weight[0].shared.threshold == 0.5
+    assert (layer.weight == 0).all()
+    assert not (twin.weight == 0).all() or (twin.parametrizations.weight.original.abs() <= 0.5).all()
+
+
+def test_assigning_the_weight_stores_the_dense_weight():
+    layer = sparse_linear(0.5)
+    layer.weight = torch.full((3, 4), 0.25)
+    assert (layer.parametrizations.weight.original == 0.25).all()
+    assert (layer.weight == 0).all()
+
+
+def test_repr_names_the_settings():
+    assert "FeatherParametrization(\n" in repr(sparse_linear())
+    assert "p=3.0, theta=1.0" in repr(sparse_linear())
