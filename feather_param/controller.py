@@ -42,7 +42,7 @@ def sparsify(
     min_params: int = 0,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Controller:
-    """Make a model train towards an exact sparsity, with Feather (BMVC 2023).
+    """Make a model train towards an exact sparsity, with Feather (https://arxiv.org/abs/2310.02448).
 
     Every Conv and Linear weight gets a `FeatherParametrization`: the forward pass sees the thresholded weight,
     the optimizer goes on training the dense one. Layers are not replaced and Parameters keep their identity, so

@@ -44,7 +44,8 @@ def feather_threshold(weight: Tensor, threshold: Tensor, theta: float = 1.0, p: 
     Returns:
         A tensor of the shape, dtype and memory format of ``weight``.
 
-    Source: Feather (BMVC 2023), the thresholding operator and its scaled straight-through gradient.
+    Source: Feather (https://arxiv.org/abs/2310.02448), the family of thresholding operators and the scaled
+    straight-through gradient.
 
     Example:
         >>> feather_threshold(torch.tensor([-2.0, 0.5, 1.0]), torch.tensor(1.0), p=3)

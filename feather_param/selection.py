@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -186,7 +186,7 @@ def _matcher(rule: Filter | None, argument: str) -> Callable[[Site, list[str], b
     if callable(rule):
         predicate = rule
         return lambda site, aliases, default: default and any(predicate(name, site.module) for name in aliases)
-    patterns = [rule] if isinstance(rule, str) else list(rule)
+    patterns = [rule] if isinstance(rule, str) else list(rule) if isinstance(rule, Iterable) else []
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"expected {argument} to be glob patterns or a predicate (name, module) -> bool, got {rule!r}")
 

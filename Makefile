@@ -1,0 +1,24 @@
+# All there is to set up: `make demo` shows what the library does, `make test` runs the tests.
+# Both make the environment first, in .venv, with PYTHON (3.10 or newer).
+PYTHON ?= python3
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	.venv/bin/python examples/demo.py
+
+test: .venv/ready
+	.venv/bin/python -m pytest
+
+lint: .venv/ready
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@

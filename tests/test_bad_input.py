@@ -1,0 +1,218 @@
+"""Every refusal: its type, its sentence, and the model untouched."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import feather_param
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 16), nn.Linear(16, 4))
+
+
+def tied() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    return model
+
+
+def integer() -> nn.Module:
+    model = net()
+    model[3].weight = nn.Parameter(torch.ones(16, 128, dtype=torch.int32), requires_grad=False)
+    return model
+
+
+def old_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning):
+        return nn.Sequential(nn.Linear(4, 4), nn.utils.weight_norm(nn.Linear(4, 4)))
+
+
+def not_a_parameter() -> nn.Module:
+    model = net()
+    weight = model[4].weight.detach()
+    del model[4].weight
+    model[4].weight = weight
+    return model
+
+
+def sparse() -> nn.Module:
+    model = net()
+    feather_param.sparsify(model, final_rate=0.9, total_steps=4)
+    return model
+
+
+def wrapped(path: str, name: str) -> nn.Module:
+    """A stand-in that carries the name of torch's wrapper; the wrappers themselves need a process group."""
+    wrapper = type(name, (nn.Sequential,), {"__module__": path})
+    return wrapper(net())
+
+
+ARGUMENTS = [
+    ({"final_rate": 0.0}, ValueError, r"final_rate, the fraction of zeros, in \(0, 1\), got 0.0"),
+    ({"final_rate": 1.0}, ValueError, r"final_rate, the fraction of zeros, in \(0, 1\), got 1.0"),
+    ({"final_rate": 95}, ValueError, r"final_rate, .*, got 95"),
+    ({"final_rate": -0.1}, ValueError, r"final_rate, .*, got -0.1"),
+    ({"final_rate": float("nan")}, ValueError, r"final_rate, .*, got nan"),
+    ({"final_rate": "0.9"}, TypeError, "final_rate to be a number, got '0.9'"),
+    ({"final_rate": True}, TypeError, "final_rate to be a number, got True"),
+    ({"final_rate": 0.9999}, ValueError, "final_rate that leaves a weight, got 0.9999 of 2328 weights"),
+    ({"total_steps": 0}, ValueError, "total_steps to be at least 1, got 0"),
+    ({"total_steps": 10.0}, TypeError, "total_steps to be an int, got 10.0"),
+    ({"start_step": -1}, ValueError, "start_step to be at least 0, got -1"),
+    ({"start_step": 6}, ValueError, r"start_step <= end_step <= total_steps, got 6, 5 and 10; end_step is total_steps"),
+    ({"start_step": 4, "end_step": 3}, ValueError, "start_step <= end_step <= total_steps, got 4, 3 and 10"),
+    ({"end_step": 11}, ValueError, "start_step <= end_step <= total_steps, got 0, 11 and 10"),
+    ({"p": 0.5}, ValueError, "p >= 1 or math.inf, got 0.5"),
+    ({"p": float("nan")}, ValueError, "p >= 1 or math.inf, got nan"),
+    ({"p": "3"}, TypeError, "p to be a number, got '3'"),
+    ({"theta": -1}, ValueError, "theta to be a finite number >= 0, got -1"),
+    ({"theta": float("inf")}, ValueError, "theta to be a finite number >= 0, got inf"),
+    ({"schedule": "cubic"}, TypeError, "schedule to be a callable of progress, got str"),
+    ({"schedule": lambda progress: 2 * progress}, ValueError, r"schedule to return a fraction in \[0, 1\].*got 2.0"),
+    ({"schedule": lambda progress: None}, ValueError, r"schedule to return a fraction in \[0, 1\].*got None"),
+    ({"min_params": -1}, ValueError, "min_params to be at least 0, got -1"),
+    ({"min_params": 10**6}, ValueError, "model with weights to prune, got Sequential with none"),
+    ({"include": "nowhere.*"}, ValueError, r"include to match a weight, got 'nowhere.\*', .*names: 0.weight, 3.weight"),
+    ({"include": "1.weight"}, ValueError, "include to match a weight, got '1.weight', which matches none"),
+    ({"exclude": ["fc"]}, ValueError, r"exclude to match a weight, got \['fc'\], which matches none"),
+    ({"include": lambda name, module: False}, ValueError, "include to match a weight"),
+    ({"exclude": "*"}, ValueError, "model with weights to prune, got Sequential with none"),
+    ({"include": 3}, TypeError, "include to be glob patterns or a predicate .*, got 3"),
+    ({"exclude": [nn.Linear]}, TypeError, "exclude to be glob patterns or a predicate"),
+    ({"exclude": []}, TypeError, "exclude to be glob patterns or a predicate"),
+    ({"optimizer": "sgd"}, TypeError, "optimizer to be a torch.optim.Optimizer, got str"),
+    (
+        {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(2))])},
+        ValueError,
+        "optimizer of this model's weights, got one that holds none of them",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), ARGUMENTS)
+def test_arguments(arguments, error, message):
+    refused(net(), arguments, error, message)
+
+
+MODELS = [
+    (lambda: torch.ones(3), TypeError, "model to be an nn.Module, got Tensor"),
+    (lambda: nn.Sequential(nn.ReLU()), ValueError, "model with weights to prune, got Sequential with none"),
+    (lambda: nn.Sequential(nn.LazyLinear(3)), ValueError, "initialised weights, got a lazy one at 0.weight; run one"),
+    (integer, ValueError, r"real floating dtype at 3.weight, got torch.int32; .*exclude='3.weight'"),
+    (lambda: nn.Linear(3, 3, dtype=torch.complex64), ValueError, "real floating dtype at weight, got torch.complex64"),
+    (old_weight_norm, ValueError, "1.weight to be an nn.Parameter, got .*: old-style weight_norm.*exclude='1.weight'"),
+    (not_a_parameter, ValueError, "4.weight to be an nn.Parameter, got Tensor"),
+    (sparse, ValueError, r"plain model, got one that is already sparsified \(at 0.weight\); call .*desparsify"),
+    (
+        lambda: wrapped("torch.nn.parallel.distributed", "DistributedDataParallel"),
+        ValueError,
+        "not yet wrapped, got DistributedDataParallel at the root; the order is: sparsify",
+    ),
+    (
+        lambda: nn.Sequential(wrapped("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule")),
+        ValueError,
+        "not yet wrapped, got FSDPModule at 0; the order is: sparsify",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), MODELS)
+def test_models(make, error, message):
+    refused(make(), {}, error, message.replace("got .*:", "got .*[:;]"))
+
+
+def test_a_tied_weight_of_which_include_names_one_site():
+    refused(tied(), {"include": "1"}, ValueError, "all the places of a tied weight, got 1.weight without 0.weight")
+
+
+def refused(model, arguments, error, message):
+    is_module = isinstance(model, nn.Module)
+    before = picture(model) if is_module else None
+    with pytest.raises(error, match="expected .*" + message):
+        feather_param.sparsify(model, **{"final_rate": 0.9, "total_steps": 10, **arguments})
+    assert not is_module or picture(model) == before
+
+
+def picture(model: nn.Module) -> list:
+    return [
+        (name, type(module), list(module._parameters), [id(p) for p in module._parameters.values()])
+        for name, module in model.named_modules()
+    ]
+
+
+def test_calls_after_desparsify():
+    model = net()
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4)
+    state = controller.state_dict()
+    controller.desparsify()
+    for call in (controller.step, controller.report, controller.desparsify, lambda: controller.load_state_dict(state)):
+        with pytest.raises(RuntimeError, match=r"expected \w+\(\) before desparsify, got it after: the model is plain"):
+            call()
+
+
+def test_an_optimizer_that_steps_a_baked_model_warns():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    feather_param.sparsify(model, final_rate=0.9, total_steps=4, optimizer=optimizer)
+    feather_param.desparsify(model)
+    model(torch.ones(1, 3, 6, 6).repeat(2, 1, 1, 1)).sum().backward()
+    with pytest.warns(UserWarning, match=r"stepped a model that was desparsified.* its zeros are lost; build a new"):
+        optimizer.step()
+    optimizer.step()  # once is enough
+
+
+STATES = [
+    (lambda state: None, "state_dict of a feather_param Controller, got something else"),
+    (lambda state: {}, "state_dict of a feather_param Controller, got something else"),
+    (lambda state: {**state, "version": 99}, "state of version 1, got 99; load it with the feather_param release"),
+    (lambda state: {**state, "final_rate": 0.8}, "final_rate=0.9, got 0.8; give sparsify the settings of the run"),
+    (lambda state: {**state, "total_steps": 5}, "total_steps=4, got 5"),
+    (lambda state: {**state, "schedule": "linear"}, "schedule=cubic, got linear"),
+    (lambda state: {**state, "theta": 0.5}, "theta=1.0, got 0.5"),
+    (
+        lambda state: {**state, "weights": {**state["weights"], "3.weight": [16, 99]}},
+        r"of this model, got another's: 3.weight has shape \(16, 128\) here and \(16, 99\) there",
+    ),
+    (lambda state: {**state, "weights": {}}, r"0.weight has shape \(8, 3, 3, 3\) here and no entry there"),
+    (lambda state: {**state, "weights": {**state["weights"], "9.weight": [1]}}, "it also has 9.weight"),
+    (lambda state: {**state, "step_count": -1}, "step_count to be at least 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), STATES)
+def test_a_foreign_controller_state(change, message):
+    controller = feather_param.sparsify(net(), final_rate=0.9, total_steps=4)
+    controller.step()
+    before = controller.state_dict()
+    with pytest.raises(ValueError, match="expected .*" + message):
+        controller.load_state_dict(change(before))
+    assert controller.state_dict() == before
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_state_saved_on_the_other_side_of_sparsify(make):
+    arguments = {"lr": 0.1, "momentum": 0.9} if make is torch.optim.SGD else {}
+    x = torch.randn(2, 3, 6, 6)
+    saved = make((model := net()).parameters(), **arguments)
+    model(x).sum().backward()
+    saved.step()
+    file = io.BytesIO()
+    torch.save(saved.state_dict(), file)
+    file.seek(0)
+    model = net()
+    # The optimizer follows the controller, but was built after another sparsify: its order is the other one.
+    feather_param.sparsify(model, final_rate=0.9, total_steps=4)
+    optimizer = make(model.parameters(), **arguments)
+    feather_param.desparsify(model)
+    feather_param.sparsify(model, final_rate=0.9, total_steps=4, optimizer=optimizer)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"optimizer state in this optimizer's order of parameters.*other side"):
+        optimizer.load_state_dict(torch.load(file))
+    assert optimizer.state_dict() == before

@@ -1,0 +1,50 @@
+"""What the documentation shows runs as it stands."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import feather_param
+
+ROOT = Path(__file__).parent.parent
+MODULES = [f"feather_param.{module.name}" for module in pkgutil.iter_modules(feather_param.__path__)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    torch.manual_seed(0)
+    failed, _ = doctest.testmod(module, extraglobs={"torch": torch, "nn": torch.nn})
+    assert failed == 0
+
+
+def test_public_functions_have_an_example():
+    for name in feather_param.__all__:
+        thing = getattr(feather_param, name)
+        if callable(thing) and not isinstance(thing, type):
+            assert ">>>" in thing.__doc__, name
+
+
+def test_the_readmes_loop_runs(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "sparsify(" in code]
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 12), torch.nn.ReLU(), torch.nn.Linear(12, 12))
+    data = torch.utils.data.TensorDataset(torch.randn(64, 3, 2, 2), torch.randint(4, (64,)))
+    scope = {"model": model, "loader": torch.utils.data.DataLoader(data, batch_size=16), "epochs": 3}
+    exec(compile(block.replace("+ ", "  "), "README.md", "exec"), scope)
+    state = torch.load(tmp_path / "sparse.pt")
+    zeros = sum(int((value == 0).sum()) for name, value in state.items() if name.endswith("weight"))
+    assert zeros == round(0.95 * 2 * 12 * 12)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120
