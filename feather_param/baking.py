@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from feather_param.parametrizations import SharedThreshold, feather_threshold, originals
 from feather_param.selection import Site, Weight
 from feather_param.thresholds import PruneCount, count_pruned, kth_magnitude
+from feather_param.warning import warn_of_dead
 
-__all__ = ["bake", "baked", "warn_of_dead"]
+__all__ = ["bake", "baked"]
 
 
 def bake(weights: Sequence[Weight]) -> None:
@@ -154,16 +154,6 @@ def _smallest(dtype: torch.dtype) -> float:
     """
     info = torch.finfo(dtype)
     return info.smallest_normal * info.eps if dtype == torch.float16 else info.smallest_normal
-
-
-def warn_of_dead(names: Sequence[str]) -> None:
-    """Warn of weights of which nothing survives."""
-    if names:
-        warnings.warn(
-            f"nothing survives in {', '.join(names)}: the network behind gets a constant; "
-            "lower final_rate, or leave these dense with exclude",
-            stacklevel=4,
-        )
 
 
 # Note [Removing only ours, from one copy]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from feather_param import schedules
-from feather_param.baking import bake, baked, warn_of_dead
+from feather_param.baking import bake, baked
 from feather_param.optimizers import check_optimizer, refuse_foreign_state
 from feather_param.parametrizations import FeatherParametrization, SharedThreshold
 from feather_param.report import Report, Row
 from feather_param.selection import Filter, Selection, Weight, select, sparsified
 from feather_param.thresholds import count_pruned, kth_magnitude
+from feather_param.warning import warn, warn_of_dead
 
 __all__ = ["Controller", "baked_state_dict", "desparsify", "sparsify"]
 
@@ -203,11 +203,10 @@ class Controller:
                 self._advance()
                 return
             handle.remove()
-            warnings.warn(
+            warn(
                 "this optimizer has just stepped a model that was desparsified: momentum and weight decay bring "
                 "pruned weights back to life, so its zeros are lost; build a new optimizer and sparsify again, "
-                "or stop training before desparsify",
-                stacklevel=4,
+                "or stop training before desparsify"
             )
 
     @property

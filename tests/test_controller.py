@@ -206,8 +206,12 @@ def test_a_dying_layer_is_named_when_the_schedule_ends():
         model[4].weight.mul_(1e-6)
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4, end_step=2)
     controller.step()
-    with pytest.warns(UserWarning, match=r"nothing survives in 4\.weight: .*lower final_rate, or .*exclude"):
+    with pytest.warns(UserWarning, match=r"nothing survives in 4\.weight: .*lower final_rate, or .*exclude") as caught:
         controller.step()
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="nothing survives in 4") as caught:
+        feather_param.desparsify(model)
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from feather_param.parametrizations import _CHUNK, FeatherParametrization, SharedThreshold, feather_threshold
+from feather_param.parametrizations import (
+    _CHUNK,
+    _DENSE_CHUNK,
+    FeatherParametrization,
+    SharedThreshold,
+    feather_threshold,
+)
 from tests import twins
 
 POWERS = [1.0, 1.5, 2.0, 3.0, 4.0, 7.3, 50.0, math.inf]
@@ -94,12 +100,24 @@ def test_nan_stays_visible():
 
 
 @pytest.mark.parametrize("theta", [1.0, 0.5])
-def test_a_large_weight_in_chunks_equals_its_parts(theta):
-    weight = normal(_CHUNK * 2 + 3)
-    # p = 2 uses correctly rounded operations only; a power may differ by position within a SIMD register.
-    whole = feather_threshold(weight, t(0.7), theta, p=2)
-    parts = torch.cat([feather_threshold(part, t(0.7), theta, p=2) for part in weight.split(1000)])
-    assert torch.equal(whole, parts)
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threshold", [0.0, 0.7, 1.5], ids=["identity", "computing all", "computing survivors"])
+def test_a_large_weight_in_chunks_equals_its_parts(theta, p, dtype, threshold):
+    weight = normal(_CHUNK + _DENSE_CHUNK + 3, dtype=dtype)
+    weight[5] = math.nan
+    # These p use correctly rounded operations only; a power may differ by position within a SIMD register.
+    whole = feather_threshold(weight, t(threshold), theta, p)
+    parts = torch.cat([feather_threshold(part, t(threshold), theta, p) for part in weight.split(1000)])
+    assert torch.equal(whole.nan_to_num(9.0), parts.nan_to_num(9.0))
+    assert whole.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("theta", [0.25])
+def test_the_gradient_where_only_survivors_are_computed(theta):
+    weight = normal(_CHUNK + 7).requires_grad_()
+    feather_threshold(weight, t(2.0), theta).sum().backward()
+    assert torch.equal(weight.grad, torch.where(weight.detach().abs() > 2.0, 1.0, theta))
 
 
 LAYOUTS = {
@@ -163,6 +181,14 @@ def test_torch_func(theta, size):
     assert torch.equal(torch.func.vmap(f)(batch), torch.stack([f(weight), f(2 * weight)]))
     rows = torch.func.vmap(torch.func.grad(lambda w: f(w).sum()))(batch)
     assert torch.equal(rows[0], slope)
+    columns = torch.func.vmap(f, in_dims=1, out_dims=1)(batch.T)
+    assert torch.equal(columns.T, torch.stack([f(weight), f(2 * weight)]))
+    thresholds = torch.tensor([0.1, 0.9])
+    for batched, dim in ((weight, None), (batch, 0)):
+        outs = torch.func.vmap(lambda w, s: feather_threshold(w, s, theta), in_dims=(dim, 0))(batched, thresholds)
+        one, two = (weight, weight) if dim is None else batch
+        assert torch.equal(outs[0], feather_threshold(one, thresholds[0], theta))
+        assert torch.equal(outs[1], feather_threshold(two, thresholds[1], theta))
 
 
 @pytest.mark.parametrize("theta", [1.0, 0.5])

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feather_param.thresholds import PruneCount, count_pruned, kth_magnitude
+from feather_param import thresholds
+from feather_param.thresholds import _SAMPLE, PruneCount, _kth_by_counting, count_pruned, kth_magnitude
 from tests import twins
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -41,6 +42,61 @@ def test_kth_and_counts_equal_sorting(tensors, share):
         mine, pruned = pruned[: weight.numel()], pruned[weight.numel() :]
         assert counts[name].zeros == sum(mine)
         assert 0 <= counts[name].ties <= counts[name].zeros
+
+
+LARGE = {
+    "normal": lambda n: torch.randn(n),
+    "few values": lambda n: torch.randint(0, 5, (n,)).float(),
+    "all equal": lambda n: torch.full((n,), -0.5),
+    "sorted": lambda n: torch.linspace(-1, 1, n),
+    "periodic": lambda n: (torch.arange(n) % 9).float(),
+    "outliers": lambda n: torch.where(torch.rand(n) < 1e-4, 1e4, 1e-4) * torch.randn(n),
+    "hidden from the sample": lambda n: (torch.arange(n) % (n // _SAMPLE) != 0).float() * torch.randn(n),
+}
+
+
+@pytest.mark.parametrize("values", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.3, 0.5, 0.95, 0.9999, 1.0])
+def test_kth_of_many(values, dtype, share):
+    weight = values(5 * _SAMPLE + 3).to(dtype)
+    weights = {"a": weight[: _SAMPLE + 1], "b": weight[_SAMPLE + 1 :].view(2, -1)}
+    k = round(share * weight.numel())
+    expected = weight.float().abs().sort().values[k - 1] if k else torch.tensor(0.0)
+    assert torch.equal(kth_magnitude(weights, k), expected)
+
+
+def test_dtypes_may_be_mixed():
+    weights = {"a": torch.randn(90, dtype=torch.float64), "b": torch.randn(50).bfloat16(), "c": torch.randn(40).half()}
+    for k in (0, 1, 60, 179, 180):
+        assert float(kth_magnitude(weights, k)) == twins.threshold(weights.values(), k)
+
+
+def test_a_bracket_that_misses_costs_no_exactness(monkeypatch):
+    monkeypatch.setattr(thresholds, "_bracket", lambda bits, k, total: (1, 2))
+    weights = {"w": torch.randn(5 * _SAMPLE)}
+    expected = weights["w"].abs().sort().values[999]
+    assert torch.equal(kth_magnitude(weights, 1000), expected)
+
+
+def test_threads_change_nothing(monkeypatch):
+    weights = {"a": torch.randn(300_000), "b": torch.randn(500, 700)}
+    alone = kth_magnitude(weights, 400_000)
+    monkeypatch.setattr(thresholds, "_THREADED", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(kth_magnitude(weights, 400_000), alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_counting_bit_by_bit_equals_the_bracket(dtype):
+    """What runs on other devices, tried on a CPU."""
+    tensors = [torch.randn(40, 5).to(dtype), torch.zeros(7, dtype=dtype), torch.empty(0, dtype=dtype)]
+    for k in (0, 1, 7, 8, 100, 206, 207):
+        kth = _kth_by_counting(tensors, k)
+        assert kth.dtype == torch.float32
+        assert float(kth) == twins.threshold(tensors, k)
+    tensors[0][0, 0] = math.inf
+    assert _kth_by_counting(tensors, 100).isnan()
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 499, 500, 998, 999])

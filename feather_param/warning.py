@@ -1,0 +1,26 @@
+"""Warnings that point at the user's line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+__all__ = ["warn", "warn_of_dead"]
+
+
+def warn(message: str) -> None:
+    """Warn from the nearest caller outside this library and torch, so that each line of the user's warns once."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("feather_param", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def warn_of_dead(names: Sequence[str]) -> None:
+    """Warn of weights of which nothing survives."""
+    if names:
+        warn(
+            f"nothing survives in {', '.join(names)}: the network behind gets a constant; "
+            "lower final_rate, or leave these dense with exclude"
+        )
