@@ -1,0 +1,61 @@
+"""MobileNetV1 for small images (Howard et al. 2017): depthwise separable convolutions."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from archs._init import init_he
+
+__all__ = ["MobileNetV1", "mobilenet_v1"]
+
+_STEM = 32
+# (output channels, stride) of each depthwise separable convolution; the paper's table 1.
+_LAYERS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+
+
+class _Separable(nn.Module):
+    """A 3x3 convolution of each channel by itself, then a 1x1 convolution that mixes them."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(
+            in_channels, in_channels, 3, stride=stride, padding=1, groups=in_channels, bias=False
+        )
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.pointwise = nn.Conv2d(in_channels, channels, 1)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.depthwise(x)))
+        return F.relu(self.bn2(self.pointwise(y)))
+
+
+class MobileNetV1(nn.Module):
+    """Stem of stride 1 (the images are small), thirteen separable convolutions, mean over the image, classifier.
+
+    Shape:
+        [batch, in_channels, height, width] to [batch, num_classes].
+    """
+
+    def __init__(self, num_classes: int = 100, in_channels: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, _STEM, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(_STEM)
+        layers: list[nn.Module] = []
+        channels = _STEM
+        for width, stride in _LAYERS:
+            layers.append(_Separable(channels, width, stride))
+            channels = width
+        self.layers = nn.Sequential(*layers)
+        self.fc = nn.Linear(channels, num_classes)
+        init_he(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(F.relu(self.bn(self.conv(x))))
+        return self.fc(y.mean(dim=(2, 3)))
+
+
+def mobilenet_v1(num_classes: int = 100, in_channels: int = 3) -> MobileNetV1:
+    """Build a MobileNetV1 of width 1: 3,315,428 parameters for 100 classes of colour images."""
+    return MobileNetV1(num_classes, in_channels)

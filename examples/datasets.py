@@ -1,0 +1,303 @@
+"""The data: whole sets as byte tensors, and batches that are a pure function of seed, epoch and position.
+
+A batch depends on nothing else, so a resumed run, any number of worker processes and any device see the same images.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from examples.settings import UserError
+
+__all__ = ["Batch", "ImageData", "Split", "TrainBatches", "balanced_subset", "load_data"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, uint8 [number, channels, height, width], and their labels, int64 [number]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Split:
+        """Return the split on a device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set.
+
+    Attributes:
+        train: the images to learn from.
+        test: the images to judge by.
+        classes: number of classes.
+        padding: black pixels put around an image before a random crop of its own size is taken.
+        flip: whether a mirrored image is still one of its class.
+        mean: mean of each channel over the whole training split, in [0, 1].
+        std: standard deviation of the same.
+    """
+
+    train: Split
+    test: Split
+    classes: int
+    padding: int
+    flip: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def channels(self) -> int:
+        """Number of colours."""
+        return self.train.images.shape[1]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Return images of bytes as floats of mean 0 and deviation 1 per channel, channels last in memory."""
+        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+class TrainBatches(Dataset[Batch]):
+    """All training batches of a run, by step: shuffled every epoch, cropped and mirrored at random.
+
+    An epoch ends with a smaller batch. A last batch of a single image is left out: batch norm cannot learn from one.
+
+    Args:
+        data: the data set; the work is done on the device of its images.
+        batch_size: number of images in a batch.
+        epochs: number of epochs.
+        seed: seed of the order and of the augmentation.
+    """
+
+    def __init__(self, data: ImageData, batch_size: int, epochs: int, seed: int) -> None:
+        self.data = data
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.seed = seed
+        self.steps_per_epoch = max(1, -(-(len(data.train) - 1) // batch_size))
+        self._order = (-1, np.empty(0, dtype=np.int64))  # of the last epoch asked for: only to save time
+
+    def __len__(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def __getitem__(self, step: int) -> Batch:
+        """Return the batch of a step: images in bytes, and labels."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        chosen = torch.from_numpy(self._epoch_order(epoch)[i * self.batch_size : (i + 1) * self.batch_size])
+        # i + 1: a seed sequence takes missing numbers as zeros, and (seed, epoch) is the order's.
+        random = np.random.default_rng((self.seed, epoch, i + 1))
+        shifts = torch.from_numpy(random.integers(0, 2 * self.data.padding + 1, size=(2, len(chosen))))
+        flips = torch.from_numpy(random.integers(0, 2, size=len(chosen)).astype(bool))
+        train = self.data.train
+        device = train.images.device
+        chosen = chosen.to(device)
+        if not self.data.flip:
+            flips.zero_()
+        images = crop_and_flip(train.images[chosen], self.data.padding, shifts.to(device), flips.to(device))
+        return images, train.labels[chosen]
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.data.train)))
+        return self._order[1]
+
+
+def crop_and_flip(images: Tensor, padding: int, shifts: Tensor, flips: Tensor) -> Tensor:
+    """Crop each image, padded with black, at its own place, and mirror it left to right where asked.
+
+    Args:
+        images: [batch, channels, height, width].
+        padding: pixels on each side.
+        shifts: upper and left edge of each crop in the padded image, int64 [2, batch].
+        flips: bool [batch].
+    """
+    batch, channels, height, width = images.shape
+    device = images.device
+    padded = F.pad(images, (padding,) * 4)
+    rows = shifts[0, :, None] + torch.arange(height, device=device)
+    columns = shifts[1, :, None] + torch.arange(width, device=device)
+    columns = torch.where(flips[:, None], columns.flip(1), columns)
+    image = torch.arange(batch, device=device)[:, None, None, None]
+    channel = torch.arange(channels, device=device)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def balanced_subset(split: Split, size: int) -> Split:
+    """Return a fixed subset in which the classes are as equal in number as can be.
+
+    Raises:
+        UserError: there are not so many images.
+    """
+    if size > len(split):
+        raise UserError(f"expected --train-size to be at most the {len(split)} images there are, got {size}")
+    order = np.random.default_rng(0).permutation(len(split))
+    labels = split.labels.numpy()[order]
+    rank = np.empty(len(split), dtype=np.int64)  # 0 for the first image of each class in this order, and so on
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        rank[members] = np.arange(len(members))
+    chosen = torch.from_numpy(np.sort(order[np.lexsort((labels, rank))[:size]]))
+    return Split(split.images[chosen], split.labels[chosen])
+
+
+def load_data(name: str, folder: Path, train_size: int | None = None) -> ImageData:
+    """Load a data set by its name, ``cifar100``, ``cifar10`` or ``digits``.
+
+    Args:
+        name: the data set.
+        folder: where torchvision's folder or the official binary version lies, or may be downloaded to.
+        train_size: number of training images to keep, all if None.
+
+    Raises:
+        UserError: it cannot be had, or is damaged.
+    """
+    data = _digits() if name == "digits" else _cifar(_CIFAR[name], folder)
+    return data if train_size is None else replace(data, train=balanced_subset(data.train, train_size))
+
+
+def _digits() -> ImageData:
+    """Return scikit-learn's handwritten digits, grey images of 8 x 8, four fifths of them for training."""
+    from sklearn.datasets import load_digits
+
+    pixels, target = load_digits(return_X_y=True)
+    scaled = (np.asarray(pixels) * (255 / 16)).round().astype(np.uint8)  # 17 shades of grey
+    images = torch.from_numpy(scaled).view(-1, 1, 8, 8)
+    labels = torch.from_numpy(np.asarray(target, dtype=np.int64))
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
+    train, test = order[: len(labels) * 4 // 5], order[len(labels) * 4 // 5 :]
+    return ImageData(
+        train=Split(images[train], labels[train]),
+        test=Split(images[test], labels[test]),
+        classes=10,
+        padding=1,  # an eighth of the image, as 4 of 32
+        flip=False,
+        mean=(0.305,),
+        std=(0.376,),
+    )
+
+
+@dataclass(frozen=True)
+class _Cifar:
+    """Where the files of a CIFAR data set lie and how they are written."""
+
+    name: str
+    classes: int
+    python_folder: str
+    python_files: tuple[tuple[str, ...], tuple[str, ...]]  # for training and for testing
+    python_key: str
+    binary_folder: str
+    binary_files: tuple[tuple[str, ...], tuple[str, ...]]
+    binary_labels: int  # label bytes before the pixels of an image; the last one is the class
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+_CIFAR = {
+    "cifar100": _Cifar(
+        name="CIFAR100",
+        classes=100,
+        python_folder="cifar-100-python",
+        python_files=(("train",), ("test",)),
+        python_key="fine_labels",
+        binary_folder="cifar-100-binary",
+        binary_files=(("train.bin",), ("test.bin",)),
+        binary_labels=2,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+    ),
+    "cifar10": _Cifar(
+        name="CIFAR10",
+        classes=10,
+        python_folder="cifar-10-batches-py",
+        python_files=(tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)),
+        python_key="labels",
+        binary_folder="cifar-10-batches-bin",
+        binary_files=(tuple(f"data_batch_{i}.bin" for i in range(1, 6)), ("test_batch.bin",)),
+        binary_labels=1,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    ),
+}
+_PIXELS = 3 * 32 * 32
+
+
+def _cifar(kind: _Cifar, folder: Path) -> ImageData:
+    python, binary = folder / kind.python_folder, folder / kind.binary_folder
+    if not _complete(python, kind.python_files):
+        if _complete(binary, kind.binary_files):
+            return _read_cifar(kind, binary, kind.binary_files, _read_binary)
+        _download(kind, folder)
+    return _read_cifar(kind, python, kind.python_files, _read_python)
+
+
+def _complete(folder: Path, files: tuple[tuple[str, ...], ...]) -> bool:
+    return all((folder / file).is_file() for names in files for file in names)
+
+
+def _download(kind: _Cifar, folder: Path) -> None:
+    try:
+        import torchvision
+
+        getattr(torchvision.datasets, kind.name)(str(folder), download=True)
+    # The ways of a download to fail are many: no network, a wrong checksum, a full disk, no torchvision.
+    except Exception as error:
+        raise UserError(
+            f"expected {kind.name} in {folder} or a download, got {type(error).__name__} ({error}); one of three "
+            f"things would help: put torchvision's folder {kind.python_folder} there, put the official binary "
+            f"version {kind.binary_folder} there, or use --dataset digits"
+        ) from error
+
+
+def _read_cifar(
+    kind: _Cifar,
+    folder: Path,
+    files: tuple[tuple[str, ...], tuple[str, ...]],
+    read: Callable[[_Cifar, Path], tuple[np.ndarray, np.ndarray]],
+) -> ImageData:
+    def split(names: tuple[str, ...]) -> Split:
+        parts = [_checked(kind, folder / name, read) for name in names]
+        images = np.concatenate([pixels for pixels, _ in parts]).reshape(-1, 3, 32, 32)
+        labels = np.concatenate([labels for _, labels in parts]).astype(np.int64)
+        return Split(torch.from_numpy(images), torch.from_numpy(labels))
+
+    train, test = (split(names) for names in files)
+    return ImageData(train, test, kind.classes, padding=4, flip=True, mean=kind.mean, std=kind.std)
+
+
+def _checked(
+    kind: _Cifar, path: Path, read: Callable[[_Cifar, Path], tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        pixels, labels = read(kind, path)
+        right = pixels.dtype == np.uint8 and pixels.shape == (len(labels), _PIXELS) and len(labels) > 0
+    except Exception as error:  # a damaged pickle may raise anything
+        raise UserError(f"expected {kind.name} in {path}, got {type(error).__name__} ({error})") from error
+    if not right or not 0 <= labels.min() <= labels.max() < kind.classes:
+        raise UserError(f"expected {kind.name} in {path}, got something else")
+    return pixels, labels
+
+
+def _read_python(kind: _Cifar, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with path.open("rb") as file:
+        content = pickle.load(file, encoding="latin1")
+    return content["data"], np.asarray(content[kind.python_key])
+
+
+def _read_binary(kind: _Cifar, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    records = np.fromfile(path, dtype=np.uint8).reshape(-1, kind.binary_labels + _PIXELS)
+    return np.ascontiguousarray(records[:, kind.binary_labels :]), records[:, kind.binary_labels - 1]
