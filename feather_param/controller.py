@@ -17,7 +17,7 @@ from feather_param.optimizers import check_optimizer, refuse_foreign_state
 from feather_param.parametrizations import FeatherParametrization, SharedThreshold
 from feather_param.report import Report, Row
 from feather_param.selection import Filter, Selection, Weight, select, sparsified
-from feather_param.thresholds import count_pruned, kth_magnitude
+from feather_param.thresholds import count_pruned, kth_magnitude, refuse_non_finite
 from feather_param.warning import warn, warn_of_dead
 
 __all__ = ["Controller", "baked_state_dict", "desparsify", "sparsify"]
@@ -173,6 +173,9 @@ class Controller:
             )
         device = next(iter(self._dense().values())).device
         self._shared = SharedThreshold(self._total, device)
+        # A copy of the threshold in memory that a GPU writes to when it gets there: NaN where the weights are not
+        # finite. So a step can tell, one or two steps late, without ever waiting for the GPU.
+        self._seen = torch.zeros((), pin_memory=True) if device.type == "cuda" else None
         pruned = self._target()
         threshold = kth_magnitude(self._dense(), pruned) if pruned else self._shared.threshold
         self._register(p, theta)
@@ -229,7 +232,8 @@ class Controller:
 
         Raises:
             RuntimeError: the model has been desparsified, or the optimizer given to `sparsify` steps already.
-            ValueError: a weight holds NaN or infinity (named in the message); the controller has not advanced.
+            ValueError: a weight holds NaN or infinity (named in the message); the controller has not advanced. On a
+                GPU this is noticed one or two steps late, because no step waits for the device.
         """
         if self._optimizer is not None:
             raise RuntimeError(
@@ -250,8 +254,13 @@ class Controller:
             self.report()  # the rate is final now: warn of layers that died
 
     def _refresh(self) -> None:
+        if self._seen is not None and math.isnan(self._seen):
+            refuse_non_finite(self._dense())
         pruned = self._target()
-        self._shared.set(kth_magnitude(self._dense(), pruned), pruned)
+        threshold = kth_magnitude(self._dense(), pruned)
+        self._shared.set(threshold, pruned)
+        if self._seen is not None:
+            self._seen.copy_(threshold, non_blocking=True)
 
     def report(self) -> Report:
         """Report what `desparsify` would leave at this moment, per weight and in all.

@@ -10,14 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["PruneCount", "count_pruned", "flat", "kth_magnitude"]
+__all__ = ["PruneCount", "count_pruned", "flat", "kth_magnitude", "refuse_non_finite"]
 
 Bits = NDArray[np.signedinteger[Any]]
 
@@ -61,19 +61,20 @@ def kth_magnitude(weights: Mapping[str, Tensor], k: int) -> Tensor:
         raise ValueError(f"expected k between 0 and the number of weights, {total}, got {k}")
     if tensors[0].device.type != "cpu":
         return _kth_by_counting(tensors, k)
-    kth = _kth_by_bracket(tensors, k)
-    if kth is None:
-        raise_non_finite(weights)
+    kth, finite = _kth_by_bracket(tensors, k)
+    if not finite:
+        refuse_non_finite(weights)
     return kth
 
 
-def raise_non_finite(weights: Mapping[str, Tensor]) -> NoReturn:
-    """Raise the error that names the weights with NaN or infinity."""
+def refuse_non_finite(weights: Mapping[str, Tensor]) -> None:
+    """Raise the error that names the weights with NaN or infinity, if there are any; this waits for the device."""
     names = [name for name, weight in weights.items() if not weight.detach().float().isfinite().all()]
-    raise ValueError(
-        f"expected finite weights, got NaN or infinity in {', '.join(names)}; the training has diverged: "
-        "go back to the last checkpoint and lower the learning rate, or clip the gradients"
-    )
+    if names:
+        raise ValueError(
+            f"expected finite weights, got NaN or infinity in {', '.join(names)}; the training has diverged: "
+            "go back to the last checkpoint and lower the learning rate, or clip the gradients"
+        )
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -82,8 +83,8 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.permute(order).reshape(-1)
 
 
-def _kth_by_bracket(tensors: Sequence[Tensor], k: int) -> Tensor | None:
-    """Return the k-th smallest magnitude on the CPU, or None if something is not finite."""
+def _kth_by_bracket(tensors: Sequence[Tensor], k: int) -> tuple[Tensor, bool]:
+    """Return the k-th smallest magnitude on the CPU, and whether all are finite (if not, it means nothing)."""
     dtypes = {tensor.dtype for tensor in tensors}
     dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= _INTEGER.keys() else torch.float32
     bits: list[Bits] = [flat(tensor.to("cpu", dtype)).view(_INTEGER[dtype]).numpy() for tensor in tensors]
@@ -96,16 +97,15 @@ def _kth_by_bracket(tensors: Sequence[Tensor], k: int) -> Tensor | None:
     else:
         with ThreadPoolExecutor(threads) as pool:
             scans = list(pool.map(lambda i: _scan(chunks[i::threads], low, high), range(threads)))
-    if max(largest for _, _, largest in scans) >= _INFINITY[dtype]:
-        return None
+    finite = max(largest for _, _, largest in scans) < _INFINITY[dtype]
     if k == 0:
-        return torch.zeros(())
+        return torch.zeros(()), finite
     below = sum(count for count, _, _ in scans)
     inside = np.concatenate([part for _, parts, _ in scans for part in parts])
     if not below < k <= below + inside.size:
         below, inside = 0, np.concatenate(bits) & _magnitude(bits[0])
     inside.partition(k - below - 1)
-    return torch.from_numpy(inside[k - below - 1 : k - below]).view(dtype).float()[0]
+    return torch.from_numpy(inside[k - below - 1 : k - below]).view(dtype).float()[0], finite
 
 
 def _magnitude(bits: Bits) -> int:

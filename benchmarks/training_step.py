@@ -1,0 +1,125 @@
+"""A whole training step, sparse over dense: `python -m benchmarks.training_step`.
+
+One step is forward, backward, `optimizer.step()` and, for the sparse network, `controller.step()`. Dense and sparse
+networks take turns, step by step. ``--compile`` measures both under `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import archs
+import feather_param
+from benchmarks import timing
+
+
+class PapersOperator(torch.autograd.Function):
+    """The operator as in the paper's code: a float mask for the backward pass, a host-side threshold."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, threshold: float, theta: float) -> Tensor:
+        kept = weight.abs() > threshold
+        cut = torch.sign(weight) * (weight.abs() ** 3 - threshold**3) ** (1 / 3)
+        ctx.save_for_backward(torch.where(kept, 1.0, theta))
+        return torch.where(kept, cut, torch.zeros_like(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (mask,) = ctx.saved_tensors
+        return grads[0] * mask, None, None
+
+
+class Papers(nn.Module):
+    """A parametrization by the paper's operator."""
+
+    threshold = 0.0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return PapersOperator.apply(weight, Papers.threshold, 1.0)
+
+
+def resnet50() -> nn.Module:
+    """Return torchvision's ResNet-50."""
+    from torchvision.models import resnet50 as build
+
+    return build(weights=None)
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet20": (archs.resnet20, (128, 3, 32, 32)),
+    "mobilenet_v1": (archs.mobilenet_v1, (128, 3, 32, 32)),
+    "densenet": (archs.densenet, (128, 3, 32, 32)),
+    "resnet50": (resnet50, (16, 3, 224, 224)),
+}
+
+
+def stepper(kind: str, build: Callable[[], nn.Module], x: Tensor, compiled: bool) -> Callable[[], None]:
+    """Return one training step of a network: dense, sparse, or sparse as in the paper's code."""
+    torch.manual_seed(0)
+    model = build().to(x.device)
+    y = torch.randint(100, (len(x),), device=x.device)
+    after: Callable[[], object] = lambda: None  # noqa: E731
+    if kind == "sparse":
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "nothing survives")
+            after = feather_param.sparsify(model, final_rate=0.95, total_steps=10**6, end_step=0).step
+    elif kind == "paper":
+        dense = []
+        for module in list(model.modules()):
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.utils.parametrize.register_parametrization(module, "weight", Papers())
+                dense.append(module.parametrizations.weight.original)  # type: ignore[union-attr]
+        after = lambda: _papers_update(dense)  # noqa: E731
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    forward = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        loss = F.cross_entropy(forward(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        after()
+
+    return step
+
+
+def _papers_update(dense: list[Tensor]) -> None:
+    values = torch.cat([weight.detach().abs().flatten() for weight in dense])
+    Papers.threshold = values.sort().values[round(0.95 * values.numel()) - 1].item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--paper", action="store_true", help="measure the paper's code as well")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {}
+    rows = []
+    kinds = ["dense", "sparse", "paper"] if arguments.paper else ["dense", "sparse"]
+    for name in tqdm(arguments.networks, desc="networks"):
+        build, shape = NETWORKS[name]
+        x = torch.randn(shape, device=arguments.device)
+        ways = {kind: stepper(kind, build, x, arguments.compile) for kind in kinds}
+        seconds = timing.rounds(ways, arguments.rounds, warmup=2)
+        median = timing.medians(seconds)
+        ratios = {kind: timing.ratio(seconds, kind, "dense") for kind in kinds[1:]}
+        figures[name] = {"seconds": median, "over dense": ratios}
+        rows.append([name, f"{1e3 * median['dense']:.0f}", *(f"{value:.3f}" for value in ratios.values())])
+    print(timing.show(["network", "dense ms", *(f"{kind} over dense" for kind in kinds[1:])], rows))
+    suffix = "_compiled" if arguments.compile else ""
+    print(f"\nwritten to {timing.write(f'training_step{suffix}', figures)}")
+
+
+if __name__ == "__main__":
+    main()

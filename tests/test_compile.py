@@ -1,0 +1,68 @@
+"""Under `torch.compile`: one graph from the first step to the last, and the same numbers as without."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+import feather_param
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 16),
+        nn.Linear(16, 4),
+    )
+
+
+@pytest.mark.parametrize("final_rate", [0.9, 0.98], ids=["theta = 1", "theta = 0.5"])
+@pytest.mark.parametrize("hook", [True, False], ids=["optimizer=", "step()"])
+@pytest.mark.filterwarnings("ignore:nothing survives")
+def test_one_graph_and_no_recompilation_over_a_whole_schedule(final_rate, hook):
+    torch._dynamo.reset()
+    counters.clear()
+    compiled_losses, eager_losses = [], []
+    for compiled, losses in ((True, compiled_losses), (False, eager_losses)):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        controller = feather_param.sparsify(
+            model, final_rate=final_rate, total_steps=12, start_step=2, optimizer=optimizer if hook else None
+        )
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        generator = torch.Generator().manual_seed(0)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(14):
+                x, y = torch.randn(8, 3, 6, 6, generator=generator), torch.randint(4, (8,), generator=generator)
+                loss = F.cross_entropy(forward(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if not hook:
+                    controller.step()
+                losses.append(loss.item())
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert compiled_losses == pytest.approx(eager_losses, rel=1e-5)
+
+
+def test_a_compiled_ema_copy_evaluates_in_one_graph():
+    torch._dynamo.reset()
+    counters.clear()
+    model = net()
+    feather_param.sparsify(model, final_rate=0.9, total_steps=4, end_step=0)
+    copied = copy.deepcopy(model).eval()
+    x = torch.randn(2, 3, 6, 6)
+    out = torch.compile(copied, fullgraph=True, backend="aot_eager")(x)
+    assert torch.allclose(out, model.eval()(x), atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 1
