@@ -61,7 +61,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def stepper(kind: str, build: Callable[[], nn.Module], x: Tensor, compiled: bool) -> Callable[[], None]:
+def stepper(kind: str, build: Callable[[], nn.Module], x: Tensor, compiled: bool, amp: bool) -> Callable[[], None]:
     """Return one training step of a network: dense, sparse, or sparse as in the paper's code."""
     torch.manual_seed(0)
     model = build().to(x.device)
@@ -82,7 +82,8 @@ def stepper(kind: str, build: Callable[[], nn.Module], x: Tensor, compiled: bool
     forward = torch.compile(model) if compiled else model
 
     def step() -> None:
-        loss = F.cross_entropy(forward(x), y)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=amp):
+            loss = F.cross_entropy(forward(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -103,22 +104,26 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--paper", action="store_true", help="measure the paper's code as well")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--amp", action="store_true", help="compute in bfloat16 where that is safe (autocast)")
+    parser.add_argument("--suffix", default="", help="put behind the name of the results file")
     arguments = parser.parse_args()
+    output = "training_step" + ("_compiled" if arguments.compile else "") + arguments.suffix
     figures: dict[str, Any] = {}
     rows = []
+    path = None
     kinds = ["dense", "sparse", "paper"] if arguments.paper else ["dense", "sparse"]
     for name in tqdm(arguments.networks, desc="networks"):
         build, shape = NETWORKS[name]
         x = torch.randn(shape, device=arguments.device)
-        ways = {kind: stepper(kind, build, x, arguments.compile) for kind in kinds}
+        ways = {kind: stepper(kind, build, x, arguments.compile, arguments.amp) for kind in kinds}
         seconds = timing.rounds(ways, arguments.rounds, warmup=2)
         median = timing.medians(seconds)
         ratios = {kind: timing.ratio(seconds, kind, "dense") for kind in kinds[1:]}
         figures[name] = {"seconds": median, "over dense": ratios}
         rows.append([name, f"{1e3 * median['dense']:.0f}", *(f"{value:.3f}" for value in ratios.values())])
+        path = timing.write(output, figures)  # what is measured is kept if the rest is not
     print(timing.show(["network", "dense ms", *(f"{kind} over dense" for kind in kinds[1:])], rows))
-    suffix = "_compiled" if arguments.compile else ""
-    print(f"\nwritten to {timing.write(f'training_step{suffix}', figures)}")
+    print(f"\nwritten to {path}")
 
 
 if __name__ == "__main__":
