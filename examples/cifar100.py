@@ -2,6 +2,7 @@
 
     python examples/cifar100.py --model=resnet20 --ptarget=0.90 --epochs=160 --sname=first
     python examples/cifar100.py --dataset=digits --epochs=20            # needs no download and no GPU
+    torchrun --nproc-per-node=2 examples/cifar100.py --dataset=digits   # each process learns from half of every batch
 
 A run leaves runs/<datetime>_<sname>/ (TensorBoard events, settings, results, a picture, a checkpoint) and
 models/<datetime>_<sname>.pt, the plain network's weights with exactly the promised zeros. Ctrl-C saves and stops;
@@ -10,6 +11,7 @@ models/<datetime>_<sname>.pt, the plain network's weights with exactly the promi
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: 
 from examples.checkpoints import StopRequest, load_checkpoint, make_checkpoint
 from examples.datasets import Batch, ImageData, TrainBatches, load_data
 from examples.pictures import draw_summary
+from examples.processes import ALONE, Processes, joined
 from examples.runlog import Row, RunLog, new_folder, table
 from examples.settings import Settings, UserError, given_options, options, settle
 from examples.training import Baked, Training, TrainingFailed, bake, save
@@ -52,17 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = given_options(parser, argv)
         resume = given.pop("resume", None)
-        with StopRequest() as stop:
+        cuda = torch.cuda.is_available() and not given.get("no_cuda", False)
+        with StopRequest() as stop, joined(cuda) as processes:
             checkpoint = None if resume is None else load_checkpoint(Path(resume))
             settings = settle(given, checkpoint and checkpoint["settings"])
-            device, note = choose_device(settings)
-            if note:
+            device, note = choose_device(settings, processes)
+            if note and processes.first:
                 print(note, file=sys.stderr)
             data = load_data(settings.dataset, Path(settings.data_dir), settings.train_size)
+            if not processes.first:
+                return follow(settings, data, device, stop, checkpoint, processes)
             folder = new_folder(Path("runs"), settings.sname) if resume is None else Path(resume).parent
-            outcome = train(settings, data, device, folder, stop, checkpoint)
+            outcome = train(settings, data, device, folder, stop, checkpoint, processes)
     except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # it is the same in all processes
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     except (TrainingFailed, OSError) as error:
         print(f"{parser.prog}: failed: {error}", file=sys.stderr)
@@ -75,17 +82,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def choose_device(settings: Settings) -> tuple[torch.device, str | None]:
-    """Return the device to train on, and what to tell the user about it."""
+def choose_device(settings: Settings, processes: Processes = ALONE) -> tuple[torch.device, str | None]:
+    """Return the device to train on, and what to tell the user about it; processes take the GPUs from --gpu on."""
     if settings.no_cuda:
         return torch.device("cpu"), None
     if not torch.cuda.is_available():
         return torch.device("cpu"), "there is no CUDA on this machine: training on the CPU"
-    if settings.gpu >= torch.cuda.device_count():
-        raise UserError(
-            f"expected --gpu to be below {torch.cuda.device_count()}, the number of GPUs, got {settings.gpu}"
-        )
-    return torch.device("cuda", settings.gpu), None
+    gpu = settings.gpu + processes.local_rank
+    if gpu >= torch.cuda.device_count():
+        raise UserError(f"expected --gpu to be below {torch.cuda.device_count()}, the number of GPUs, got {gpu}")
+    torch.cuda.set_device(gpu)
+    return torch.device("cuda", gpu), None
 
 
 def train(
@@ -95,6 +102,7 @@ def train(
     folder: Path,
     stop: StopRequest,
     checkpoint: dict[str, Any] | None = None,
+    processes: Processes = ALONE,
 ) -> Outcome | None:
     """Train from the beginning or from a checkpoint to the end, and bake.
 
@@ -105,6 +113,7 @@ def train(
         folder: the run's folder; the model goes to ``models/`` under the same name.
         stop: asked after each step.
         checkpoint: the checkpoint to go on from.
+        processes: this one, the first, and those that `follow`.
 
     Returns:
         What came out; None if a stop was requested, and then the folder's checkpoint is of the last step.
@@ -113,16 +122,7 @@ def train(
         UserError: the checkpoint does not fit.
         TrainingFailed: the training diverged, or the model is not what was promised.
     """
-    if not settings.workers:  # nobody else has to reach the images: keep them where they are needed
-        data = replace(data, train=data.train.to(device), test=data.test.to(device))
-    batches = TrainBatches(data, settings.batch_size, settings.epochs, settings.seed)
-    training = Training(settings, data, device, batches.steps_per_epoch)
-    if checkpoint is not None:
-        try:
-            training.load_state_dict(checkpoint["training"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            what = str(error).partition("\n")[0]  # a wrong network names all its tensors, on lines of their own
-            raise UserError(f"expected a checkpoint of this network and data set, got another: {what}") from error
+    batches, training = _start(settings, data, device, checkpoint, processes)
     resumed = None if checkpoint is None else (checkpoint["log"], training.step_count)
 
     with closing(RunLog(folder, settings, training.total_steps, resumed)) as log:
@@ -139,19 +139,60 @@ def train(
                     bar.set_postfix(loss=f"{log.loss:.3f}", sparsity=f"{rate:.2%}", refresh=False)
                 bar.update()
                 if training.step_count % batches.steps_per_epoch == 0:
-                    log.add_epoch(training, training.evaluate(data.test))
+                    log.add_epoch(training, training.evaluate(batches.data.test))
                     save_checkpoint()
-                if stop.signal is not None:
+                if processes.any(stop.signal is not None):
                     save_checkpoint()
                     return None
 
+        if not training.agrees():
+            raise TrainingFailed("the processes do not agree on which weights are zero")
         report = None if training.controller is None else training.controller.report()
-        baked = bake(training, settings, data, Path("models") / f"{folder.name}.pt")
+        baked = bake(training, settings, batches.data, Path("models") / f"{folder.name}.pt")
         log.write_results(baked, report, device)
         title = f"{settings.sname}: {settings.model} on {settings.dataset}, {baked.score.accuracy:.2%} right"
         title += " (dense)" if report is None else f" with {baked.zeros / baked.total:.1%} zeros"
         draw_summary(folder / "summary.png", title, log.epochs, log.trace, report)
         return Outcome(baked, report, log.epochs, log.trace, log.seconds)
+
+
+def follow(
+    settings: Settings,
+    data: ImageData,
+    device: torch.device,
+    stop: StopRequest,
+    checkpoint: dict[str, Any] | None,
+    processes: Processes,
+) -> int:
+    """Train along with the first process, which runs `train`; return the exit status."""
+    batches, training = _start(settings, data, device, checkpoint, processes)
+    for images, labels in _loader(batches, training, settings):
+        training.step(images, labels)
+        if processes.any(stop.signal is not None):
+            return 128 + (stop.signal or signal.SIGINT)
+    training.agrees()
+    return 0
+
+
+def _start(
+    settings: Settings,
+    data: ImageData,
+    device: torch.device,
+    checkpoint: dict[str, Any] | None,
+    processes: Processes,
+) -> tuple[TrainBatches, Training]:
+    """Return the batches and the training, where the checkpoint left it."""
+    if not settings.workers:  # nobody else has to reach the images: keep them where they are needed
+        data = replace(data, train=data.train.to(device), test=data.test.to(device))
+    batches = TrainBatches(data, settings.batch_size, settings.epochs, settings.seed, least=2 * processes.count)
+    training = Training(settings, data, device, batches.steps_per_epoch, processes)
+    if checkpoint is not None:
+        try:
+            training.load_state_dict(checkpoint["training"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            what = str(error).partition("\n")[0]  # a wrong network names all its tensors, on lines of their own
+            raise UserError(f"expected a checkpoint of this network and data set, got another: {what}") from error
+    return batches, training
 
 
 def _loader(batches: TrainBatches, training: Training, settings: Settings) -> DataLoader[Batch]:

@@ -75,21 +75,22 @@ class ImageData:
 class TrainBatches(Dataset[Batch]):
     """All training batches of a run, by step: shuffled every epoch, cropped and mirrored at random.
 
-    An epoch ends with a smaller batch. A last batch of a single image is left out: batch norm cannot learn from one.
+    An epoch ends with a smaller batch. One that is too small is left out: batch norm cannot learn from a single image.
 
     Args:
         data: the data set; the work is done on the device of its images.
         batch_size: number of images in a batch.
         epochs: number of epochs.
         seed: seed of the order and of the augmentation.
+        least: smallest batch: two images for each process.
     """
 
-    def __init__(self, data: ImageData, batch_size: int, epochs: int, seed: int) -> None:
+    def __init__(self, data: ImageData, batch_size: int, epochs: int, seed: int, least: int = 2) -> None:
         self.data = data
         self.batch_size = batch_size
         self.epochs = epochs
         self.seed = seed
-        self.steps_per_epoch = max(1, -(-(len(data.train) - 1) // batch_size))
+        self.steps_per_epoch = max(1, -(-(len(data.train) - least + 1) // batch_size))
         self._order = (-1, np.empty(0, dtype=np.int64))  # of the last epoch asked for: only to save time
 
     def __len__(self) -> int:

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 import archs
 import feather_param
 from examples.datasets import ImageData, Split
+from examples.processes import ALONE, Processes
 from examples.settings import Settings, UserError
 
 __all__ = ["Baked", "Score", "Training", "TrainingFailed", "bake", "build_model", "evaluate", "prunable", "save"]
@@ -60,6 +61,7 @@ class Training:
         data: the data set.
         device: where to train.
         steps_per_epoch: number of optimizer steps in an epoch.
+        processes: those that train together; each one learns from its part of every batch.
 
     Raises:
         UserError: the network cannot be as sparse as the settings ask.
@@ -71,9 +73,17 @@ class Training:
         total_steps: optimizer steps of the whole run.
     """
 
-    def __init__(self, settings: Settings, data: ImageData, device: torch.device, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        data: ImageData,
+        device: torch.device,
+        steps_per_epoch: int,
+        processes: Processes = ALONE,
+    ) -> None:
         torch.manual_seed(settings.seed)
         self.device = device
+        self.processes = processes
         self.amp = settings.amp
         self.normalise = data.normalise
         self.step_count = 0
@@ -98,7 +108,8 @@ class Training:
         ]
         self.optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=_MOMENTUM)
         self.scheduler = CosineAnnealingLR(self.optimizer, T_max=self.total_steps)
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if settings.compile else self.model
+        wrapped = processes.wrap(self.model)
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(wrapped) if settings.compile else wrapped
 
     @property
     def lr(self) -> float:
@@ -106,17 +117,20 @@ class Training:
         return float(self.scheduler.get_last_lr()[0])
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Learn from one batch and return its loss, a 0-dim tensor.
+        """Learn from one batch and return its loss, a 0-dim tensor; with several processes, that of this one's part.
 
         Raises:
             TrainingFailed: the weights are no longer finite.
         """
         self.model.train()
+        total = len(images)
+        images, labels = self.processes.part(images), self.processes.part(labels)
         images = self.normalise(images.to(self.device, non_blocking=True))
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
             loss = F.cross_entropy(self._forward(images), labels.to(self.device, non_blocking=True))
         self.optimizer.zero_grad()
-        loss.backward()
+        # The processes' gradients are averaged: that is the mean over the batch where the parts count by their size.
+        (loss * (len(images) * self.processes.count / total)).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP)
         self.optimizer.step()
         if self.controller is not None:
@@ -131,6 +145,11 @@ class Training:
     def evaluate(self, split: Split) -> Score:
         """Return the score of the model as it would be deployed now."""
         return evaluate(self.model, split, self.normalise, self.device, self.amp)
+
+    def agrees(self) -> bool:
+        """Return whether all processes would bake the same zeros."""
+        state = feather_param.baked_state_dict(self.model) if self.controller else self.model.state_dict()
+        return self.processes.same(torch.cat([value.flatten() == 0 for value in state.values()]).to(torch.uint8))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on as if nothing had happened."""

@@ -151,6 +151,20 @@ def test_a_killed_process_loses_only_the_running_epoch(finished: Path, tmp_path:
     assert identical(baked(tmp_path), baked(finished))
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_end_with_the_same_zeros(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(ROOT / "examples" / "cifar100.py"), *TINY, "--sname", "both"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 1  # one process speaks; it has checked that the others agree
+    weights = [value for name, value in baked(tmp_path).items() if value.dim() > 1]
+    zeros, total = sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+    assert zeros == round(RATE * total)
+    results = json.loads(only(tmp_path, "runs/*_both/results.json").read_text())
+    assert results["epochs"][-1]["step"] == STEPS
+
+
 def test_dense_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert cifar100.main([*TINY, "--ptarget", "0", "--epochs", "1", "--amp"]) == 0

@@ -170,7 +170,7 @@ def test_crop_and_flip_against_a_loop(coloured: ImageData) -> None:
     result = crop_and_flip(images, 4, shifts, flips)
     for i, image in enumerate(images):
         padded = np.zeros((3, 40, 40), dtype=np.uint8)
-        padded[:, 4:36, 4:36] = image
+        padded[:, 4:36, 4:36] = image.numpy()
         crop = padded[:, shifts[0, i] : shifts[0, i] + 32, shifts[1, i] : shifts[1, i] + 32]
         assert np.array_equal(result[i].numpy(), crop[:, :, ::-1] if flips[i] else crop)
 
