@@ -10,29 +10,75 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from feather_param.parametrizations import SharedThreshold, feather_threshold, originals
-from feather_param.selection import Site, Weight
-from feather_param.thresholds import PruneCount, count_pruned, kth_magnitude
+from feather_param.allocation import allocate, count_zeros
+from feather_param.checkpoints import forget_dense
+from feather_param.groups import SharedThreshold
+from feather_param.parametrizations import feather_threshold, originals
+from feather_param.recurrent import keep_weights_after_forward
+from feather_param.selection import Site, Weight, names_of, require_tied
+from feather_param.shards import held_here, is_sharded, whole
+from feather_param.thresholds import PruneCount, require_finite
 from feather_param.warning import warn_of_dead
 
-__all__ = ["bake", "baked"]
+__all__ = ["bake", "baked", "check_other_parametrizations", "freeze"]
 
 
 def bake(weights: Sequence[Weight]) -> None:
     """Write the exact zeros into the Parameters and remove our parametrizations; on an error nothing changes."""
+    _refuse_shards(weights)
+    _write(weights, _values(weights))
+    sites = [site for weight in weights for site in weight.sites]
+    for site in sites:
+        _remove(site)
+    for site in sites:
+        forget_dense(site.module)
+        keep_weights_after_forward(site.module)
+
+
+def freeze(weights: Sequence[Weight]) -> None:
+    """Write the exact zeros into the Parameters and hold them there by a mask; on an error nothing changes."""
+    _refuse_shards(weights)
     values = _values(weights)
+    _write(weights, values)
+    for weight in weights:
+        value = values[weight.member.name]
+        # Before the pruning has begun, a weight that is zero (a new layer's, say) is none that was pruned.
+        weight.member.mask = (
+            value != 0 if int(weight.member.shared.pruned) else torch.ones_like(value, dtype=torch.bool)
+        )
+
+
+def check_other_parametrizations(weights: Sequence[Weight]) -> None:
+    """Refuse plain weights of which other libraries' parametrizations could not hold a pruned version."""
     for weight in weights:
         site = weight.sites[0]
-        _inverted(site, copy.deepcopy(_before(site)), values[weight.name])  # raises before anything is written
+        if parametrize.is_parametrized(site.module, site.tensor):
+            dense = site.dense().detach()
+            value = feather_threshold(dense, dense.abs().float().median())
+            _inverted(site, copy.deepcopy(_before(site)), value)
+
+
+def _refuse_shards(weights: Sequence[Weight]) -> None:
+    for weight in weights:
+        if any(is_sharded(original) for original in originals(weight.sites[0].parametrizations)):
+            raise ValueError(
+                f"expected whole weights, got {weight.name} sharded over processes; "
+                "call baked_state_dict(model) on every process, and load what it returns into a plain model"
+            )
+
+
+def _write(weights: Sequence[Weight], values: dict[str, Tensor]) -> None:
     for weight in weights:
         site = weight.sites[0]
-        tensors = _inverted(site, _before(site), values[weight.name])
+        _inverted(site, copy.deepcopy(_before(site)), values[weight.member.name])  # raises before anything is written
+    for weight in weights:
+        site = weight.sites[0]
+        tensors = _inverted(site, _before(site), values[weight.member.name])
         with torch.no_grad():
             for parameter, tensor in zip(originals(site.parametrizations), tensors, strict=True):
                 parameter.copy_(tensor)
-        for site in weight.sites:
-            _remove(site)
 
 
 def _before(site: Site) -> list[nn.Module]:
@@ -53,11 +99,14 @@ def _inverted(site: Site, before: Sequence[nn.Module], value: Tensor) -> list[Te
             torch.where(undefined, old, new) if new.shape == undefined.shape else new
             for old, new in zip(originals(site.parametrizations), tensors, strict=True)
         ]
-        if not torch.equal(_through(before, tensors) == 0, value == 0):
+        made = _through(before, tensors)
+        rounding = 100 * torch.finfo(value.dtype).eps
+        if not (torch.equal(made == 0, value == 0) and torch.allclose(made, value, rtol=rounding, atol=0.0)):
             names = ", ".join(type(parametrization).__name__ for parametrization in before)
             raise ValueError(
-                f"expected the other parametrizations of {site.name} ({names}) to be able to hold its zeros, but they "
-                "give another weight; take them off before sparsify (parametrize.remove_parametrizations)"
+                f"expected the other parametrizations of {site.name} ({names}) to be able to hold zeros, but they "
+                "make another weight of them; take them off before sparsify (parametrize.remove_parametrizations), "
+                f"or leave the weight dense with exclude={site.name!r}"
             )
     return tensors
 
@@ -72,6 +121,7 @@ def _through(parametrizations: Sequence[nn.Module], tensors: Sequence[Tensor]) -
 def baked(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]:
     """Return the state_dict that `bake` would leave, keys in the plain model's order."""
     values = _values(weights)
+    prefixes = names_of(model)
     owned: dict[str, dict[str, Tensor | None]] = {}  # module prefix -> its tensors, in the plain module's order
     for weight in weights:
         for site in weight.sites:
@@ -80,10 +130,13 @@ def baked(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]:
                     f"expected {site.name} to carry no parametrization but ours, got another library's too; "
                     "desparsify a copy.deepcopy(model) and take its state_dict"
                 )
-            prefix = site.name[: -len(site.tensor)]
             order = site.feather.parameter_order if site.feather else ()
-            owned.setdefault(prefix, dict.fromkeys(order))[site.tensor] = values[weight.name]
-    old = model.state_dict()
+            for name in prefixes[site.module]:
+                prefix = f"{name}." if name else ""
+                owned.setdefault(prefix, dict.fromkeys(order))[site.tensor] = values[weight.member.name]
+    state = model.state_dict()
+    ours = tuple(f"{prefix}parametrizations." for prefix in owned)
+    old = {key: tensor if key.startswith(ours) else whole(tensor) for key, tensor in state.items()}
     new: OrderedDict[str, Tensor] = OrderedDict()
     pending = sorted(owned, key=len)
     for key, tensor in old.items():
@@ -93,9 +146,9 @@ def baked(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]:
                 value = old.get(prefix + name) if value is None else value
                 if value is not None:
                     new[prefix + name] = value
-        if not any(key.startswith(f"{prefix}parametrizations.") for prefix in owned):
+        if not key.startswith(ours):
             new.setdefault(key, tensor)
-    metadata = getattr(old, "_metadata", {})
+    metadata = getattr(state, "_metadata", {})
     new._metadata = {  # type: ignore[attr-defined]
         key: value for key, value in metadata.items() if "parametrizations" not in key.split(".")
     }
@@ -103,33 +156,45 @@ def baked(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]:
 
 
 def _values(weights: Sequence[Weight]) -> dict[str, Tensor]:
-    """Return the baked value of each weight, by name."""
-    groups: dict[SharedThreshold, list[Weight]] = {}
+    """Return the baked value of each weight, by the name it was sparsified under; whole, also where it is sharded."""
+    require_tied(weights)
+    groups: dict[SharedThreshold, list[str]] = {}
     for weight in weights:
-        feather = weight.sites[0].feather
-        assert feather is not None
-        groups.setdefault(feather.shared, []).append(weight)
+        groups.setdefault(weight.member.shared, []).append(weight.member.name)
     values: dict[str, Tensor] = {}
-    dead: list[str] = []
-    for shared, group in groups.items():
-        shared.catch_up()
-        dense = {weight.name: weight.sites[0].dense().detach() for weight in group}
+    for shared, names in groups.items():
+        dense = {name: shared.members[name].dense().detach() for name in names}
         total = sum(tensor.numel() for tensor in dense.values())
         if total != shared.total:
             raise ValueError(
                 f"expected the whole model that was sparsified, {shared.total} prunable weights, got a part of it "
                 f"with {total}: desparsify the whole (or a copy of it), then take the part"
             )
-        k = int(shared.pruned)
-        threshold = kth_magnitude(dense, k)
-        counts = count_pruned(dense, threshold, k)
-        for weight in group:
-            feather = weight.sites[0].feather
-            assert feather is not None
-            values[weight.name] = _cut(dense[weight.name], threshold, feather.p, counts[weight.name])
-        dead += [name for name, count in counts.items() if 0 < dense[name].numel() == count.zeros]
-    warn_of_dead(dead)
+        parts, add_up = held_here(dense)
+        require_finite(parts, add_up)
+        values.update(_frozen(shared, dense) if shared.frozen else _pruned(shared, dense))
+    begun = [weight for weight in weights if weight.numel and int(weight.member.shared.pruned)]
+    warn_of_dead([weight.name for weight in begun if not values[weight.member.name].any()])
     return values
+
+
+def _frozen(shared: SharedThreshold, dense: dict[str, Tensor]) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = {}
+    for name, mask in shared.masks.items():
+        value = torch.where(dense[name] == 0, _smallest(dense[name].dtype), dense[name])  # kept weights are not zero
+        values[name] = torch.where(mask, value, 0.0)
+    return values
+
+
+def _pruned(shared: SharedThreshold, dense: dict[str, Tensor]) -> dict[str, Tensor]:
+    shared.catch_up()
+    shares = allocate(dense, int(shared.pruned), shared.caps)
+    counts = count_zeros(dense, shares)
+    thresholds = {name: share.threshold for share in shares for name in share.names}
+    return {
+        name: _cut(whole(weight), thresholds[name], shared.members[name].p, counts[name])
+        for name, weight in dense.items()
+    }
 
 
 def _cut(weight: Tensor, threshold: Tensor, p: float, count: PruneCount) -> Tensor:
@@ -137,7 +202,7 @@ def _cut(weight: Tensor, threshold: Tensor, p: float, count: PruneCount) -> Tens
     threshold = threshold.to(weight.device)
     with torch.no_grad():
         value = feather_threshold(weight, threshold, p=p)
-        magnitude = weight.float().abs()
+        magnitude = weight.abs().float()
         # Position decides between ties; `cumsum` counts in the order of the elements, whatever the memory format.
         tied = magnitude == threshold
         rank = tied.flatten().cumsum(0).view(tied.shape)

@@ -3,129 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from numbers import Real
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 
-from feather_param import schedules
-from feather_param.baking import bake, baked
-from feather_param.optimizers import check_optimizer, refuse_foreign_state
-from feather_param.parametrizations import FeatherParametrization, SharedThreshold
+from feather_param import checks
+from feather_param.allocation import Budget, allocate, count_zeros
+from feather_param.baking import bake, freeze
+from feather_param.checkpoints import accept_dense
+from feather_param.groups import SharedThreshold
+from feather_param.optimizers import follow
+from feather_param.parametrizations import FeatherParametrization
+from feather_param.recurrent import drop_weights_after_forward
 from feather_param.report import Report, Row
-from feather_param.selection import Filter, Selection, Weight, select, sparsified
-from feather_param.thresholds import count_pruned, kth_magnitude, refuse_non_finite
+from feather_param.schedules import Schedule
+from feather_param.selection import Selection, require_tied
+from feather_param.shards import held_here, is_sharded
+from feather_param.thresholds import PruneCount, kth_magnitude, refuse_non_finite
 from feather_param.warning import warn, warn_of_dead
 
-__all__ = ["Controller", "baked_state_dict", "desparsify", "sparsify"]
-
-Schedule = Callable[[float], float]
+__all__ = ["Controller"]
 
 _VERSION = 1
 
-
-def sparsify(
-    model: nn.Module,
-    *,
-    final_rate: float,
-    total_steps: int,
-    start_step: int = 0,
-    end_step: int | None = None,
-    schedule: Schedule = schedules.cubic,
-    p: float = 3.0,
-    theta: float | None = None,
-    include: Filter | None = None,
-    exclude: Filter | None = None,
-    min_params: int = 0,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> Controller:
-    """Make a model train towards an exact sparsity, with Feather (https://arxiv.org/abs/2310.02448).
-
-    Every Conv and Linear weight gets a `FeatherParametrization`: the forward pass sees the thresholded weight,
-    the optimizer goes on training the dense one. Layers are not replaced and Parameters keep their identity, so
-    the optimizer may be built before or after. Distributed wrappers (DDP, FSDP) come after.
-
-    Args:
-        model: any model, unmodified; it may itself be a layer.
-        final_rate: fraction of zeros among all prunable weights together, in (0, 1).
-        total_steps: number of optimizer steps of the training.
-        start_step: first step at which weights are pruned.
-        end_step: step from which the rate is ``final_rate``; ``total_steps // 2`` if None.
-        schedule: maps progress in [0, 1] between these steps to the fraction of ``final_rate`` in [0, 1].
-        p: exponent of the operator, a number >= 1 (1: soft thresholding) or ``math.inf`` (hard).
-        theta: scale of the gradient of pruned weights; None takes the paper's rule, 0.5 where ``final_rate``
-            is above 0.95, else 1.
-        include: glob patterns or a predicate ``(name, module) -> bool``: prune only these (see `select`).
-        exclude: the same for what stays dense.
-        min_params: weights with fewer elements stay dense.
-        optimizer: if given, each of its steps makes the controller's, so ``step()`` need not be called.
-
-    Returns:
-        The controller of this model.
-
-    Raises:
-        ValueError: an argument is out of its range, or the model cannot be pruned as asked; it is then untouched.
-        TypeError: an argument is of the wrong type.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> controller = sparsify(model, final_rate=0.75, total_steps=4)
-        >>> for _ in range(4):
-        ...     optimizer.zero_grad()
-        ...     model(torch.ones(1, 8)).sum().backward()
-        ...     optimizer.step()
-        ...     controller.step()
-        >>> controller.report().zeros, controller.report().total
-        (120, 160)
-        >>> desparsify(model)
-        >>> sum(int((layer.weight == 0).sum()) for layer in model if isinstance(layer, nn.Linear))
-        120
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
-    final_rate = _real("final_rate", final_rate)
-    if not 0.0 < final_rate < 1.0:
-        raise ValueError(f"expected final_rate, the fraction of zeros, in (0, 1), got {final_rate}")
-    total_steps = _integer("total_steps", total_steps, 1)
-    start_step = _integer("start_step", start_step, 0)
-    end_step = total_steps // 2 if end_step is None else _integer("end_step", end_step, 0)
-    if not start_step <= end_step <= total_steps:
-        raise ValueError(
-            "expected start_step <= end_step <= total_steps, "
-            f"got {start_step}, {end_step} and {total_steps}; end_step is total_steps // 2 unless given"
-        )
-    p = _real("p", p)
-    if not p >= 1.0:
-        raise ValueError(f"expected p >= 1 or math.inf, got {p}")
-    theta = (0.5 if final_rate > 0.95 else 1.0) if theta is None else _real("theta", theta)
-    if not 0.0 <= theta < math.inf:
-        raise ValueError(f"expected theta to be a finite number >= 0, got {theta}")
-    if not callable(schedule):
-        raise TypeError(f"expected schedule to be a callable of progress, got {type(schedule).__name__}")
-    for progress in (0.0, 0.5, 1.0):
-        _fraction(schedule, progress)
-    min_params = _integer("min_params", min_params, 0)
-    _refuse_wrapped(model)
-    selection = select(model, include, exclude, min_params)
-    if optimizer is not None:
-        check_optimizer(optimizer, selection)
-    controller = Controller(
-        selection,
-        final_rate=final_rate,
-        total_steps=total_steps,
-        start_step=start_step,
-        end_step=end_step,
-        schedule=schedule,
-        p=p,
-        theta=theta,
-    )
-    if optimizer is not None:
-        controller._follow(optimizer)
-    return controller
+# Where two schedules are compared: their values there travel in the controller's state.
+_PROBES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class Controller:
@@ -140,6 +45,7 @@ class Controller:
     def __init__(
         self,
         selection: Selection,
+        budget: Budget,
         *,
         final_rate: float,
         total_steps: int,
@@ -150,41 +56,41 @@ class Controller:
         theta: float,
     ) -> None:
         self.step_count = 0
+        self._frozen_step: int | None = None
         self._schedule = schedule
         self._span = (start_step, end_step)
         self._skipped = selection.skipped
         self._optimizer: torch.optim.Optimizer | None = None
+        self._warned = False
         self._weights = selection.weights
-        self._total = sum(weight.numel() for weight in self._dense().values())
+        self._budget = budget
         self._config: dict[str, Any] = {
             "version": _VERSION,
             "final_rate": final_rate,
             "total_steps": total_steps,
             "start_step": start_step,
             "end_step": end_step,
-            "schedule": getattr(schedule, "__qualname__", type(schedule).__qualname__),
+            "schedule": [checks.fraction(schedule, progress) for progress in _PROBES],
             "p": p,
             "theta": theta,
+            "max_rate_per_layer": budget.max_rate,
+            "min_nonzero_per_layer": budget.min_nonzero,
             "weights": {name: list(weight.shape) for name, weight in self._dense().items()},
         }
-        if round(final_rate * self._total) == self._total:
-            raise ValueError(
-                f"expected a final_rate that leaves a weight, got {final_rate} of {self._total} weights in all"
-            )
-        device = next(iter(self._dense().values())).device
-        self._shared = SharedThreshold(self._total, device)
-        # A copy of the threshold in memory that a GPU writes to when it gets there: NaN where the weights are not
-        # finite. So a step can tell, one or two steps late, without ever waiting for the GPU.
-        self._seen = torch.zeros((), pin_memory=True) if device.type == "cuda" else None
+        self._seen: Tensor | None = None  # see Note [NaN on a GPU]
+        self._written: torch.cuda.Event | None = None
+        weights = self._dense()
         pruned = self._target()
-        threshold = kth_magnitude(self._dense(), pruned) if pruned else self._shared.threshold
+        shares = allocate(weights, pruned, budget.caps)  # raises while the model is untouched
+        self._shared = SharedThreshold(budget.total, next(iter(weights.values())).device, budget.caps)
         self._register(p, theta)
-        self._shared.set(threshold, pruned)
+        self._shared.take(shares, pruned)
 
     def _register(self, p: float, theta: float) -> None:
         orders = {site.module: tuple(site.module._parameters) for weight in self._weights for site in weight.sites}
         owner = True
         for weight in self._weights:
+            first: FeatherParametrization | None = None
             for site in weight.sites:
                 feather = FeatherParametrization(
                     self._shared, owner=owner, p=p, theta=theta, parameter_order=orders[site.module]
@@ -193,19 +99,24 @@ class Controller:
                 # unsafe: the check would run the operator, and our shapes and dtypes are right by construction.
                 parametrize.register_parametrization(site.module, site.tensor, feather, unsafe=True)
                 site.module.parametrizations.train(site.module.training)  # type: ignore[union-attr, operator]
-                if site is weight.sites[0]:
+                accept_dense(site.module)
+                drop_weights_after_forward(site.module)
+                if first is None:
+                    first = feather
                     feather.join(weight.name, site.parametrizations)
+                else:
+                    feather.tie(first)
 
-    def _follow(self, optimizer: torch.optim.Optimizer) -> None:
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let each step of the optimizer make this controller's; `sparsify` calls it for ``optimizer=``."""
         self._optimizer = optimizer
-        refuse_foreign_state(optimizer)
-        handle = optimizer.register_step_post_hook(lambda *_: after_step())
+        follow(optimizer, self._after_step)
 
-        def after_step() -> None:
-            if self._active:
-                self._advance()
-                return
-            handle.remove()
+    def _after_step(self) -> None:
+        if self._active:
+            self._advance()
+        elif not self._warned and not any(site.feather for weight in self._weights for site in weight.sites):
+            self._warned = True
             warn(
                 "this optimizer has just stepped a model that was desparsified: momentum and weight decay bring "
                 "pruned weights back to life, so its zeros are lost; build a new optimizer and sparsify again, "
@@ -214,16 +125,19 @@ class Controller:
 
     @property
     def threshold(self) -> Tensor:
+        if self._shared.stale:
+            self._shared.catch_up()
         return self._shared.threshold.detach()
 
     @property
     def rate(self) -> float:
         start, end = self._span
-        if self.step_count < start:
+        step = self.step_count if self._frozen_step is None else self._frozen_step
+        if step < start:
             return 0.0
-        if self.step_count >= end:
+        if step >= end:
             return self._config["final_rate"]
-        return self._config["final_rate"] * _fraction(self._schedule, (self.step_count - start) / (end - start))
+        return self._config["final_rate"] * checks.fraction(self._schedule, (step - start) / (end - start))
 
     def step(self) -> None:
         """Note that one optimizer step has been made: advance the schedule, refresh the threshold.
@@ -232,8 +146,9 @@ class Controller:
 
         Raises:
             RuntimeError: the model has been desparsified, or the optimizer given to `sparsify` steps already.
-            ValueError: a weight holds NaN or infinity (named in the message); the controller has not advanced. On a
-                GPU this is noticed one or two steps late, because no step waits for the device.
+            ValueError: a weight holds NaN or infinity (named in the message), or tied weights no longer are; the
+                controller has not advanced. On a GPU the first is noticed one or two steps late, because no step
+                waits for the device, unless there are guards or the weights are sharded.
         """
         if self._optimizer is not None:
             raise RuntimeError(
@@ -244,23 +159,74 @@ class Controller:
 
     def _advance(self) -> None:
         self._require_active("step()")
+        require_tied(self._weights)
         self.step_count += 1
         try:
             self._refresh()
         except ValueError:
             self.step_count -= 1
             raise
-        if self.step_count == self._span[1] and self.threshold.device.type == "cpu":
+        if self.step_count == self._span[1] and self.threshold.device.type == "cpu" and not self._shared.frozen:
             self.report()  # the rate is final now: warn of layers that died
 
     def _refresh(self) -> None:
-        if self._seen is not None and math.isnan(self._seen):
-            refuse_non_finite(self._dense())
-        pruned = self._target()
-        threshold = kth_magnitude(self._dense(), pruned)
-        self._shared.set(threshold, pruned)
+        weights = self._dense()
         if self._seen is not None:
-            self._seen.copy_(threshold, non_blocking=True)
+            if self._written is not None:
+                self._written.synchronize()
+            if math.isnan(self._seen):
+                parts, add_up = held_here(weights)
+                refuse_non_finite(parts, elsewhere=add_up is not None)
+        if self._shared.frozen:
+            parts, add_up = held_here(weights)
+            threshold = kth_magnitude(parts, 0, add_up)  # zero; or, where a weight is not finite, an error or NaN
+        else:
+            self._shared.refresh(self._target())
+            threshold = self._shared.threshold
+        self._look(threshold, sharded=any(map(is_sharded, weights.values())))
+
+    # Note [NaN on a GPU]
+    # The threshold comes out as NaN where a weight is not finite, and is copied to memory of the host that the GPU
+    # writes to when it gets there; the next steps read it there without waiting. Where the weights are sharded, all
+    # processes must raise at the same step, or those that go on would wait for the others for ever: so there a step
+    # waits for the copy of the step before, which has long been made.
+
+    def _look(self, threshold: Tensor, sharded: bool) -> None:
+        if threshold.device.type != "cuda":
+            return
+        if self._seen is None:
+            self._seen = torch.zeros((), pin_memory=True)
+        self._seen.copy_(threshold, non_blocking=True)
+        if sharded:
+            self._written = self._written or torch.cuda.Event()
+            self._written.record()
+
+    def freeze(self) -> None:
+        """Hold the zeros as they are now while training goes on: the schedule stops, and a mask stands for magnitudes.
+
+        The dense weights are overwritten by what the forward pass sees, so that the network stays the same; from then
+        on pruned weights get no gradient, and neither momentum nor weight decay brings them back. The masks,
+        one byte a weight, are part of the model's ``state_dict``. A copy made before goes on by magnitude. Loading an
+        unfrozen checkpoint keeps the masks, until the state of its controller is loaded as well.
+
+        Raises:
+            RuntimeError: the model has been desparsified.
+            ValueError: the weights are sharded over processes, or hold NaN or infinity.
+
+        Example:
+            >>> model = nn.Linear(4, 4)
+            >>> controller = feather_param.sparsify(model, final_rate=0.5, total_steps=4, end_step=2)
+            >>> for step in range(4):
+            ...     if step == 2:
+            ...         controller.freeze()
+            ...     controller.step()  # after optimizer.step()
+            >>> controller.report().zeros
+            8
+        """
+        self._require_active("freeze()")
+        if not self._shared.frozen:
+            freeze(self._weights)
+            self._frozen_step = self.step_count
 
     def report(self) -> Report:
         """Report what `desparsify` would leave at this moment, per weight and in all.
@@ -272,9 +238,11 @@ class Controller:
         """
         self._require_active("report()")
         weights = self._dense()
-        pruned = self._target()
-        counts = count_pruned(weights, kth_magnitude(weights, pruned), pruned)
-        survivors = max(1, self._total - sum(count.zeros for count in counts.values()))
+        if self._shared.frozen:
+            counts = {name: PruneCount(int((~mask).sum()), 0) for name, mask in self._shared.masks.items()}
+        else:
+            counts = count_zeros(weights, allocate(weights, self._target(), self._budget.caps))
+        survivors = max(1, self._budget.total - sum(count.zeros for count in counts.values()))
         rows = tuple(
             Row(
                 name,
@@ -291,10 +259,12 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume, in plain Python values; loads with ``weights_only=True``."""
-        return {**self._config, "step_count": self.step_count, "threshold": float(self.threshold)}
+        return {**self._config, "step_count": self.step_count, "frozen_step": self._frozen_step}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from where a controller of the same model and the same settings was saved.
+
+        Load the model's state_dict as well, before or after: the threshold and the masks travel there.
 
         Args:
             state_dict: what `state_dict` returned.
@@ -304,7 +274,7 @@ class Controller:
             RuntimeError: the model has been desparsified.
         """
         self._require_active("load_state_dict()")
-        if not isinstance(state_dict, Mapping) or not {"version", "step_count", "threshold"} <= state_dict.keys():
+        if not isinstance(state_dict, Mapping) or not {"version", "step_count", "frozen_step"} <= state_dict.keys():
             raise ValueError("expected the state_dict of a feather_param Controller, got something else")
         if state_dict["version"] != _VERSION:
             raise ValueError(
@@ -313,7 +283,7 @@ class Controller:
             )
         for key, ours in self._config.items():
             theirs = state_dict.get(key)
-            if theirs == ours:
+            if theirs == ours or key == "total_steps":  # it counts through end_step alone: a run may be made longer
                 continue
             if key == "weights":
                 raise ValueError(f"expected a controller state of this model, got another's: {_differ(ours, theirs)}")
@@ -321,8 +291,22 @@ class Controller:
                 f"expected a controller state with {key}={ours}, got {theirs}; give sparsify the settings of the "
                 "run you resume"
             )
-        self.step_count = _integer("step_count", state_dict["step_count"], 0)
-        self._shared.set(torch.tensor(state_dict["threshold"], dtype=torch.float32), self._target())
+        step_count = checks.integer("step_count", state_dict["step_count"], 0)
+        frozen_step = state_dict["frozen_step"]
+        if frozen_step is not None:
+            frozen_step = checks.integer("frozen_step", frozen_step, 0)
+        before = self.step_count, self._frozen_step
+        self.step_count, self._frozen_step = step_count, frozen_step
+        if frozen_step is not None and self._shared.frozen:  # the masks are there already
+            return
+        try:
+            self._shared.refresh(self._target())
+        except ValueError:
+            self.step_count, self._frozen_step = before
+            raise
+        for member in self._shared.members.values():
+            member.mask = None
+        self._seen = self._written = None
 
     def desparsify(self) -> None:
         """Bake exact zeros into the model's weights and give it back its plain layers; see `desparsify`."""
@@ -333,11 +317,12 @@ class Controller:
         return {weight.name: weight.sites[0].dense() for weight in self._weights}
 
     def _target(self) -> int:
-        return round(self.rate * self._total)
+        return self._budget.zeros(self.rate)
 
     @property
     def _active(self) -> bool:
-        return self._weights[0].sites[0].feather is not None
+        feather = self._weights[0].sites[0].feather  # another's, where the model was sparsified anew
+        return feather is not None and feather.shared is self._shared
 
     def _require_active(self, call: str) -> None:
         if not self._active:
@@ -345,88 +330,8 @@ class Controller:
 
     def __repr__(self) -> str:
         rate = f"rate={self.rate:.4f} of {self._config['final_rate']}"
-        return f"Controller({rate}, step {self.step_count} of {self._config['total_steps']}, {self._total:,} weights)"
-
-
-def desparsify(model: nn.Module) -> None:
-    """Bake exact zeros into a sparsified model and give it back its plain layers.
-
-    Afterwards exactly ``round(rate * N)`` of its N prunable weights are zero (more only if more were exactly zero
-    by themselves), kept weights are not, and classes, Parameter objects, their order and the state_dict keys
-    are those from before `sparsify`. The threshold is computed from the model's own weights, so a deepcopy or an
-    EMA copy is exact too; other copies go on unharmed. Ties at the threshold are broken by position, and those
-    kept become the smallest non-zero number of the dtype, so that the network computes what was evaluated.
-
-    Do not step the old optimizer afterwards: momentum and weight decay would revive the zeros.
-
-    Raises:
-        ValueError: the model is not sparsified, or holds NaN or infinity; it is then untouched.
-
-    Example:
-        >>> model = nn.Linear(4, 4)
-        >>> controller = sparsify(model, final_rate=0.5, total_steps=1, schedule=schedules.constant)
-        >>> desparsify(model)
-        >>> int((model.weight == 0).sum()), type(model)
-        (8, <class 'torch.nn.modules.linear.Linear'>)
-    """
-    bake(_weights_of(model))
-
-
-def baked_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state_dict that `desparsify` would leave, without touching the model.
-
-    Tensors that were not pruned are the model's own, as in ``model.state_dict()``; pruned ones are new.
-
-    Raises:
-        ValueError: the model is not sparsified, or holds NaN or infinity.
-
-    Example:
-        >>> model = nn.Linear(4, 4)
-        >>> controller = sparsify(model, final_rate=0.5, total_steps=1, schedule=schedules.constant)
-        >>> {name: int((tensor == 0).sum()) for name, tensor in baked_state_dict(model).items()}
-        {'weight': 8, 'bias': 0}
-    """
-    return baked(model, _weights_of(model))
-
-
-def _weights_of(model: nn.Module) -> tuple[Weight, ...]:
-    weights = sparsified(model)
-    if not weights:
-        raise ValueError(f"expected a sparsified model, got a plain {type(model).__name__}; call sparsify first")
-    return weights
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        for cls in type(module).__mro__:
-            if cls.__module__.startswith(("torch.distributed.fsdp", "torch.nn.parallel.distributed")):
-                raise ValueError(
-                    f"expected a model that is not yet wrapped, got {cls.__name__} at {name or 'the root'}; "
-                    "the order is: sparsify(model), then DDP or fully_shard, then the optimizer"
-                )
-
-
-def _fraction(schedule: Schedule, progress: float) -> float:
-    fraction = schedule(progress)
-    if not isinstance(fraction, Real) or not 0.0 <= float(fraction) <= 1.0:
-        raise ValueError(
-            f"expected schedule to return a fraction in [0, 1] of final_rate, got {fraction!r} for progress {progress}"
-        )
-    return float(fraction)
-
-
-def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"expected {name} to be a number, got {value!r}")
-    return float(value)
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"expected {name} to be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"expected {name} to be at least {least}, got {value}")
-    return value
+        step = f"step {self.step_count} of {self._config['total_steps']}"
+        return f"Controller({rate}, {step}, {self._budget.total:,} weights)"
 
 
 def _differ(ours: dict[str, list[int]], theirs: Any) -> str:

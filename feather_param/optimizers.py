@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from feather_param.selection import Selection
+from feather_param.warning import warn
 
-__all__ = ["check_optimizer", "refuse_foreign_state"]
+__all__ = ["check_optimizer", "follow"]
 
 # Optimizer state of the shape of its parameter, in torch.optim and most others; some state has shapes of its own.
 _LIKE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg", "sum", "exp_inf")
@@ -20,24 +22,36 @@ def check_optimizer(optimizer: torch.optim.Optimizer, selection: Selection) -> N
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(site.key in trained for weight in selection.weights for site in weight.sites):
+    strangers = [
+        weight.name
+        for weight in selection.weights
+        if not any(id(parameter) in trained for parameter in weight.sites[0].originals)
+    ]
+    if len(strangers) == len(selection.weights):
         raise ValueError(
             "expected an optimizer of this model's weights, got one that holds none of them: "
             "build it from model.parameters()"
         )
+    if strangers:
+        warn(
+            f"this optimizer does not train {', '.join(strangers)}, which will be pruned nevertheless; "
+            "leave them dense with exclude, unless another optimizer trains them"
+        )
 
 
-def refuse_foreign_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make ``optimizer.load_state_dict`` refuse a state whose order of parameters is another.
+def follow(optimizer: torch.optim.Optimizer, after_step: Callable[[], None]) -> None:
+    """Call something after every step of an optimizer, and watch over the states it loads."""
+    optimizer.register_load_state_dict_pre_hook(_check_shapes)
+    optimizer.register_step_post_hook(lambda *_: after_step())
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Refuse a state whose order of parameters is another.
 
     Optimizer state is stored by position, and `sparsify` changes the order of ``model.parameters()`` within a layer
     (a bias comes first). A state saved by an optimizer built on the other side of `sparsify` would land on
     the wrong parameters; it shows in the shapes.
     """
-    optimizer.register_load_state_dict_pre_hook(_check_shapes)
-
-
-def _check_shapes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     states = state_dict["state"]
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
         for parameter, index in zip(group["params"], saved["params"], strict=False):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from feather_param.tables import aligned
+
 __all__ = ["Report", "Row"]
 
 
@@ -68,13 +70,6 @@ class Report:
             share = f"{row.survivor_share:.2%}"
             cells.append((row.name, shape, f"{row.total:,}", f"{row.zeros:,}", f"{row.rate:.3%}", share))
         cells.append(("all", "", f"{self.total:,}", f"{self.zeros:,}", f"{self.rate:.3%}", "100.00%"))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column < 2 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in cells
-        ]
+        lines = aligned(cells)
         lines += [f"dense: {name} ({reason})" for name, reason in self.skipped.items()]
         return "\n".join(lines)

@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
-__all__ = ["constant", "cubic", "linear"]
+from collections.abc import Callable
+
+__all__ = ["Schedule", "constant", "cubic", "linear"]
+
+Schedule = Callable[[float], float]
+"""Maps progress in [0, 1] to a fraction of the final rate, in [0, 1]."""
 
 
 def cubic(progress: float) -> float:

@@ -7,7 +7,7 @@ Non-negative floats order like their bit patterns read as integers, so magnitude
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["PruneCount", "count_pruned", "flat", "kth_magnitude", "refuse_non_finite"]
+__all__ = ["PruneCount", "Sum", "count_pruned", "flat", "kth_magnitude", "refuse_non_finite", "require_finite"]
 
 Bits = NDArray[np.signedinteger[Any]]
+
+Sum = Callable[[Tensor], Tensor]
+"""Adds up a tensor of counts over the processes that hold the parts of the weights."""
 
 _INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # only NaNs lie above
@@ -28,28 +31,30 @@ _INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0
 _CHUNK = 1 << 18
 # Size of the sample from which the bracket around the k-th magnitude is guessed.
 _SAMPLE = 1 << 14
-# With fewer weights than this, starting threads takes longer than it saves.
-_THREADED = 1 << 20
+# With fewer weights than this, threads take longer than they save: torch's own still spin for a while on their cores.
+_THREADED = 1 << 23
 
 
-def kth_magnitude(weights: Mapping[str, Tensor], k: int) -> Tensor:
+def kth_magnitude(weights: Mapping[str, Tensor], k: int, add_up: Sum | None = None) -> Tensor:
     """Return the exact k-th smallest magnitude of all the weights together.
 
     On a CPU it costs about two passes over the weights and hardly any memory: a sample gives a narrow bracket around
     the k-th magnitude, one pass counts what lies below and collects what lies inside, and the rest is ranked. A bracket
-    that misses, which only the order of the weights can bring about, costs time but not exactness. Elsewhere
-    it is found bit by bit, by counting, without waiting for the device; there NaN or infinity in the weights
-    gives NaN instead of an error.
+    that misses, which only the order of the weights can bring about, costs time but not exactness. Elsewhere, and over
+    several processes, it is found bit by bit, by counting, without waiting for the device; on a device other than
+    the CPU, NaN or infinity in the weights gives NaN instead of an error.
 
     Args:
         weights: tensors by name, of any shape, floating dtype, memory format and device.
         k: 1 for the smallest; 0 stands below them all and gives 0.
+        add_up: where each process holds a part of the weights, sums counts over the processes: 31 times one number.
+            All get the same result, or the same error.
 
     Returns:
         A 0-dim float32 tensor on the device of the first weight.
 
     Raises:
-        ValueError: a weight on a CPU holds NaN or infinity; the message names it.
+        ValueError: a weight on a CPU holds NaN or infinity; the message names it, if it is this process's.
 
     Example:
         >>> kth_magnitude({"a": torch.tensor([3.0, -1.0]), "b": torch.tensor([[-2.0]])}, 2)
@@ -57,22 +62,35 @@ def kth_magnitude(weights: Mapping[str, Tensor], k: int) -> Tensor:
     """
     tensors = [weight.detach() for weight in weights.values()]
     total = sum(tensor.numel() for tensor in tensors)
-    if not 0 <= k <= total:
+    if not 0 <= k <= total and add_up is None:
         raise ValueError(f"expected k between 0 and the number of weights, {total}, got {k}")
-    if tensors[0].device.type != "cpu":
-        return _kth_by_counting(tensors, k)
-    kth, finite = _kth_by_bracket(tensors, k)
+    on_cpu = tensors[0].device.type == "cpu"
+    if on_cpu and add_up is None:
+        kth, finite = _kth_by_bracket(tensors, k)
+    else:
+        kth = _kth_by_counting(tensors, k, add_up or (lambda counts: counts))
+        finite = not on_cpu or not kth.isnan()
     if not finite:
-        refuse_non_finite(weights)
+        refuse_non_finite(weights, elsewhere=add_up is not None)
     return kth
 
 
-def refuse_non_finite(weights: Mapping[str, Tensor]) -> None:
-    """Raise the error that names the weights with NaN or infinity, if there are any; this waits for the device."""
+def require_finite(weights: Mapping[str, Tensor], add_up: Sum | None = None) -> None:
+    """Raise `refuse_non_finite`'s error if some weight holds NaN or infinity; all processes call this."""
+    bad = torch.stack([(~weight.detach().isfinite()).sum().cpu() for weight in weights.values()]).sum()
+    if add_up is not None:
+        bad = add_up(bad.to(next(iter(weights.values())).device))
+    if bad:
+        refuse_non_finite(weights, elsewhere=add_up is not None)
+
+
+def refuse_non_finite(weights: Mapping[str, Tensor], elsewhere: bool = False) -> None:
+    """Raise the error that names the weights with NaN or infinity, if any or some `elsewhere`; waits for the device."""
     names = [name for name, weight in weights.items() if not weight.detach().float().isfinite().all()]
-    if names:
+    if names or elsewhere:
+        found = ", ".join(names) or "a part that another process holds"
         raise ValueError(
-            f"expected finite weights, got NaN or infinity in {', '.join(names)}; the training has diverged: "
+            f"expected finite weights, got NaN or infinity in {found}; the training has diverged: "
             "go back to the last checkpoint and lower the learning rate, or clip the gradients"
         )
 
@@ -149,7 +167,7 @@ def _scan(chunks: Sequence[Bits], low: int, high: int) -> tuple[int, list[Bits],
     return below, inside, largest
 
 
-def _kth_by_counting(tensors: Sequence[Tensor], k: int) -> Tensor:
+def _kth_by_counting(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
     """Return the k-th smallest magnitude without waiting for the device; NaN if something is not finite.
 
     It is the largest number that has fewer than k magnitudes below it, and is built from its highest bit down.
@@ -157,11 +175,11 @@ def _kth_by_counting(tensors: Sequence[Tensor], k: int) -> Tensor:
     device = tensors[0].device
     bits = torch.cat([flat(tensor.to(device, torch.float32)) for tensor in tensors]).abs_().view(torch.int32)
     kth = torch.zeros((), dtype=torch.int32, device=device)
-    for bit in reversed(range(31)):
+    for bit in reversed(range(31 if k else 0)):
         candidate = kth + (1 << bit)
-        kth = torch.where((bits < candidate).sum() < k, candidate, kth)
-    finite = bits.max() < _INFINITY[torch.float32] if bits.numel() else True
-    return torch.where(torch.as_tensor(finite, device=device), kth.view(torch.float32), math.nan)
+        kth = torch.where(add_up((bits < candidate).sum()) < k, candidate, kth)
+    finite = add_up((bits >= _INFINITY[torch.float32]).sum()) == 0
+    return torch.where(finite, kth.view(torch.float32) if k else 0.0, math.nan)
 
 
 @dataclass(frozen=True)
@@ -172,7 +190,9 @@ class PruneCount:
     ties: int
 
 
-def count_pruned(weights: Mapping[str, Tensor], threshold: Tensor, k: int) -> dict[str, PruneCount]:
+def count_pruned(
+    weights: Mapping[str, Tensor], threshold: Tensor, k: int, add_up: Sum | None = None
+) -> dict[str, PruneCount]:
     """Count what pruning the k smallest magnitudes takes from each tensor.
 
     All magnitudes below the threshold go; of those equal to it the first ones, in the order of the mapping and
@@ -182,18 +202,20 @@ def count_pruned(weights: Mapping[str, Tensor], threshold: Tensor, k: int) -> di
         weights: tensors by name.
         threshold: the k-th smallest magnitude, as `kth_magnitude` gives it.
         k: number of weights to prune.
+        add_up: as in `kth_magnitude`; the counts are then those of the whole weights.
 
     Example:
         >>> count_pruned({"a": torch.ones(2), "b": torch.ones(2)}, torch.tensor(1.0), 3)
         {'a': PruneCount(zeros=2, ties=2), 'b': PruneCount(zeros=1, ties=1)}
     """
-    below: dict[str, int] = {}
-    equal: dict[str, int] = {}
-    for name, weight in weights.items():
+    found: list[Tensor] = []
+    for weight in weights.values():
         magnitude = weight.detach().float().abs()
         t = threshold.to(magnitude.device)
-        below[name] = int((magnitude < t).sum())
-        equal[name] = int((magnitude == t).sum())
+        found += [(magnitude < t).sum(), (magnitude == t).sum()]
+    counted = torch.stack([count.to(threshold.device) for count in found]) if found else torch.zeros(0)
+    values = (add_up(counted) if add_up else counted).tolist()
+    below, equal = dict(zip(weights, values[::2], strict=True)), dict(zip(weights, values[1::2], strict=True))
     quota = sum(equal.values()) if threshold == 0 else k - sum(below.values())
     counts: dict[str, PruneCount] = {}
     for name in weights:

@@ -66,3 +66,48 @@ def test_a_compiled_ema_copy_evaluates_in_one_graph():
     out = torch.compile(copied, fullgraph=True, backend="aot_eager")(x)
     assert torch.allclose(out, model.eval()(x), atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at the input of a block
+@pytest.mark.parametrize("guards", [{}, {"max_rate_per_layer": 0.93, "min_nonzero_per_layer": 20}], ids=["", "guards"])
+def test_blocks_compiled_one_by_one(guards):
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(3)))
+    eager = copy.deepcopy(model)
+    losses = []
+    for compiled, network in ((True, model), (False, eager)):
+        controller = feather_param.sparsify(network, final_rate=0.9, total_steps=8, **guards)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        if compiled:
+            for block in network:
+                block.compile(fullgraph=True, backend="aot_eager")
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+        seen = []
+        for step in range(8):
+            if compiled and step == 1:
+                graphs = counters["stats"]["unique_graphs"]
+            optimizer.zero_grad()
+            loss = network(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            controller.step()
+            seen.append(loss.item())
+        losses.append(seen)
+    assert counters["stats"]["unique_graphs"] == graphs <= 3  # nothing is compiled again after the first step
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_freezing_costs_one_more_graph():
+    torch._dynamo.reset()
+    counters.clear()
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    controller = feather_param.sparsify(model, final_rate=0.75, total_steps=4, end_step=0)
+    forward = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 16)
+    forward(x)
+    controller.freeze()
+    torch.testing.assert_close(forward(x), model(x))
+    forward(x)
+    assert counters["stats"]["unique_graphs"] == 2

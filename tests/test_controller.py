@@ -241,3 +241,54 @@ def test_the_repr_tells_where_it_stands():
     controller = feather_param.sparsify(net(), final_rate=0.9, total_steps=4)
     controller.step()
     assert repr(controller) == "Controller(rate=0.7875 of 0.9, step 1 of 4, 2,328 weights)"
+
+
+def test_a_controller_ends_with_its_own_sparsity():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = feather_param.sparsify(model, final_rate=0.5, total_steps=4, optimizer=optimizer)
+    feather_param.desparsify(model)
+    second = feather_param.sparsify(model, final_rate=0.9, total_steps=4, optimizer=optimizer)
+    train_step(model, optimizer, 0)
+    assert (first.step_count, second.step_count) == (0, 1)
+    with pytest.raises(RuntimeError, match="expected report"):
+        first.report()
+    with pytest.raises(RuntimeError, match="expected desparsify"):
+        first.desparsify()
+
+
+def test_other_hooks_of_the_optimizer_go_on():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    feather_param.sparsify(model, final_rate=0.5, total_steps=4, optimizer=optimizer)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    feather_param.desparsify(model)
+    with pytest.warns(UserWarning, match="stepped a model that was desparsified"):
+        train_step(model, optimizer, 0)
+    train_step(model, optimizer, 1)
+    assert calls == [1, 1]
+
+
+def test_an_optimizer_of_some_of_the_weights_is_told_of():
+    model = net()
+    optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"does not train 0.weight, 3.weight, which will be pruned nevertheless"):
+        feather_param.sparsify(model, final_rate=0.5, total_steps=4, optimizer=optimizer)
+
+
+def test_a_run_may_be_made_longer():
+    short = feather_param.sparsify(net(), final_rate=0.5, total_steps=4, end_step=2)
+    short.step()
+    longer = feather_param.sparsify(net(), final_rate=0.5, total_steps=8, end_step=2)
+    longer.load_state_dict(short.state_dict())
+    assert longer.step_count == 1
+
+
+def test_weights_that_only_stand_for_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        layer = nn.Linear(600, 600)
+        feather = feather_param.parametrizations.feather_threshold(layer.weight, torch.tensor(0.1))
+    assert feather.shape == (600, 600)

@@ -21,7 +21,7 @@ MODULES = [f"feather_param.{module.name}" for module in pkgutil.iter_modules(fea
 def test_docstring_examples(name):
     module = importlib.import_module(name)
     torch.manual_seed(0)
-    failed, _ = doctest.testmod(module, extraglobs={"torch": torch, "nn": torch.nn})
+    failed, _ = doctest.testmod(module, extraglobs={"torch": torch, "nn": torch.nn, "feather_param": feather_param})
     assert failed == 0
 
 
@@ -44,6 +44,26 @@ def test_the_readmes_loop_runs(tmp_path, monkeypatch):
     state = torch.load(tmp_path / "sparse.pt")
     zeros = sum(int((value == 0).sum()) for name, value in state.items() if name.endswith("weight"))
     assert zeros == round(0.95 * 2 * 12 * 12)
+
+
+def test_the_documented_way_to_resume_runs(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "works-with.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+
+    def build() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.ReLU(), torch.nn.Linear(12, 12))
+
+    model = build()
+    controller = feather_param.sparsify(model, final_rate=0.95, total_steps=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller.step()
+    state = {"model": model, "optimizer": optimizer, "controller": controller}
+    torch.save({name: thing.state_dict() for name, thing in state.items()}, "checkpoint.pt")
+    scope = {"build": build, "total": 4, "torch": torch, "feather_param": feather_param}
+    exec(compile(block, "works-with.md", "exec"), scope)
+    assert scope["controller"].state_dict() == controller.state_dict()
+    assert torch.equal(scope["model"][0].weight, model[0].weight)
 
 
 def test_the_readme_is_short():

@@ -12,13 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from feather_param.parametrizations import (
-    _CHUNK,
-    _DENSE_CHUNK,
-    FeatherParametrization,
-    SharedThreshold,
-    feather_threshold,
-)
+from feather_param.groups import SharedThreshold
+from feather_param.parametrizations import FeatherParametrization, feather_threshold
+from feather_param.thresholding import _CHUNK, _DENSE_CHUNK
 from tests import twins
 
 POWERS = [1.0, 1.5, 2.0, 3.0, 4.0, 7.3, 50.0, math.inf]

@@ -108,7 +108,8 @@ def test_every_layer_is_selected_or_skipped_with_a_reason():
     selection = select(net(), include=["0", "2.2"], min_params=17)
     assert names(selection) == ["0.weight"]
     assert selection.skipped == {"2.0.weight": "not included", "2.2.weight": "fewer than 17 parameters"}
-    assert select(net(), exclude="0").skipped == {"0.weight": "excluded"}
+    opt_in = {"3.weight": "a weight of Embedding: name it in include to prune it"}
+    assert select(net(), exclude="0").skipped == {"0.weight": "excluded", **opt_in}
 
 
 def test_tied_weights_count_once():
@@ -131,7 +132,7 @@ def test_a_layer_in_two_places_answers_to_both_names():
 def test_a_weight_tied_to_an_unselected_layer_stays_dense_and_is_named():
     model = Head()
     controller = feather_param.sparsify(model, final_rate=0.5, total_steps=2, end_step=0)
-    assert controller.report().skipped == {"head.weight": "tied to embed.weight, which is not selected"}
+    assert controller.report().skipped["head.weight"] == "tied to embed.weight, which is not selected"
     assert "dense: head.weight (tied to embed.weight, which is not selected)" in str(controller.report())
     feather_param.desparsify(model)
     assert model.head.weight is model.embed.weight

@@ -71,3 +71,21 @@ def prunable(model: nn.Module, names: Callable[[str], bool] = lambda name: True)
     """The Conv and Linear weights of a plain model."""
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     return [module.weight for name, module in model.named_modules() if isinstance(module, kinds) and names(name)]
+
+
+def greedy(weights: dict[str, Tensor], k: int, caps: dict[str, int]) -> dict[str, int]:
+    """Zeros by tensor: by magnitude, then position, each weight whose tensor is not at its cap, until k are pruned.
+
+    A weight that is zero is pruned whatever the cap.
+    """
+    order = [
+        (abs(value), i, name)
+        for i, (name, value) in enumerate(
+            (name, value) for name, weight in weights.items() for value in weight.flatten().tolist()
+        )
+    ]
+    zeros = dict.fromkeys(weights, 0)
+    for magnitude, _, name in sorted(order):
+        if sum(zeros.values()) < k and (magnitude == 0 or zeros[name] < caps.get(name, weights[name].numel())):
+            zeros[name] += 1
+    return zeros

@@ -1,0 +1,119 @@
+"""What a sparsity would take from a model, told before anything is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from feather_param import checks
+from feather_param.allocation import Budget, allocate, count_zeros
+from feather_param.baking import check_other_parametrizations
+from feather_param.selection import Filter, select
+from feather_param.tables import aligned
+
+__all__ = ["Plan", "PlannedWeight", "plan"]
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """One prunable weight: its size, the most zeros it may get, and those it would get by its magnitudes of today."""
+
+    name: str
+    shape: tuple[int, ...]
+    total: int
+    most: int
+    zeros: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `sparsify` would do with the same arguments.
+
+    Attributes:
+        rows: the prunable weights in the model's order.
+        skipped: names of the weights left dense, with the reason.
+        total: number of prunable weights, N.
+        zeros: number of zeros aimed at, ``round(final_rate * N)``.
+        most: the most zeros that can be reached.
+        reachable: whether `zeros` can be reached.
+        largest_rate: the largest rate that can.
+    """
+
+    rows: tuple[PlannedWeight, ...]
+    total: int
+    zeros: int
+    most: int
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def reachable(self) -> bool:
+        return self.zeros <= self.most
+
+    @property
+    def largest_rate(self) -> float:
+        return self.most / self.total
+
+    def __str__(self) -> str:
+        cells: list[tuple[str, ...]] = [("weight", "shape", "total", "at most", "zeros now", "rate now")]
+        for row in self.rows:
+            now = ("-", "-") if row.zeros is None else (f"{row.zeros:,}", f"{row.zeros / max(1, row.total):.3%}")
+            cells.append((row.name, "x".join(map(str, row.shape)), f"{row.total:,}", f"{row.most:,}", *now))
+        cells.append(
+            ("all", "", f"{self.total:,}", f"{self.most:,}", f"{self.zeros:,}", f"{self.zeros / self.total:.3%}")
+        )
+        lines = aligned(cells)
+        lines += [f"dense: {name} ({reason})" for name, reason in self.skipped.items()]
+        verdict = "can be reached" if self.reachable else "CANNOT be reached"
+        lines.append(f"{self.zeros:,} of {self.total:,} zeros {verdict}; the largest rate is {self.largest_rate:.6f}")
+        return "\n".join(lines)
+
+
+def plan(
+    model: nn.Module,
+    *,
+    final_rate: float,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    min_params: int = 0,
+    max_rate_per_layer: float | None = None,
+    min_nonzero_per_layer: int = 0,
+) -> Plan:
+    """Tell what `sparsify` would do with these arguments, without touching the model.
+
+    The zeros of each weight are those by the magnitudes of today: a forecast for a pretrained model, hardly one for a
+    new one. The totals are exact.
+
+    Args:
+        model: the model, plain.
+        final_rate: as for `sparsify`, and so are the others.
+
+    Returns:
+        The plan; ``str()`` is a readable table.
+
+    Raises:
+        ValueError: `sparsify` would refuse the model or an argument; only a rate out of reach is no error here.
+        TypeError: an argument is of the wrong type.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> found = plan(model, final_rate=0.95, max_rate_per_layer=0.9)
+        >>> found.zeros, found.most, found.reachable, found.largest_rate
+        (152, 143, False, 0.89375)
+    """
+    final_rate = checks.model_and_rate(model, final_rate)
+    min_params, max_rate, min_nonzero = checks.guards(min_params, max_rate_per_layer, min_nonzero_per_layer)
+    selection = select(model, include, exclude, min_params)
+    check_other_parametrizations(selection.weights)
+    budget = Budget(selection.sizes, max_rate, min_nonzero)
+    k = budget.zeros(final_rate)
+    weights = {weight.name: weight.sites[0].dense().detach() for weight in selection.weights}
+    zeros: dict[str, int | None] = dict.fromkeys(weights)
+    if k <= budget.most and not any(weight.is_meta for weight in weights.values()):
+        counts = count_zeros(weights, allocate(weights, k, budget.caps))
+        zeros = {name: count.zeros for name, count in counts.items()}
+    rows = tuple(
+        PlannedWeight(name, tuple(weight.shape), weight.numel(), budget.caps.get(name, weight.numel()), zeros[name])
+        for name, weight in weights.items()
+    )
+    return Plan(rows, budget.total, k, budget.most, selection.skipped)

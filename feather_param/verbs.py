@@ -1,0 +1,166 @@
+"""What a user calls: make a model sparse, and plain again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from feather_param import checks, schedules
+from feather_param.allocation import Budget
+from feather_param.baking import bake, baked, check_other_parametrizations
+from feather_param.controller import Controller
+from feather_param.optimizers import check_optimizer
+from feather_param.schedules import Schedule
+from feather_param.selection import Filter, Weight, select, sparsified
+
+__all__ = ["baked_state_dict", "desparsify", "sparsify"]
+
+
+def sparsify(
+    model: nn.Module,
+    *,
+    final_rate: float,
+    total_steps: int,
+    start_step: int = 0,
+    end_step: int | None = None,
+    schedule: Schedule = schedules.cubic,
+    p: float = 3.0,
+    theta: float | None = None,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    min_params: int = 0,
+    max_rate_per_layer: float | None = None,
+    min_nonzero_per_layer: int = 0,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Controller:
+    """Make a model train towards an exact sparsity, with Feather (https://arxiv.org/abs/2310.02448).
+
+    Every Conv and Linear weight gets a `FeatherParametrization`: the forward pass sees the thresholded weight,
+    the optimizer goes on training the dense one. Layers are not replaced and Parameters keep their identity, so
+    the optimizer may be built before or after. Distributed wrappers (DDP, FSDP) come after.
+
+    Args:
+        model: any model, unmodified; it may itself be a layer.
+        final_rate: fraction of zeros among all prunable weights together, in (0, 1).
+        total_steps: number of optimizer steps of the training; it counts only where ``end_step`` is None.
+        start_step: first step at which weights are pruned.
+        end_step: step from which the rate is ``final_rate``; ``total_steps // 2`` if None, so with a single step
+            everything is pruned at once.
+        schedule: maps progress in [0, 1] between these steps to the fraction of ``final_rate`` in [0, 1].
+        p: exponent of the operator, a number >= 1 (1: soft thresholding) or ``math.inf`` (hard).
+        theta: scale of the gradient of pruned weights; None takes the paper's rule, 0.5 where ``final_rate``
+            is above 0.95, else 1.
+        include: glob patterns or a predicate ``(name, module) -> bool``: prune only these (see `select`).
+        exclude: the same for what stays dense.
+        min_params: weights with fewer elements stay dense.
+        max_rate_per_layer: no weight gets a larger fraction of zeros than this, in (0, 1); the others get more
+            instead, and the total is as exact as without (`plan` tells whether it can be reached).
+        min_nonzero_per_layer: in no weight fewer elements than this survive.
+        optimizer: if given, each of its steps makes the controller's, so ``step()`` need not be called.
+
+    Returns:
+        The controller of this model.
+
+    Raises:
+        ValueError: an argument is out of its range, or the model cannot be pruned as asked; it is then untouched.
+        TypeError: an argument is of the wrong type.
+
+    Example:
+        >>> _ = torch.manual_seed(1)
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> controller = sparsify(model, final_rate=0.75, total_steps=4)
+        >>> for _ in range(4):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(1, 8)).sum().backward()
+        ...     optimizer.step()
+        ...     controller.step()
+        >>> controller.report().zeros, controller.report().total
+        (120, 160)
+        >>> desparsify(model)
+        >>> sum(int((layer.weight == 0).sum()) for layer in model if isinstance(layer, nn.Linear))
+        120
+    """
+    final_rate = checks.model_and_rate(model, final_rate)
+    total_steps = checks.integer("total_steps", total_steps, 1)
+    start_step = checks.integer("start_step", start_step, 0)
+    end_step = total_steps // 2 if end_step is None else checks.integer("end_step", end_step, 0)
+    if not start_step <= end_step <= total_steps:
+        raise ValueError(
+            "expected start_step <= end_step <= total_steps, "
+            f"got {start_step}, {end_step} and {total_steps}; end_step is total_steps // 2 unless given"
+        )
+    if not callable(schedule):
+        raise TypeError(f"expected schedule to be a callable of progress, got {type(schedule).__name__}")
+    for progress in (0.0, 0.5, 1.0):
+        checks.fraction(schedule, progress)
+    p, theta = checks.exponent(p), checks.slope(theta, final_rate)
+    min_params, max_rate, min_nonzero = checks.guards(min_params, max_rate_per_layer, min_nonzero_per_layer)
+    selection = select(model, include, exclude, min_params)
+    budget = Budget(selection.sizes, max_rate, min_nonzero)
+    budget.require(final_rate)
+    check_other_parametrizations(selection.weights)
+    if optimizer is not None:
+        check_optimizer(optimizer, selection)
+    controller = Controller(
+        selection,
+        budget,
+        final_rate=final_rate,
+        total_steps=total_steps,
+        start_step=start_step,
+        end_step=end_step,
+        schedule=schedule,
+        p=p,
+        theta=theta,
+    )
+    if optimizer is not None:
+        controller.follow(optimizer)
+    return controller
+
+
+def desparsify(model: nn.Module) -> None:
+    """Bake exact zeros into a sparsified model and give it back its plain layers.
+
+    Afterwards exactly ``round(rate * N)`` of its N prunable weights are zero (more only if more were exactly zero
+    by themselves), kept weights are not, and classes, Parameter objects, their order and the state_dict keys
+    are those from before `sparsify`. The threshold is computed from the model's own weights, so a deepcopy or an
+    EMA copy is exact too; other copies go on unharmed. Ties at the threshold are broken by position, and those
+    kept become the smallest non-zero number of the dtype, so that the network computes what was evaluated.
+
+    Do not step the old optimizer afterwards: momentum and weight decay would revive the zeros.
+
+    Raises:
+        ValueError: the model is not sparsified, or holds NaN or infinity; it is then untouched.
+
+    Example:
+        >>> model = nn.Linear(4, 4)
+        >>> controller = sparsify(model, final_rate=0.5, total_steps=1, schedule=schedules.constant)
+        >>> desparsify(model)
+        >>> int((model.weight == 0).sum()), type(model)
+        (8, <class 'torch.nn.modules.linear.Linear'>)
+    """
+    bake(_weights_of(model))
+
+
+def baked_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state_dict that `desparsify` would leave, without touching the model.
+
+    Tensors that were not pruned are the model's own, as in ``model.state_dict()``; pruned ones are new.
+
+    Raises:
+        ValueError: the model is not sparsified, or holds NaN or infinity.
+
+    Example:
+        >>> model = nn.Linear(4, 4)
+        >>> controller = sparsify(model, final_rate=0.5, total_steps=1, schedule=schedules.constant)
+        >>> {name: int((tensor == 0).sum()) for name, tensor in baked_state_dict(model).items()}
+        {'weight': 8, 'bias': 0}
+    """
+    return baked(model, _weights_of(model))
+
+
+def _weights_of(model: nn.Module) -> tuple[Weight, ...]:
+    weights = sparsified(model)
+    if not weights:
+        raise ValueError(f"expected a sparsified model, got a plain {type(model).__name__}; call sparsify first")
+    return weights

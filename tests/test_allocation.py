@@ -1,0 +1,185 @@
+"""Caps: the total stays exact, no tensor loses more than its cap, and what goes is what the greedy rule takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import feather_param
+from feather_param import schedules
+from feather_param.allocation import Budget, allocate, count_zeros
+from tests import twins
+from tests.training import train
+
+VALUES = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 1.5, 2.0, -3.0, 7.0])
+
+
+@given(
+    tensors=st.lists(st.lists(VALUES, min_size=1, max_size=8), min_size=1, max_size=5),
+    data=st.data(),
+)
+@settings(max_examples=300, deadline=None)
+def test_it_is_the_greedy_rule(tensors, data):
+    weights = {str(i): torch.tensor(values) for i, values in enumerate(tensors)}
+    caps = {
+        name: data.draw(st.integers(0, weight.numel() - 1))
+        for name, weight in weights.items()
+        if data.draw(st.booleans())
+    }
+    most = sum(caps.get(name, weight.numel()) for name, weight in weights.items())
+    k = data.draw(st.integers(0, most))
+    shares = allocate(weights, k, caps)
+    counts = count_zeros(weights, shares)
+    natural = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    expected = natural if sum(natural.values()) > k else twins.greedy(weights, k, caps)
+    assert {name: count.zeros for name, count in counts.items()} == expected
+    assert sum(share.pruned for share in shares) == k
+    for share in shares:  # what evaluation cuts is what is counted, but for ties
+        for name in share.names:
+            below = int((weights[name].abs() < share.threshold).sum())
+            assert below <= counts[name].zeros <= int((weights[name].abs() <= share.threshold).sum())
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 20), nn.ReLU(), nn.Linear(20, 2, bias=False))
+
+
+N = 40 * 60 + 60 * 20 + 20 * 2
+GUARDS = [
+    {"max_rate_per_layer": 0.97},
+    {"min_nonzero_per_layer": 25},
+    {"max_rate_per_layer": 0.96, "min_nonzero_per_layer": 35},
+]
+
+
+@pytest.mark.parametrize("guards", GUARDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_layer_collapses_and_the_total_is_exact(guards, dtype):
+    model = net().to(dtype)
+    with torch.no_grad():
+        model[2].weight.mul_(0.01)  # without guards it would die
+    controller = feather_param.sparsify(model, final_rate=0.95, total_steps=6, end_step=3, **guards)
+    x = torch.randn(8, 40, dtype=dtype)
+    train(model, lambda model, step: model(x).square().mean(), controller, range(6))
+    report = controller.report()
+    assert report.zeros == round(0.95 * N)
+    for row in report.rows:
+        assert row.total - row.zeros >= guards.get("min_nonzero_per_layer", 1)
+        assert row.rate <= guards.get("max_rate_per_layer", 1.0)
+    seen = [model[i].weight.detach() for i in (0, 2, 4)]
+    feather_param.desparsify(model)
+    assert [int((model[i].weight == 0).sum()) for i in (0, 2, 4)] == [row.zeros for row in report.rows]
+    for before, i in zip(seen, (0, 2, 4), strict=True):
+        assert (before - model[i].weight).abs().max() <= torch.finfo(dtype).smallest_normal
+
+
+def test_without_need_a_guard_changes_nothing():
+    plain, guarded = net(), net()
+    feather_param.sparsify(plain, final_rate=0.5, total_steps=1, schedule=schedules.constant)
+    feather_param.sparsify(guarded, final_rate=0.5, total_steps=1, schedule=schedules.constant, max_rate_per_layer=0.9)
+    assert all(torch.equal(plain[i].weight, guarded[i].weight) for i in (0, 2, 4))
+
+
+def test_tied_weights_under_a_guard():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+    feather_param.sparsify(model, final_rate=0.7, total_steps=1, schedule=schedules.constant, max_rate_per_layer=0.75)
+    assert torch.equal(model[0].weight, model[1].weight)
+    assert int((model[1].weight == 0).sum()) == 48
+    assert int((model[2].weight == 0).sum()) == round(0.7 * 128) - 48
+
+
+@pytest.mark.parametrize(
+    ("guards", "largest"),
+    [({"max_rate_per_layer": 0.5}, 0.5), ({"min_nonzero_per_layer": 40}, (2360 + 1160) / N), ({}, (N - 1) / N)],
+)
+def test_the_largest_rate_is_reachable_and_nothing_beyond(guards, largest):
+    assert feather_param.plan(net(), final_rate=0.4, **guards).largest_rate == largest
+    assert feather_param.plan(net(), final_rate=largest, **guards).reachable
+    model = net()
+    feather_param.sparsify(model, final_rate=largest, total_steps=1, schedule=schedules.constant, **guards)
+    with pytest.warns(UserWarning, match="nothing survives") if not guards else _nothing():
+        feather_param.desparsify(model)
+    assert twins.count_zeros(twins.prunable(model)) == round(largest * N)
+    beyond = largest + 1.0 / N
+    if beyond < 1.0:
+        assert not feather_param.plan(net(), final_rate=beyond, **guards).reachable
+        with pytest.raises(ValueError, match=r"expected a final_rate of at most 0\.\d+, .*loosen them, or prune more"):
+            feather_param.sparsify(net(), final_rate=beyond, total_steps=1, **guards)
+
+
+def _nothing():
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def test_a_plan_tells_what_will_happen_and_touches_nothing():
+    model = nn.Sequential(nn.Embedding(10, 40), *net(), nn.LayerNorm(2))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    ids = [id(parameter) for parameter in model.parameters()]
+    plan = feather_param.plan(model, final_rate=0.9, min_params=50, max_rate_per_layer=0.91)
+    assert [id(parameter) for parameter in model.parameters()] == ids
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+    controller = feather_param.sparsify(
+        model, final_rate=0.9, total_steps=1, min_params=50, max_rate_per_layer=0.91, schedule=schedules.constant
+    )
+    report = controller.report()
+    assert [(row.name, row.total, row.zeros) for row in plan.rows] == [(r.name, r.total, r.zeros) for r in report.rows]
+    assert plan.skipped == report.skipped
+    assert plan.skipped["0.weight"] == "a weight of Embedding: name it in include to prune it"
+    assert plan.skipped["5.weight"] == "fewer than 50 parameters"
+    text = str(plan)
+    assert "3,240 of 3,600 zeros can be reached; the largest rate is 0.91" in text
+    assert all(len(line) == len(text.splitlines()[0]) for line in text.splitlines()[:4])
+
+
+def test_a_plan_out_of_reach_says_so():
+    plan = feather_param.plan(net(), final_rate=0.95, max_rate_per_layer=0.9)
+    assert not plan.reachable
+    assert [row.zeros for row in plan.rows] == [None] * 3
+    assert "3,458 of 3,640 zeros CANNOT be reached; the largest rate is 0.900000" in str(plan)
+
+
+def test_a_plan_of_a_model_without_storage():
+    with torch.device("meta"):
+        model = nn.Linear(1000, 1000)
+    plan = feather_param.plan(model, final_rate=0.9)
+    assert (plan.zeros, plan.rows[0].zeros) == (900_000, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_rate_per_layer": 1.0}, ValueError, r"max_rate_per_layer, a fraction of zeros, in \(0, 1\), got 1.0"),
+        ({"max_rate_per_layer": 0.0}, ValueError, r"max_rate_per_layer, a fraction of zeros, in \(0, 1\), got 0.0"),
+        ({"max_rate_per_layer": "1"}, TypeError, "max_rate_per_layer to be a number, got '1'"),
+        ({"min_nonzero_per_layer": -1}, ValueError, "min_nonzero_per_layer to be at least 0, got -1"),
+        ({"min_nonzero_per_layer": 0.5}, TypeError, "min_nonzero_per_layer to be an int, got 0.5"),
+        ({"final_rate": 2}, ValueError, "final_rate, the fraction of zeros"),
+        ({"include": "nowhere"}, ValueError, "include to match a weight"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match="expected " + message):
+        feather_param.plan(net(), **{"final_rate": 0.9, **arguments})
+    with pytest.raises(error, match="expected " + message):
+        feather_param.sparsify(net(), **{"final_rate": 0.9, "total_steps": 4, **arguments})
+
+
+def test_a_plan_refuses_what_sparsify_refuses():
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)))
+    with pytest.raises(ValueError, match=r"other parametrizations of 0.weight"):
+        feather_param.plan(model, final_rate=0.5)
+
+
+def test_caps_are_the_exact_fractions():
+    assert Budget({"a": 100}, max_rate=0.29).caps == {"a": 29}
+    assert Budget({"a": 7, "b": 3}, min_nonzero=5).caps == {"a": 2, "b": 0}
+    assert Budget({"a": 3_000_000_000}, max_rate=0.9999).caps == {"a": 2_999_700_000}

@@ -1,0 +1,43 @@
+"""What many tests do: train a few steps, then look at the zeros."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+import feather_param
+from feather_param.selection import sparsified
+
+
+def train(
+    model: nn.Module,
+    loss: Callable[[nn.Module, int], Tensor],
+    controller: feather_param.Controller,
+    steps: Iterable[int] = range(5),
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Make optimizer steps, each followed by the controller's."""
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in steps:
+        optimizer.zero_grad()
+        loss(model, step).backward()
+        optimizer.step()
+        controller.step()
+
+
+def zeros_after_baking(model: nn.Module) -> tuple[int, int]:
+    """Desparsify; return the zeros among the weights that were pruned, and how many these weights are."""
+    places = [weight.sites[0] for weight in sparsified(model)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "nothing survives")
+        feather_param.desparsify(model)
+    tensors = [getattr(site.module, site.tensor) for site in places]
+    return sum(int((tensor == 0).sum()) for tensor in tensors), sum(tensor.numel() for tensor in tensors)
+
+
+def keys(model: nn.Module) -> list[tuple[str, type]]:
+    """Return what must be as before: state_dict keys and classes."""
+    return [(name, type(module)) for name, module in model.named_modules()] + [(k, Tensor) for k in model.state_dict()]
