@@ -22,7 +22,7 @@ from feather_param.shards import held_here, is_sharded, whole
 from feather_param.thresholds import PruneCount, require_finite
 from feather_param.warning import warn_of_dead
 
-__all__ = ["bake", "baked", "check_other_parametrizations", "freeze"]
+__all__ = ["bake", "baked", "check_other_parametrizations", "freeze", "survivors"]
 
 
 def bake(weights: Sequence[Weight]) -> None:
@@ -153,6 +153,11 @@ def baked(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]:
         key: value for key, value in metadata.items() if "parametrizations" not in key.split(".")
     }
     return new
+
+
+def survivors(weights: Sequence[Weight]) -> dict[str, Tensor]:
+    """Return which elements of each weight `bake` would leave, by the name it was sparsified under."""
+    return {name: value != 0 for name, value in _values(weights).items()}
 
 
 def _values(weights: Sequence[Weight]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from feather_param import checks
 from feather_param.allocation import Budget, allocate, count_zeros
-from feather_param.baking import bake, freeze
+from feather_param.baking import bake, freeze, survivors
 from feather_param.checkpoints import accept_dense
 from feather_param.groups import SharedThreshold
 from feather_param.optimizers import follow
@@ -256,6 +256,23 @@ class Controller:
         report = Report(rows, dict(self._skipped))
         warn_of_dead(report.dead)
         return report
+
+    def survivors(self) -> dict[str, Tensor]:
+        """Return which elements of each weight `desparsify` would leave at this moment: bool tensors, by name.
+
+        Raises:
+            RuntimeError: the model has been desparsified.
+            ValueError: a weight holds NaN or infinity.
+
+        Example:
+            >>> layer = nn.Linear(2, 2)
+            >>> layer.weight = nn.Parameter(torch.tensor([[1.0, -2.0], [-4.0, 3.0]]))
+            >>> feather_param.sparsify(layer, final_rate=0.5, total_steps=1, end_step=0).survivors()["weight"]
+            tensor([[False, False],
+                    [ True,  True]])
+        """
+        self._require_active("survivors()")
+        return survivors(self._weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume, in plain Python values; loads with ``weights_only=True``."""
