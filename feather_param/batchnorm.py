@@ -1,0 +1,110 @@
+"""The running statistics of BatchNorm layers, taken anew from data."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["recalibrate_batchnorm"]
+
+
+def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
+    """Compute the running statistics of every BatchNorm layer anew, as the mean over the batches of a loader.
+
+    Running statistics lag behind the weights, so those of the last training steps describe a network that was a little
+    less sparse; after pruning at once they describe another network altogether. With this, each layer's mean and
+    (unbiased) variance are the plain averages over all batches of what it gets from the model as it is now.
+
+    The same is done by `torch.optim.swa_utils.update_bn`, which puts the whole model in training mode, so that
+    dropout distorts the statistics, and leaves it half changed when it fails. Here only the BatchNorm layers are in
+    training mode, parameters are not touched, every module's mode and momentum are put back, and so are the old
+    statistics where this raises. Layers that the forward pass does not reach keep theirs.
+
+    Use training data, in batches of the size of training, and drop a smaller last one, for all batches count alike.
+    It works on sparsified models and on plain ones. In several processes pass the module inside of DDP; each process
+    averages over its own batches (SyncBatchNorm over all).
+
+    Args:
+        model: any model with BatchNorm layers that keep running statistics, SyncBatchNorm included.
+        loader: batches: tensors, or tuples or lists whose first element is the tensor that the model takes; they
+            are moved to the device of the model.
+
+    Raises:
+        ValueError: the model has no such layer, the loader no batch, or a statistic came out as NaN or infinity; the
+            model is then as it was.
+        TypeError: the model is no nn.Module, or a batch of another kind.
+
+    Example:
+        >>> model = nn.BatchNorm1d(1)
+        >>> recalibrate_batchnorm(model, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [9.0]])])
+        >>> model.running_mean.item(), model.running_var.item()
+        (4.5, 5.0)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None
+    }
+    if not layers:
+        raise ValueError(
+            f"expected a model with BatchNorm layers that keep running statistics, got {type(model).__name__} without; "
+            "there is nothing to recalibrate"
+        )
+    modes = {module: module.training for module in model.modules()}
+    momenta = {layer: layer.momentum for layer in layers.values()}
+    before = {layer: [buffer.clone() for buffer in layer.buffers(recurse=False)] for layer in layers.values()}
+    try:
+        # By attribute: a model's own train() and eval() may do more than set modes.
+        for module in modes:
+            module.training = False
+        for layer in layers.values():
+            layer.training, layer.momentum = True, None  # None: the average over all batches since the reset
+            layer.reset_running_stats()
+        _run(model, loader)
+        for name, layer in layers.items():
+            if not layer.num_batches_tracked:
+                _put_back(layer, before[layer])
+            elif not all(bool(buffer.isfinite().all()) for buffer in layer.buffers(recurse=False)):
+                raise ValueError(
+                    f"expected finite statistics, got NaN or infinity in {name or 'the model'}; "
+                    "look for NaN in the inputs and in the weights"
+                )
+    except BaseException:
+        for layer, buffers in before.items():
+            _put_back(layer, buffers)
+        raise
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for layer, momentum in momenta.items():
+            layer.momentum = momentum
+
+
+@torch.no_grad()
+def _run(model: nn.Module, loader: Iterable[Any]) -> None:
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    empty = True
+    for batch in loader:
+        empty = False
+        x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"expected batches that are tensors, or tuples or lists that begin with one, got {type(batch).__name__}"
+                "; pick the model's input yourself, as in (batch['image'] for batch in loader)"
+            )
+        model(x.to(device))
+    if empty:
+        raise ValueError("expected a loader with at least one batch, got none; an iterator gives its batches only once")
+
+
+@torch.no_grad()
+def _put_back(layer: nn.Module, buffers: Iterable[Tensor]) -> None:
+    for buffer, old in zip(layer.buffers(recurse=False), buffers, strict=True):
+        buffer.copy_(old)
