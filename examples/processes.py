@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,4 +67,7 @@ def joined(cuda: bool) -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
     finally:
+        # A wrapped model lies in reference cycles and holds on to the group, whose threads would then still let go of
+        # tensors while the interpreter ends, and abort it.
+        gc.collect()
         dist.destroy_process_group()

@@ -9,7 +9,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["exponent", "fraction", "guards", "integer", "model_and_rate", "slope"]
+__all__ = ["Theta", "exponent", "fraction", "guards", "integer", "model_and_rate", "slope", "slope_at"]
+
+Theta = Callable[[float], float]
+"""Maps the current rate to the scale of the gradient of pruned weights."""
 
 
 def model_and_rate(model: Any, final_rate: Any) -> float:
@@ -80,9 +83,21 @@ def exponent(p: Any) -> float:
     return p
 
 
-def slope(theta: Any, final_rate: float) -> float:
-    """Return the operator's theta; by the paper's rule where it is None."""
+def slope(theta: Any, final_rate: float) -> float | Theta:
+    """Return the operator's theta, or the function of the rate that gives it; by the paper's rule where it is None."""
+    if callable(theta):
+        for rate in (0.0, final_rate):
+            slope_at(theta, rate)
+        return theta
     theta = (0.5 if final_rate > 0.95 else 1.0) if theta is None else _real("theta", theta)
     if not 0.0 <= theta < math.inf:
         raise ValueError(f"expected theta to be a finite number >= 0, got {theta}")
     return theta
+
+
+def slope_at(theta: Theta, rate: float) -> float:
+    """Return what a theta that is a function of the rate says, if it is a scale."""
+    value = theta(rate)
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) < math.inf:
+        raise ValueError(f"expected theta to return a finite number >= 0, got {value!r} for the rate {rate}")
+    return float(value)

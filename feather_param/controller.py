@@ -53,7 +53,7 @@ class Controller:
         end_step: int,
         schedule: Schedule,
         p: float,
-        theta: float,
+        theta: float | checks.Theta,
     ) -> None:
         self.step_count = 0
         self._frozen_step: int | None = None
@@ -72,7 +72,7 @@ class Controller:
             "end_step": end_step,
             "schedule": [checks.fraction(schedule, progress) for progress in _PROBES],
             "p": p,
-            "theta": theta,
+            "theta": [checks.slope_at(theta, at * final_rate) for at in _PROBES] if callable(theta) else theta,
             "max_rate_per_layer": budget.max_rate,
             "min_nonzero_per_layer": budget.min_nonzero,
             "weights": {name: list(weight.shape) for name, weight in self._dense().items()},
@@ -83,10 +83,12 @@ class Controller:
         pruned = self._target()
         shares = allocate(weights, pruned, budget.caps)  # raises while the model is untouched
         self._shared = SharedThreshold(budget.total, next(iter(weights.values())).device, budget.caps)
-        self._register(p, theta)
+        self._theta = theta if callable(theta) else None
+        self._register(p, None if callable(theta) else theta)
         self._shared.take(shares, pruned)
+        self._scale_gradient()
 
-    def _register(self, p: float, theta: float) -> None:
+    def _register(self, p: float, theta: float | None) -> None:
         orders = {site.module: tuple(site.module._parameters) for weight in self._weights for site in weight.sites}
         owner = True
         for weight in self._weights:
@@ -181,9 +183,14 @@ class Controller:
             parts, add_up = held_here(weights)
             threshold = kth_magnitude(parts, 0, add_up)  # zero; or, where a weight is not finite, an error or NaN
         else:
+            self._scale_gradient()
             self._shared.refresh(self._target())
             threshold = self._shared.threshold
         self._look(threshold, sharded=any(map(is_sharded, weights.values())))
+
+    def _scale_gradient(self) -> None:
+        if self._theta is not None:
+            self._shared.scale_gradient(checks.slope_at(self._theta, self.rate))
 
     # Note [NaN on a GPU]
     # The threshold comes out as NaN where a weight is not finite, and is copied to memory of the host that the GPU
@@ -317,6 +324,7 @@ class Controller:
         if frozen_step is not None and self._shared.frozen:  # the masks are there already
             return
         try:
+            self._scale_gradient()
             self._shared.refresh(self._target())
         except ValueError:
             self.step_count, self._frozen_step = before

@@ -62,6 +62,7 @@ class SharedThreshold(nn.Module):
     Attributes:
         members: the parametrizations of the group, by the name that the weight had when it was sparsified.
         asked: the number of zeros as it was last set: ``pruned``, where nobody averages it and it needs no memory.
+        theta: scale of the gradient of pruned weights, where it changes in time (a 0-dim float32 tensor).
         stale: whether weights were replaced, by a dense checkpoint, since the threshold was computed.
     """
 
@@ -76,6 +77,8 @@ class SharedThreshold(nn.Module):
         self.register_buffer("pruned", torch.zeros((), dtype=torch.int64, device=device))
         self.members: dict[str, FeatherParametrization] = {}
         self.asked = 0
+        self.theta = torch.ones((), dtype=torch.float32, device=device)
+        self._theta = 1.0  # the number, for a model that is built on the meta device
         self.stale = False
         self._arrived: set[str] = set()  # members whose weights came with the dense checkpoint
         self._readers: set[int] = set()
@@ -110,6 +113,11 @@ class SharedThreshold(nn.Module):
     def set(self, threshold: Tensor, pruned: int) -> None:
         """Take over a new threshold in place, so that every reader and compiled graph sees it."""
         self.take([Share(tuple(self.members), pruned, threshold)], pruned)
+
+    def scale_gradient(self, theta: float) -> None:
+        """Change the scale of the gradient of pruned weights, in place."""
+        self._theta = theta
+        self.theta.fill_(theta)
 
     def refresh(self, pruned: int) -> None:
         """Set the thresholds that prune this many of the group's weights as these are now."""
@@ -201,6 +209,7 @@ class SharedThreshold(nn.Module):
             twin = SharedThreshold(self.total, self.threshold.device, self.caps)
             twin.threshold.copy_(self.threshold)
             twin.pruned.copy_(self.pruned)
+            twin.scale_gradient(self._theta)
         memo[id(self)] = twin
         twin.stale, twin.asked = self.stale, self.asked
         twin._leader = self._leader or self._pace
@@ -215,6 +224,8 @@ class SharedThreshold(nn.Module):
         super()._apply(fn, recurse)
         if self.threshold.dtype != torch.float32:  # .half(), .double(), .to(bfloat16): a rounded t is another t
             self.threshold = before.to(self.threshold.device)
+        if self.theta.device != self.threshold.device:
+            self.theta = torch.full((), self._theta, dtype=torch.float32, device=self.threshold.device)
         return self
 
 

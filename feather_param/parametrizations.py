@@ -30,7 +30,7 @@ class FeatherParametrization(nn.Module):
         owner: whether ``shared`` is registered here; true for exactly one weight of the group
             (see Note [One threshold, many readers] in `groups`).
         p: exponent of the operator.
-        theta: scale of the gradient of the pruned weights.
+        theta: scale of the gradient of the pruned weights; None takes the one that ``shared`` holds.
         parameter_order: names of the layer's parameters before any parametrization, to restore their order.
 
     Attributes:
@@ -62,7 +62,7 @@ class FeatherParametrization(nn.Module):
         *,
         owner: bool = True,
         p: float = 3.0,
-        theta: float = 1.0,
+        theta: float | None = 1.0,
         parameter_order: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
@@ -120,7 +120,8 @@ class FeatherParametrization(nn.Module):
         threshold = self.shared.read(self)
         if first.ceiling is not None:
             threshold = torch.minimum(threshold.to(weight.device), first.ceiling.to(weight.device))
-        return feather_threshold(weight, threshold.to(weight.device), self.theta, self.p)
+        theta = self.shared.theta.to(weight.device) if self.theta is None else self.theta
+        return feather_threshold(weight, threshold.to(weight.device), theta, self.p)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Make ``layer.weight = w`` store ``w`` as the dense weight."""

@@ -21,7 +21,7 @@ _DENSE_CHUNK = 1 << 17
 _SMALL = 1 << 15
 
 
-def feather_threshold(weight: Tensor, threshold: Tensor, theta: float = 1.0, p: float = 3.0) -> Tensor:
+def feather_threshold(weight: Tensor, threshold: Tensor, theta: float | Tensor = 1.0, p: float = 3.0) -> Tensor:
     r"""Apply the Feather thresholding operator to a weight.
 
     .. math::
@@ -36,7 +36,8 @@ def feather_threshold(weight: Tensor, threshold: Tensor, theta: float = 1.0, p: 
     Args:
         weight: the weight, of any shape and floating dtype.
         threshold: the threshold t >= 0, a 0-dim float32 tensor.
-        theta: scale of the gradient of the pruned weights.
+        theta: scale of the gradient of the pruned weights; a 0-dim tensor may change between steps without a
+            recompilation.
         p: exponent, a number >= 1 or ``math.inf``.
 
     Returns:
@@ -49,7 +50,7 @@ def feather_threshold(weight: Tensor, threshold: Tensor, theta: float = 1.0, p: 
         >>> feather_threshold(torch.tensor([-2.0, 0.5, 1.0]), torch.tensor(1.0), p=3)
         tensor([-1.9129,  0.0000,  0.0000])
     """
-    return _FeatherThreshold.apply(weight, threshold, float(theta), float(p))[0]
+    return _FeatherThreshold.apply(weight, threshold, theta if isinstance(theta, Tensor) else float(theta), float(p))[0]
 
 
 def _shrink(weight: Tensor, threshold: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -118,34 +119,41 @@ def _shrink_survivors(weight: Tensor, threshold: Tensor, p: float, out: Tensor) 
     return values.index_copy_(0, index, _factor((magnitude - threshold).div_(magnitude), p).mul_(kept))
 
 
+def _identity(theta: float | Tensor) -> bool:
+    """Return whether the gradient is that of the output, pruned weights included."""
+    return not isinstance(theta, Tensor) and theta == 1.0
+
+
 class _FeatherThreshold(torch.autograd.Function):
     """`feather_threshold` with its own gradient.
 
-    With theta = 1 the gradient is the identity and nothing is saved; otherwise one byte per weight is.
+    With a constant theta of 1 the gradient is the identity and nothing is saved; otherwise one byte per weight is.
     The mask is an output because `setup_context`, which torch.func needs, sees only inputs and outputs; it is empty
     where it is not needed, for older torch.compile knows no output that is None. There is no `jvp` (forward-mode
     derivatives), because torch.compile refuses a Function that has one.
     """
 
     @staticmethod
-    def forward(weight: Tensor, threshold: Tensor, theta: float, p: float) -> tuple[Tensor, Tensor]:
+    def forward(weight: Tensor, threshold: Tensor, theta: float | Tensor, p: float) -> tuple[Tensor, Tensor]:
         plain = type(weight) in (Tensor, nn.Parameter)  # not what only stands for a tensor
         large = weight.device.type == "cpu" and weight.numel() > _SMALL
         pruned: Tensor | None
         if plain and large and not torch.compiler.is_compiling():
-            out, pruned = _shrink_on_cpu(weight, threshold, p, with_mask=theta != 1.0)
+            out, pruned = _shrink_on_cpu(weight, threshold, p, with_mask=not _identity(theta))
         else:
             out, pruned = _shrink(weight, threshold, p)
-        if theta == 1.0 or pruned is None:
+        if pruned is None or _identity(theta):
             pruned = weight.new_empty(0, dtype=torch.bool)
         return out.to(weight.dtype), pruned
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.theta = inputs[2]
+        theta = inputs[2]
         ctx.mark_non_differentiable(output[1])
-        if ctx.theta != 1.0:
-            ctx.save_for_backward(output[1])
+        ctx.identity = _identity(theta)
+        ctx.theta = None if isinstance(theta, Tensor) else theta
+        if not ctx.identity:
+            ctx.save_for_backward(output[1], *([theta] if ctx.theta is None else []))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, Tensor], Any]:
@@ -153,7 +161,7 @@ class _FeatherThreshold(torch.autograd.Function):
         if in_dims[1] is None:  # the operator works element by element: a batch is just a larger weight
             return _FeatherThreshold.apply(weight, threshold, theta, p), (
                 in_dims[0],
-                in_dims[0] if theta != 1.0 else None,
+                None if _identity(theta) else in_dims[0],
             )
         weights = [weight] * info.batch_size if in_dims[0] is None else weight.unbind(in_dims[0])
         pairs = zip(weights, threshold.unbind(in_dims[1]), strict=True)
@@ -163,7 +171,8 @@ class _FeatherThreshold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
         slope = grads[0]
-        if ctx.theta != 1.0:
-            (pruned,) = ctx.saved_tensors
-            slope = torch.where(pruned, slope * ctx.theta, slope)
+        if not ctx.identity:
+            pruned, *varying = ctx.saved_tensors
+            theta = varying[0].to(slope.dtype) if varying else ctx.theta
+            slope = torch.where(pruned, slope * theta, slope)
         return slope, None, None, None

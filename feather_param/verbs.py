@@ -25,7 +25,7 @@ def sparsify(
     end_step: int | None = None,
     schedule: Schedule = schedules.cubic,
     p: float = 3.0,
-    theta: float | None = None,
+    theta: float | checks.Theta | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
     min_params: int = 0,
@@ -49,7 +49,8 @@ def sparsify(
         schedule: maps progress in [0, 1] between these steps to the fraction of ``final_rate`` in [0, 1].
         p: exponent of the operator, a number >= 1 (1: soft thresholding) or ``math.inf`` (hard).
         theta: scale of the gradient of pruned weights; None takes the paper's rule, 0.5 where ``final_rate``
-            is above 0.95, else 1.
+            is above 0.95, else 1. A function of the current rate may change it over time
+            (``lambda rate: 1.0 if rate < 0.9 else 0.5``).
         include: glob patterns or a predicate ``(name, module) -> bool``: prune only these (see `select`).
         exclude: the same for what stays dense.
         min_params: weights with fewer elements stay dense.

@@ -74,6 +74,9 @@ ARGUMENTS = [
     ({"p": "3"}, TypeError, "p to be a number, got '3'"),
     ({"theta": -1}, ValueError, "theta to be a finite number >= 0, got -1"),
     ({"theta": float("inf")}, ValueError, "theta to be a finite number >= 0, got inf"),
+    ({"theta": lambda rate: -rate}, ValueError, "theta to return a finite number >= 0, got -0.9 for the rate 0.9"),
+    ({"theta": lambda rate: None}, ValueError, "theta to return a finite number >= 0, got None for the rate 0.0"),
+    ({"theta": "half"}, TypeError, "theta to be a number, got 'half'"),
     ({"schedule": "cubic"}, TypeError, "schedule to be a callable of progress, got str"),
     ({"schedule": lambda progress: 2 * progress}, ValueError, r"schedule to return a fraction in \[0, 1\].*got 2.0"),
     ({"schedule": lambda progress: None}, ValueError, r"schedule to return a fraction in \[0, 1\].*got None"),
@@ -179,6 +182,7 @@ STATES = [
     (lambda state: {**state, "schedule": [0.0, 0.25, 0.5, 0.75, 1.0]}, r"schedule=\[0.0, 0.57.*, got \[0.0, 0.25"),
     (lambda state: {**state, "frozen_step": -1}, "frozen_step to be at least 0"),
     (lambda state: {**state, "theta": 0.5}, "theta=1.0, got 0.5"),
+    (lambda state: {**state, "theta": [1.0, 1.0, 1.0, 0.5, 0.5]}, r"theta=1.0, got \[1.0, 1.0"),
     (
         lambda state: {**state, "weights": {**state["weights"], "3.weight": [16, 99]}},
         r"of this model, got another's: 3.weight has shape \(16, 128\) here and \(16, 99\) there",

@@ -26,10 +26,14 @@ def net() -> nn.Sequential:
     )
 
 
-@pytest.mark.parametrize("final_rate", [0.9, 0.98], ids=["theta = 1", "theta = 0.5"])
+@pytest.mark.parametrize(
+    ("final_rate", "theta"),
+    [(0.9, None), (0.98, None), (0.98, lambda rate: 1.5 - rate)],
+    ids=["theta = 1", "theta = 0.5", "theta of the rate"],
+)
 @pytest.mark.parametrize("hook", [True, False], ids=["optimizer=", "step()"])
 @pytest.mark.filterwarnings("ignore:nothing survives")
-def test_one_graph_and_no_recompilation_over_a_whole_schedule(final_rate, hook):
+def test_one_graph_and_no_recompilation_over_a_whole_schedule(final_rate, theta, hook):
     torch._dynamo.reset()
     counters.clear()
     compiled_losses, eager_losses = [], []
@@ -37,7 +41,12 @@ def test_one_graph_and_no_recompilation_over_a_whole_schedule(final_rate, hook):
         model = net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         controller = feather_param.sparsify(
-            model, final_rate=final_rate, total_steps=12, start_step=2, optimizer=optimizer if hook else None
+            model,
+            final_rate=final_rate,
+            total_steps=12,
+            start_step=2,
+            theta=theta,
+            optimizer=optimizer if hook else None,
         )
         forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         generator = torch.Generator().manual_seed(0)

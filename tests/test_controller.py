@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -71,6 +72,59 @@ def test_default_theta_is_the_papers_rule(final_rate, theta):
     model = net()
     feather_param.sparsify(model, final_rate=final_rate, total_steps=4)
     assert model[0].parametrizations.weight[0].theta == theta
+
+
+def test_theta_may_follow_the_rate():
+    def theta(rate):
+        return 2.0 - 2.0 * rate
+
+    model = net()
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=8, theta=theta)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(8):
+        for layer in (model[0], model[3], model[4]):
+            original = layer.parametrizations.weight.original
+            upstream = torch.randn_like(original)
+            (grad,) = torch.autograd.grad(layer.weight, original, upstream)
+            slope = twins.slope(original, float(controller.threshold), theta(controller.rate)).float()
+            assert torch.equal(grad, upstream * slope)
+        train_step(model, optimizer, step)
+        controller.step()
+    assert controller.rate == 0.9
+
+
+def test_theta_of_the_rate_moves_and_copies_with_the_model():
+    model = net()
+    feather_param.sparsify(model, final_rate=0.9, total_steps=1, end_step=0, theta=lambda rate: rate)
+    keys = list(model.state_dict())
+    for moved in (copy.deepcopy(model).double(), copy.deepcopy(model).to("meta").to_empty(device="cpu")):
+        shared = moved[0].parametrizations.weight[0].shared
+        assert (shared.theta, shared.theta.dtype) == (torch.tensor(0.9), torch.float32)
+        assert list(moved.state_dict()) == keys
+    other = net()
+    feather_param.sparsify(other, final_rate=0.9, total_steps=1, end_step=0)
+    assert list(other.state_dict()) == keys
+
+
+def test_resume_with_theta_of_the_rate():
+    def build():
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return (
+            model,
+            optimizer,
+            feather_param.sparsify(
+                model, final_rate=0.9, total_steps=8, theta=lambda rate: 1.0 - rate, optimizer=optimizer
+            ),
+        )
+
+    parts, resumed = build(), build()
+    for step in range(3):
+        train_step(*parts[:2], step)
+    for part, twin in zip(parts, resumed, strict=True):
+        twin.load_state_dict(copy.deepcopy(part.state_dict()))
+    for step in range(3, 8):
+        assert train_step(*parts[:2], step) == train_step(*resumed[:2], step)
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["optimizer first", "sparsify first"])

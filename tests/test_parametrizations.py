@@ -163,11 +163,11 @@ def test_bytes_saved_for_backward(theta, expected, size):
     assert sum(saved) == expected * size
 
 
-@pytest.mark.parametrize("theta", [1.0, 0.5])
+@pytest.mark.parametrize("theta", [1.0, 0.5, torch.tensor(0.25)], ids=str)
 @pytest.mark.parametrize("size", [50, _CHUNK + 5], ids=["whole", "in chunks"])
 def test_torch_func(theta, size):
     weight = normal(size)
-    slope = twins.slope(weight, 0.5, theta).float()
+    slope = twins.slope(weight, 0.5, float(theta)).float()
 
     def f(w):
         return feather_threshold(w, t(0.5), theta)

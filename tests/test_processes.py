@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import socket
 import traceback
@@ -92,6 +93,7 @@ def _process(works, rank: int, world: int, port: int, folder: Path) -> None:
             work(rank, world, folder)
             dist.barrier()
             (folder / f"{_name(work)}_{world}_{rank}").touch()
+        gc.collect()  # wrapped models hold on to the group, whose threads must not outlive the interpreter
         dist.destroy_process_group()
     except BaseException:
         (folder / f"error_{world}_{rank}").write_text(traceback.format_exc(), encoding="utf-8")
