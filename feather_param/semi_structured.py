@@ -1,0 +1,177 @@
+"""The 2:4 pattern that GPUs multiply faster: a check, and a conversion that loses nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensor
+
+__all__ = ["is_semi_structured", "to_semi_structured"]
+
+# What both backends of torch (cuSPARSELt and CUTLASS) take of these dtypes.
+_ROWS, _COLUMNS = 32, 64
+_DTYPES = (torch.float16, torch.bfloat16)
+
+_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def is_semi_structured(tensor_or_model: Tensor | nn.Module) -> bool:
+    """Tell whether of each 4 neighbours along the last dimension at most 2 are non-zero.
+
+    The last dimension of a Linear weight is that of the inputs, along which the GPU multiplies. Dtype and device do
+    not matter here. A tensor whose last dimension is no multiple of 4 is not 2:4. NaN counts as non-zero, -0.0 as zero.
+
+    A rate of 0.5 is necessary and by far not sufficient: pruning by magnitude leaves some group of 4 with 3 survivors
+    even at high rates.
+
+    Args:
+        tensor_or_model: a tensor of one or more dimensions; or a model, of which all Linear weights are looked at, as
+            the forward pass sees them.
+
+    Returns:
+        Whether it holds; False for a model without Linear layers.
+
+    Raises:
+        TypeError: it is neither.
+
+    Example:
+        >>> is_semi_structured(torch.tensor([[0.0, 1.0, 2.0, 0.0, 3.0, 0.0, 0.0, 0.0]]))
+        True
+        >>> is_semi_structured(torch.tensor([[0.0, 1.0, 2.0, 0.0, 3.0, 4.0, 5.0, 0.0]]))
+        False
+    """
+    if isinstance(tensor_or_model, nn.Module):
+        layers = _linear_layers(tensor_or_model)
+        return bool(layers) and all(is_semi_structured(layer.weight) for layer in layers.values())
+    if not isinstance(tensor_or_model, Tensor):
+        raise TypeError(f"expected a tensor or an nn.Module, got {type(tensor_or_model).__name__}")
+    if isinstance(tensor_or_model, SparseSemiStructuredTensor):
+        return True
+    return _overfull(tensor_or_model) == 0
+
+
+def to_semi_structured(model: nn.Module) -> list[str]:
+    """Convert the Linear weights of a model to torch's 2:4 tensors, in place, for inference on a GPU.
+
+    `torch.sparse.to_sparse_semi_structured` keeps two elements of each group of 4 and drops the others without a word;
+    here a weight of which it would drop any is refused, and so is what its kernels cannot take. All Linear layers are
+    converted, or none: to leave some dense (a head with few classes), convert the parts around them one by one.
+    Everything that is no Linear layer stays as it is, also convolutions, for which torch has no 2:4 kernel.
+
+    Save the model before: converted weights load with neither ``weights_only=True`` nor safetensors. They hold
+    about 9/16 of the dense bytes and take no gradient. torch warns, once, that its 2:4 tensors are a prototype.
+
+    Args:
+        model: a plain model (after `desparsify`) on an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, its
+            Linear weights 2:4, float16 or bfloat16, their shapes multiples of 32 x 64; it may itself be a layer.
+
+    Returns:
+        The names of the converted layers; those converted before are not among them.
+
+    Raises:
+        ValueError: a layer is not as described (each is named, with what to do), or there is none.
+        RuntimeError: a weight is still parametrized, so call `desparsify` first; or torch lacks the kernels.
+        TypeError: the model is no nn.Module.
+        In each case the model is untouched.
+
+    Example:
+        >>> model = nn.Linear(64, 32, dtype=torch.float16)  # its weight is dense
+        >>> to_semi_structured(model)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: expected Linear layers for 2:4 kernels, got: the model: 512 of 512 groups of 4 hold more than 2...
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
+    layers = {
+        name: layer
+        for name, layer in _linear_layers(model).items()
+        if not isinstance(layer._parameters.get("weight"), SparseSemiStructuredTensor)
+    }
+    if not layers:
+        raise ValueError(f"expected a model with dense Linear layers, got {type(model).__name__} without")
+    for name, layer in layers.items():
+        if layer._parameters.get("weight") is None:
+            raise RuntimeError(
+                f"expected plain layers, got a weight that is made anew at each use at {_called(name)}; "
+                "call feather_param.desparsify(model), or remove the other parametrization first"
+            )
+    _refuse_fast_path(model, layers)
+    problems = {name: problem for name, layer in layers.items() if (problem := _problem(layer.weight))}
+    if problems:
+        shown = "; ".join(f"{_called(name)}: {problem}" for name, problem in list(problems.items())[:5])
+        more = f"; and {len(problems) - 5} more layers" if len(problems) > 5 else ""
+        raise ValueError(
+            f"expected Linear layers for 2:4 kernels, got: {shown}{more}; "
+            "or convert only parts of the model that have none of these layers"
+        )
+    for name, layer in layers.items():
+        _refuse_device(name, layer.weight.device)
+    weights = {id(layer.weight): layer.weight for layer in layers.values()}  # tied ones once
+    converted = {key: nn.Parameter(_compress(weight), requires_grad=False) for key, weight in weights.items()}
+    for layer in layers.values():
+        layer.weight = converted[id(layer.weight)]
+    return list(layers)
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _overfull(tensor: Tensor) -> int | None:
+    """Return how many groups of 4 hold more than 2 non-zeros; None where there are no such groups."""
+    if not tensor.dim() or tensor.shape[-1] % 4:
+        return None
+    return int(((tensor.detach() != 0).reshape(-1, 4).sum(dim=1, dtype=torch.uint8) > 2).sum())
+
+
+def _problem(weight: Tensor) -> str | None:
+    """Return why a weight cannot be converted, and what to do about it."""
+    rows, columns = weight.shape
+    if rows % _ROWS or columns % _COLUMNS:
+        return f"its weight is {rows} x {columns}, not multiples of {_ROWS} x {_COLUMNS}: it has to stay dense"
+    if overfull := _overfull(weight):
+        return (
+            f"{overfull} of {weight.numel() // 4} groups of 4 hold more than 2 non-zeros: "
+            "prune it 2:4, for a conversion would drop what is too many"
+        )
+    if weight.dtype not in _DTYPES:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}: cast it with .half() or .bfloat16()"
+    return None
+
+
+def _refuse_fast_path(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
+    """Refuse layers whose weight goes past `F.linear` into a fused kernel, which knows no 2:4 tensors."""
+    if not torch.backends.mha.get_fastpath_enabled():
+        return
+    for parent in model.modules():
+        if isinstance(parent, _FAST_PATH):
+            for name, layer in layers.items():
+                if any(layer is child for child in parent.children()):
+                    raise ValueError(
+                        f"expected layers whose weight torch multiplies by itself, got {name}, which evaluation hands "
+                        f"to the fused kernel of {type(parent).__name__}, and that takes no 2:4 weights; "
+                        "call torch.backends.mha.set_fastpath_enabled(False) first"
+                    )
+
+
+def _refuse_device(name: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(
+            f"expected weights on a GPU, got {_called(name)} on {device}; only GPUs multiply 2:4 faster: "
+            "call model.cuda() first"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise ValueError(
+            f"expected a GPU of compute capability 8.0 (Ampere) or newer, got {'.'.join(map(str, capability))} "
+            f"for {_called(name)}; older ones have no 2:4 kernels"
+        )
+
+
+def _compress(weight: Tensor) -> Tensor:
+    return torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
+
+
+def _called(name: str) -> str:
+    return name or "the model"
