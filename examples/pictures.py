@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
+from feather_param.figures import draw_survivors
 from feather_param.report import Report
 
 __all__ = ["draw_comparison", "draw_summary"]
@@ -42,7 +43,7 @@ def draw_summary(path: Path, title: str, epochs: Rows, trace: Rows, report: Repo
         left, right = _halves(figure)
         top, middle, bottom = left.subplots(3, 1, sharex=True)
         left.align_ylabels()
-        _survivors(right.subplots(), report)
+        draw_survivors(right.subplots(), report)
         steps = [row["step"] for row in trace]
         middle.plot(steps, [row["rate"] for row in trace], color=_ORANGE)
         middle.set_ylabel("rate\n(zeros among weights)")
@@ -81,7 +82,7 @@ def draw_comparison(path: Path, title: str, dense: Rows, sparse: Rows, trace: Ro
     bottom.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     bottom.set_xlabel("optimizer step")
     _plain(bottom)
-    _survivors(right.subplots(), report)
+    draw_survivors(right.subplots(), report)
     _write(figure, path)
 
 
@@ -122,7 +123,7 @@ def _accuracy(axes: Axes, runs: Mapping[str, Rows]) -> None:
         )
     axes.set_ylabel("test accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(frameon=False)
     _plain(axes)
 
 
@@ -133,25 +134,3 @@ def _losses(axes: Axes, epochs: Rows) -> None:
     axes.set_ylabel("cross-entropy")
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper right", frameon=False)
-
-
-def _survivors(axes: Axes, report: Report) -> None:
-    """Draw the fraction of each layer that survives, and write how many weights that are."""
-    kept = [1.0 - row.rate for row in report.rows]
-    names = [row.name.removesuffix(".weight") for row in report.rows]
-    axes.barh(range(len(kept)), kept, color=[_BLUE if value else _ORANGE for value in kept], height=0.72)
-    axes.set_yticks(range(len(kept)), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    longest = max(kept)
-    overall = 1.0 - report.rate
-    for i, row in enumerate(report.rows):
-        label = f"{kept[i]:.1%}  ({row.total - row.zeros:,} of {row.total:,})"
-        axes.text(max(kept[i], overall) + 0.01 * longest, i, label, va="center", fontsize=7, color="#2d3748")
-    axes.set_xlim(0, 1.45 * longest)  # room for the labels
-    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 1])
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    axes.axvline(overall, color=_GREY, linewidth=1, linestyle="--")
-    axes.set_xlabel(f"weights that survive, of each layer (dashed: all layers, {overall:.1%})")
-    for side in _SPINES:
-        axes.spines[side].set_visible(False)

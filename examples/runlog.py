@@ -21,6 +21,7 @@ import feather_param
 from examples.settings import Settings
 from examples.training import Baked, Score, Training, TrainingFailed
 from feather_param.report import Report
+from feather_param.tensorboard import add_report
 
 __all__ = ["RunLog", "new_folder", "table"]
 
@@ -120,8 +121,7 @@ class RunLog:
         self.epochs.append(row)
         self._write(step, {"Loss/train": train_loss, "Loss/test": score.loss, "acc/test": score.accuracy})
         if training.controller is not None:
-            rows = training.controller.report().rows
-            self._write(step, {f"survivors/{layer.name}": 1.0 - layer.rate for layer in rows})
+            add_report(self._writer, training.controller.report(), step)
         self._writer.flush()
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["safetensors_torch", "zstandard"]
+__all__ = ["matplotlib", "numba", "safetensors_torch", "zstandard"]
+
+
+def matplotlib(module: str) -> ModuleType:
+    """Return a module of `matplotlib`."""
+    return _import(f"matplotlib.{module}", "plot")
+
+
+def numba() -> ModuleType:
+    """Return `numba`."""
+    return _import("numba", "inference")
 
 
 def safetensors_torch() -> ModuleType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["aligned"]
+__all__ = ["aligned", "percent", "short"]
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -23,3 +23,28 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
         )
         for line in lines
     ]
+
+
+def percent(fraction: float) -> str:
+    """Return a fraction in percent, with a digit more where it is small; only 0 reads 0.0 %.
+
+    Example:
+        >>> percent(0.5), percent(0.0123), percent(0.0012), percent(1e-7), percent(0.0)
+        ('50.0%', '1.2%', '0.12%', '<0.01%', '0.0%')
+    """
+    if 0 < fraction < 0.0001:
+        return "<0.01%"
+    return f"{fraction:.2%}" if 0 < fraction < 0.00995 else f"{fraction:.1%}"
+
+
+def short(count: int) -> str:
+    """Return a number of three digits with a unit's prefix.
+
+    Example:
+        >>> short(640), short(1_280), short(589_824), short(4_089_184_256)
+        ('640', '1.28k', '590k', '4.09G')
+    """
+    if count < 1000:
+        return str(count)
+    power = min(5, (len(f"{float(f'{count:.3g}'):.0f}") - 1) // 3)  # 999,999 is 1.00M
+    return f"{count / 1000**power:#.3g}".rstrip(".") + "kMGTP"[power - 1]

@@ -1,0 +1,195 @@
+"""Reports as one page of HTML that needs nothing but itself: no scripts, no fonts, no pictures from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from feather_param.charts import Line, line_chart, sparkline
+from feather_param.history import History, Look
+from feather_param.multiply_adds import MultiplyAdds
+from feather_param.report import Report
+from feather_param.tables import percent, short
+
+__all__ = ["page"]
+
+_BLUE, _ORANGE, _GREY = "#2b6cb0", "#c05621", "#718096"
+
+_STYLE = """
+:root { color-scheme: light; }
+body { margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #2d3748; background: #fff;
+  font: 15px/1.45 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 600; white-space: nowrap; }
+th, td { padding: .15rem .7rem .15rem 0; border-bottom: 1px solid #edf2f7; }
+td.name { white-space: nowrap; min-width: 9rem; } td.n, th.n { text-align: right; white-space: nowrap; }
+tr.all td { font-weight: 600; border-top: 2px solid #a0aec0; } tr.dead td { color: #c05621; }
+.scroll { overflow-x: auto; }
+.bar { position: relative; display: block; width: 11rem; height: .9rem; background: #edf2f7; }
+.bar b { position: absolute; inset: 0 auto 0 0; background: #2b6cb0; }
+.bar i { position: absolute; top: -.3rem; bottom: -.3rem; border-left: 1px dashed #718096; }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem; }
+.chart { width: 23rem; max-width: 100%; } .spark { width: 6rem; height: 1.1rem; vertical-align: middle; }
+svg text { font-size: 11px; fill: #2d3748; } svg .title { font-size: 12px; font-weight: 600; }
+svg .y, svg .legend { text-anchor: end; } svg .x { text-anchor: middle; } svg .grid { stroke: #e2e8f0; }
+svg polyline { fill: none; stroke-width: 1.6; } .spark polyline { stroke: #2b6cb0; vector-effect: non-scaling-stroke; }
+footer { margin: 2.5rem 0 1rem; font-size: .8rem; color: #718096; }
+"""
+
+
+def page(
+    report: Report,
+    *,
+    history: History | None = None,
+    multiply_adds: MultiplyAdds | None = None,
+    sizes: Mapping[str, int] | None = None,
+    title: str = "Sparsity",
+) -> str:
+    """Return a page that shows which weights survive, and, where given, how it came about and what it saves.
+
+    Args:
+        report: what `Controller.report` returned.
+        history: adds rate, threshold and churn over the steps, and the survivors of each layer over time.
+        multiply_adds: adds the multiply-adds left in each layer.
+        sizes: adds bytes by the name of a file format; the first one is compared with.
+        title: headline.
+
+    Example:
+        >>> controller = feather_param.sparsify(nn.Linear(4, 4), final_rate=0.75, total_steps=1, end_step=0)
+        >>> html = page(controller.report(), title="a <small> layer")
+        >>> html[:15], "a &lt;small&gt; layer" in html, "12 of 16 weights are zero" in html
+        ('<!doctype html>', True, True)
+    """
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{_summary(report, multiply_adds)}</p>"]
+    if sizes:
+        parts += ["<h2>File size</h2>", _sizes(sizes)]
+    looks = history.looks if history is not None and len(history.looks) > 1 else []
+    if looks:
+        parts += ["<h2>Over the training</h2>", _charts(looks)]
+    if report.rows:
+        parts += ["<h2>Layers</h2>", _layers(report, looks, multiply_adds)]
+    if multiply_adds is not None and multiply_adds.uncounted:
+        parts += ["<h2>Multiply-adds not counted</h2>", _reasons(multiply_adds.uncounted)]
+    if report.skipped:
+        parts += ["<h2>Dense</h2>", _reasons(report.skipped)]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
+        "<body>" + "\n".join(parts) + "\n<footer>feather_param</footer></body></html>\n"
+    )
+
+
+def _summary(report: Report, counted: MultiplyAdds | None) -> str:
+    text = f"{report.zeros:,} of {report.total:,} weights are zero ({report.rate:.3%})."
+    if counted is not None:
+        left = percent(counted.left / max(1, counted.dense))
+        text += f" Of {short(counted.dense)} multiply-adds of a forward pass {left} are left, if every zero is skipped."
+    if report.dead:
+        text += f" Nothing survives in {', '.join(report.dead)}."
+    return escape(text)
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    largest = max(1, *sizes.values())
+    first = max(1, next(iter(sizes.values())))
+    rows = [
+        f'<td>{escape(name)}</td><td class="n">{size:,} B</td><td class="n">{percent(size / first)}</td>'
+        f"<td>{_bar(size / largest)}</td>"
+        for name, size in sizes.items()
+    ]
+    return _table(["format", ">size", f">of {next(iter(sizes))}", ""], rows)
+
+
+def _charts(looks: Sequence[Look]) -> str:
+    steps = [look.step for look in looks]
+    churn = {name: [getattr(look, name) / max(1, look.survivors) for look in looks[1:]] for name in ("left", "entered")}
+    rate = Line("", _ORANGE, steps, [look.rate for look in looks])
+    threshold = Line("", _GREY, steps, [look.threshold for look in looks])
+    flow = [Line(name, color, steps[1:], churn[name]) for name, color in (("left", _GREY), ("entered", _BLUE))]
+    charts = [
+        line_chart("rate (zeros among weights)", [rate], "{:.0%}".format, most_y=1.0),
+        line_chart("threshold", [threshold], "{:g}".format),
+        line_chart("churn (of the survivors)", flow, _percents),
+    ]
+    return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _percents(value: float) -> str:
+    return f"{100 * value:g}%"
+
+
+def _layers(report: Report, looks: Sequence[Look], counted: MultiplyAdds | None) -> str:
+    kept = [1.0 - row.rate for row in report.rows]
+    overall, longest = 1.0 - report.rate, max(*kept, 1.0 - report.rate, 1e-9)
+    trails: dict[str, list[float]] = {row.name: [] for row in report.rows}
+    for look in looks:
+        for layer in look.layers:
+            trails.setdefault(layer.name, []).append(layer.survivors / max(1, layer.total))
+    latest = {layer.name: layer for layer in looks[-1].layers} if looks else {}
+    adds = {row.name: row for row in counted.rows} if counted is not None else {}
+    heads = ["weight", "shape", ">weights", ">zeros", ">survive", f"dashed: all, {percent(overall)}"]
+    heads += ["over time", ">entered", ">left"] * bool(looks) + [">multiply-adds", ">without zeros"] * bool(counted)
+    rows: list[str] = []
+    for row, part in zip(report.rows, kept, strict=True):
+        cells = [_name(row.name), _left("x".join(map(str, row.shape))), _right(f"{row.total:,}")]
+        cells += [
+            _right(f"{row.zeros:,}"),
+            _right(percent(part)),
+            f"<td>{_bar(part / longest, overall / longest)}</td>",
+        ]
+        if looks:
+            layer = latest.get(row.name)
+            trail = trails[row.name]
+            cells.append(f"<td>{sparkline(trail, 'survivors over time')}</td>" if trail else _left(""))
+            cells += [_right(f"{layer.entered:,}" if layer else ""), _right(f"{layer.left:,}" if layer else "")]
+        if counted is not None:
+            add = adds.get(row.name)
+            cells += [_right(short(add.dense) if add else "-"), _right(short(add.left) if add else "-")]
+        rows.append("".join(cells))
+    total = [_name("all"), _left(""), _right(f"{report.total:,}"), _right(f"{report.zeros:,}")]
+    total += [_right(percent(overall)), _left("")]
+    if looks:
+        total += [_left(""), _right(f"{looks[-1].entered:,}"), _right(f"{looks[-1].left:,}")]
+    if counted is not None:
+        total += [_right(short(counted.dense)), _right(short(counted.left))]
+    classes = ["dead" if row.name in report.dead else "" for row in report.rows]
+    table = _table(heads, [*rows, "".join(total)], [*classes, "all"])
+    if not looks:
+        return table
+    return f"<p>Entered and left: from step {looks[-2].step:,} to {looks[-1].step:,}.</p>{table}"
+
+
+def _reasons(reasons: Mapping[str, str]) -> str:
+    return _table(["weight", "reason"], [_name(name) + _left(reason) for name, reason in reasons.items()])
+
+
+def _table(heads: Sequence[str], rows: Sequence[str], classes: Sequence[str] = ()) -> str:
+    """Return a table; a head that begins with > stands over numbers."""
+    head = "".join(
+        f'<th class="n">{escape(text[1:])}</th>' if text.startswith(">") else f"<th>{escape(text)}</th>"
+        for text in heads
+    )
+    kinds = list(classes) or [""] * len(rows)
+    body = "\n".join(
+        f'<tr class="{kind}">{row}</tr>' if kind else f"<tr>{row}</tr>" for kind, row in zip(kinds, rows, strict=True)
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _bar(part: float, mark: float | None = None) -> str:
+    dashed = "" if mark is None else f'<i style="left:{100 * mark:.2f}%"></i>'
+    return f'<span class="bar"><b style="width:{100 * part:.2f}%"></b>{dashed}</span>'
+
+
+def _name(text: str) -> str:
+    return f'<td class="name">{escape(text)}</td>'
+
+
+def _left(text: str) -> str:
+    return f"<td>{escape(text)}</td>"
+
+
+def _right(text: str) -> str:
+    return f'<td class="n">{escape(text)}</td>'
