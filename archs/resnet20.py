@@ -1,4 +1,4 @@
-"""ResNet-20 for small images (He et al. 2016, "Deep Residual Learning"), twice as wide as the paper's."""
+"""ResNet-20 for small images (He et al. 2016, "Deep Residual Learning"), by default twice as wide as the paper's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from archs._init import init_he
 
 __all__ = ["ResNet20", "resnet20"]
 
-_WIDTHS = (32, 64, 128)
 _BLOCKS = 3  # per width; 20 layers = stem + 3 widths * 3 blocks * 2 convolutions + classifier
 
 
@@ -36,20 +35,25 @@ class _Block(nn.Module):
 class ResNet20(nn.Module):
     """Stem, three stages of three blocks at 1, 1/2 and 1/4 of the resolution, mean over the image, classifier.
 
+    Args:
+        num_classes: number of outputs.
+        in_channels: number of colours.
+        width: channels of the first stage; the others have two and four times as many.
+
     Shape:
         [batch, in_channels, height, width] to [batch, num_classes].
     """
 
-    def __init__(self, num_classes: int = 100, in_channels: int = 3) -> None:
+    def __init__(self, num_classes: int = 100, in_channels: int = 3, width: int = 32) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, _WIDTHS[0], 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(_WIDTHS[0])
+        self.conv = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
         blocks: list[nn.Module] = []
-        channels = _WIDTHS[0]
-        for width in _WIDTHS:
+        channels = width
+        for stage in (width, 2 * width, 4 * width):
             for _ in range(_BLOCKS):
-                blocks.append(_Block(channels, width, stride=1 if width == channels else 2))
-                channels = width
+                blocks.append(_Block(channels, stage, stride=1 if stage == channels else 2))
+                channels = stage
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(channels, num_classes)
         init_he(self)
@@ -59,6 +63,6 @@ class ResNet20(nn.Module):
         return self.fc(y.mean(dim=(2, 3)))
 
 
-def resnet20(num_classes: int = 100, in_channels: int = 3) -> ResNet20:
+def resnet20(num_classes: int = 100, in_channels: int = 3, width: int = 32) -> ResNet20:
     """Build a ResNet-20 of widths 32, 64, 128: 1,096,196 parameters for 100 classes of colour images."""
-    return ResNet20(num_classes, in_channels)
+    return ResNet20(num_classes, in_channels, width)

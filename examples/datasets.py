@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,24 @@ class ImageData:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Return images of bytes as floats of mean 0 and deviation 1 per channel, channels last in memory."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        mean, std = (_per_channel(values, images.device) for values in (self.mean, self.std))
         return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@lru_cache(maxsize=8)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers as a tensor for [batch, channels, height, width]; made once, for a GPU would wait for a copy."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """What is drawn at random for one epoch: the order of the images, and the crop and mirroring of each."""
+
+    order: Tensor
+    shifts: Tensor
+    flips: Tensor
 
 
 class TrainBatches(Dataset[Batch]):
@@ -91,7 +107,7 @@ class TrainBatches(Dataset[Batch]):
         self.epochs = epochs
         self.seed = seed
         self.steps_per_epoch = max(1, -(-(len(data.train) - least + 1) // batch_size))
-        self._order = (-1, np.empty(0, dtype=np.int64))  # of the last epoch asked for: only to save time
+        self._last: tuple[int, _Epoch] | None = None  # the last epoch asked for: only to save time
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch
@@ -99,23 +115,23 @@ class TrainBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         """Return the batch of a step: images in bytes, and labels."""
         epoch, i = divmod(step, self.steps_per_epoch)
-        chosen = torch.from_numpy(self._epoch_order(epoch)[i * self.batch_size : (i + 1) * self.batch_size])
-        # i + 1: a seed sequence takes missing numbers as zeros, and (seed, epoch) is the order's.
-        random = np.random.default_rng((self.seed, epoch, i + 1))
-        shifts = torch.from_numpy(random.integers(0, 2 * self.data.padding + 1, size=(2, len(chosen))))
-        flips = torch.from_numpy(random.integers(0, 2, size=len(chosen)).astype(bool))
-        train = self.data.train
-        device = train.images.device
-        chosen = chosen.to(device)
-        if not self.data.flip:
-            flips.zero_()
-        images = crop_and_flip(train.images[chosen], self.data.padding, shifts.to(device), flips.to(device))
+        drawn = self._draw(epoch)
+        part = slice(i * self.batch_size, (i + 1) * self.batch_size)
+        train, chosen = self.data.train, drawn.order[part]
+        images = crop_and_flip(train.images[chosen], self.data.padding, drawn.shifts[:, part], drawn.flips[part])
         return images, train.labels[chosen]
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.data.train)))
-        return self._order[1]
+    def _draw(self, epoch: int) -> _Epoch:
+        """Return what is random in an epoch, on the device of the images: one copy an epoch, and no step waits."""
+        if self._last is None or self._last[0] != epoch:
+            count, device = len(self.data.train), self.data.train.images.device
+            random = np.random.default_rng((self.seed, epoch))
+            order = random.permutation(count)
+            shifts = random.integers(0, 2 * self.data.padding + 1, size=(2, count))
+            flips = random.integers(0, 2, size=count).astype(bool) & self.data.flip
+            drawn = _Epoch(*(torch.from_numpy(values).to(device) for values in (order, shifts, flips)))
+            self._last = (epoch, drawn)
+        return self._last[1]
 
 
 def crop_and_flip(images: Tensor, padding: int, shifts: Tensor, flips: Tensor) -> Tensor:

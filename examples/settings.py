@@ -44,7 +44,7 @@ class Settings:
     data_dir: str = "data"
     train_size: int | None = None
     seed: int = 0
-    amp: bool = False
+    amp: bool | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -124,7 +124,11 @@ def options(prog: str | None = None, description: str | None = None) -> argparse
         metavar="N",
     )
     add("--seed", "seed of the initialisation, the order of the images and their augmentation", type=int, metavar="N")
-    add("--amp", "compute in bfloat16 where that is safe (autocast)", action="store_true")
+    add(
+        "--amp",
+        "compute in bfloat16 where that is safe (autocast); done on a GPU unless told otherwise",
+        action=argparse.BooleanOptionalAction,
+    )
     add("--compile", "train through torch.compile", action="store_true")
     free = ", ".join("--" + name.replace("_", "-") for name in FREE)
     parser.add_argument(
