@@ -1,0 +1,183 @@
+"""The paper's CIFAR-100 table, from one command: `python -m benchmarks.cifar100_table --data-dir DATA`.
+
+Networks x rates x seeds x methods, each one a JSON file in ``benchmarks/results/cifar100_<protocol>/``. What has its
+file is not made again: delete one, and the next call fills in just that. Ctrl-C saves the running ones, and the next
+call goes on with them. At the end, or with ``--only-table`` at any time, the table is written beside that folder as
+Markdown, and drawn. ``--protocol paper`` is the paper's: all images, 160 epochs; ``short`` does without a GPU. Both
+compute in bfloat16 where that is safe (autocast).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import cifar100_results, timing
+from benchmarks.cifar100_run import Run, execute
+from benchmarks.methods import DENSE, METHODS
+from examples.checkpoints import StopRequest
+from examples.datasets import ImageData, load_data
+from examples.settings import UserError
+
+__all__ = ["PROTOCOLS", "Protocol", "main"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is trained, and how long."""
+
+    networks: tuple[str, ...]
+    rates: tuple[float, ...]
+    methods: tuple[str, ...]
+    seeds: int
+    epochs: int
+    train_size: int | None
+    width: int  # of ResNet-20; 0 for its own
+
+    def runs(self) -> list[Run]:
+        """Return the runs, what a reader wants first at the front: per network dense and Feather, then the others."""
+
+        def run(network: str, method: str, rate: float, seed: int) -> Run:
+            return Run(network, self.width, method, rate, seed, self.epochs, self.train_size)
+
+        runs = []
+        for network in self.networks:
+            for seed in range(self.seeds):
+                runs.append(run(network, DENSE, 0.0, seed))
+            for method in self.methods:
+                runs += [run(network, method, rate, seed) for seed in range(self.seeds) for rate in self.rates]
+        return runs
+
+
+PROTOCOLS = {
+    "paper": Protocol(
+        networks=("resnet20", "mobilenet_v1", "densenet"),
+        rates=(0.90, 0.95, 0.98, 0.99, 0.995),
+        methods=("feather", "hard", "soft", "theta_1", "theta_0.5", "one_shot", "gradual"),
+        seeds=3,
+        epochs=160,
+        train_size=None,
+        width=0,
+    ),
+    "short": Protocol(
+        networks=("resnet20",),
+        rates=(0.90, 0.98, 0.995),
+        methods=("feather", "hard", "soft", "one_shot"),
+        seeds=2,
+        epochs=8,
+        train_size=10_000,
+        width=16,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make what is missing, write the table and the picture; return the exit status."""
+    arguments = _parser().parse_args(argv)
+    protocol = PROTOCOLS[arguments.protocol]
+    overrides = {key: getattr(arguments, key) for key in ("networks", "rates", "methods", "seeds")}
+    chosen = replace(protocol, **{key: value for key, value in overrides.items() if value is not None})
+    folder = Path(arguments.results) / f"cifar100_{arguments.protocol}"
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [run for run in chosen.runs() if run.done(folder) is None]
+    status = 0
+    if missing and not arguments.only_table:
+        device = torch.device(arguments.device)
+        jobs = arguments.jobs or ((os.cpu_count() or 1) if device.type == "cpu" else 4)
+        try:
+            status = _work(missing, Path(arguments.data_dir), device, folder, jobs)
+        except UserError as error:
+            print(f"cifar100_table: error: {error}", file=sys.stderr)
+            return 2
+    found = cifar100_results.read(folder)
+    if found:
+        about = {DENSE: "the same recipe without zeros", **{name: method.about for name, method in METHODS.items()}}
+        print(cifar100_results.write(found, about, folder))
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="paper")
+    parser.add_argument("--data-dir", default="data", help="folder with CIFAR-100, or to download it to (data)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, help="runs side by side (4 on a GPU, one a core on a CPU)")
+    parser.add_argument("--networks", nargs="+", choices=PROTOCOLS["paper"].networks, help="only these")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these, beside the dense network")
+    parser.add_argument("--rates", nargs="+", type=float, help="only these")
+    parser.add_argument("--seeds", type=int, help="only so many, from 0 on")
+    parser.add_argument("--results", default=str(timing.RESULTS), help="folder of the results (benchmarks/results)")
+    parser.add_argument("--only-table", action="store_true", help="train nothing, show what is there")
+    return parser
+
+
+def _work(runs: Sequence[Run], data_dir: Path, device: torch.device, folder: Path, jobs: int) -> int:
+    """Make the runs, so many side by side, behind one progress bar; return the exit status."""
+    size = runs[0].train_size
+    data = load_data("cifar100", data_dir, size)  # here first: a missing data set is told once
+    steps = -(-len(data.train) // 128)
+    context = multiprocessing.get_context("spawn")
+    progress, stop = context.Queue(), context.Event()
+    failed: list[str] = []
+    with (
+        StopRequest() as request,
+        ProcessPoolExecutor(jobs, context, _enter, (data_dir, size, device, progress, stop)) as pool,
+        tqdm(total=sum(run.epochs for run in runs) * steps, unit="step", desc="runs", smoothing=0.02) as bar,
+    ):
+        futures: dict[Future[bool], Run] = {pool.submit(_execute, run, folder): run for run in runs}
+        waiting = set(futures)
+        while waiting:
+            try:
+                bar.update(progress.get(timeout=0.5))
+            except queue.Empty:
+                bar.refresh()
+            if request.signal is not None and not stop.is_set():
+                stop.set()
+                for future in futures:
+                    future.cancel()
+            for future in [future for future in waiting if future.done()]:
+                waiting.discard(future)
+                if not future.cancelled() and (error := future.exception()) is not None:
+                    failed.append(f"{futures[future].name}: {error}")
+                bar.set_postfix(done=f"{len(futures) - len(waiting)}/{len(futures)}", refresh=False)
+    for message in failed:
+        print(f"cifar100_table: failed: {message}", file=sys.stderr)
+    if request.signal is not None:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 128 + request.signal
+    return 1 if failed else 0
+
+
+# What a worker process keeps from run to run.
+_here: dict[str, Any] = {}
+
+
+def _enter(data_dir: Path, size: int | None, device: torch.device, progress: Any, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
+    torch.set_num_threads(1)  # networks as small as these go faster side by side than over several threads
+    data = load_data("cifar100", data_dir, size)
+    data = replace(data, train=data.train.to(device), test=data.test.to(device))
+    _here.update(data=data, device=device, progress=progress, stop=stop)
+
+
+def _execute(run: Run, folder: Path) -> bool:
+    data: ImageData = _here["data"]
+    if _here["stop"].is_set():
+        return False
+    return execute(run, data, _here["device"], folder, _here["progress"].put, _here["stop"].is_set)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
