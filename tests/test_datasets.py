@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,3 +182,22 @@ def test_digits_are_never_mirrored() -> None:
     images, _ = TrainBatches(data, batch_size=64, epochs=1, seed=0)[0]
     originals = {image.numpy().tobytes() for image in data.train.images}
     assert all(image.numpy().tobytes() in originals for image in images)
+
+
+def test_crops_and_mirrors_are_drawn_as_torchvisions_transforms_draw_them() -> None:
+    transforms = pytest.importorskip("torchvision.transforms")
+    image = torch.arange(1, 17, dtype=torch.uint8).view(1, 1, 4, 4)  # all pixels differ, and none is the padding's
+    count, padding = 9_000, 1
+    split = Split(image.expand(count, 1, 4, 4), torch.zeros(count, dtype=torch.int64))
+    data = ImageData(split, split, 1, padding=padding, flip=True, mean=(0.5,), std=(0.25,))
+    ours = TrainBatches(data, batch_size=count, epochs=1, seed=0)[0][0]
+    torch.manual_seed(0)
+    transform = transforms.Compose([transforms.RandomCrop(4, padding=padding), transforms.RandomHorizontalFlip()])
+    theirs = torch.stack([transform(image[0]) for _ in range(count)])
+    found = [Counter(one.numpy().tobytes() for one in images) for images in (ours, theirs)]
+    outcomes = (2 * padding + 1) ** 2 * 2
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) == outcomes
+    # Each outcome is as likely as any other: Pearson's statistic exceeds 68 once in ten million draws (17 degrees).
+    expected = count / outcomes
+    assert all(sum((n - expected) ** 2 / expected for n in counts.values()) < 68.0 for counts in found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,3 +79,26 @@ def test_nan_is_reported_a_few_steps_late():
     torch.cuda.synchronize()
     with pytest.raises(ValueError, match=r"finite weights, got NaN or infinity in 3\.weight"):
         controller.step()
+
+
+def test_a_step_of_the_example_never_waits_for_the_device():
+    from pathlib import Path
+
+    from examples.datasets import TrainBatches, load_data
+    from examples.settings import Settings
+    from examples.training import Training
+
+    data = load_data("digits", Path("nowhere"))
+    device = torch.device("cuda")
+    data = replace(data, train=data.train.to(device), test=data.test.to(device))
+    settings = Settings(dataset="digits", epochs=2, batch_size=64)
+    batches = TrainBatches(data, settings.batch_size, settings.epochs, settings.seed)
+    training = Training(settings, data, device, batches.steps_per_epoch)
+    for step in range(3):  # the first steps pick algorithms, and copy what an epoch and the means need
+        training.step(*batches[step])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3, batches.steps_per_epoch):
+            training.step(*batches[step])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

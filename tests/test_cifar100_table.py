@@ -1,0 +1,183 @@
+"""The CIFAR-100 table: a run is the same through interruptions, and only what is missing is made."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import cifar100_results, cifar100_table, timing
+from benchmarks.cifar100_run import Run, execute
+from benchmarks.cifar100_table import PROTOCOLS, Protocol
+from benchmarks.methods import DENSE, METHODS
+from examples.datasets import ImageData, Split
+
+CPU = torch.device("cpu")
+TINY = Protocol(("resnet20",), (0.5, 0.9), ("feather", "hard"), seeds=2, epochs=1, train_size=200, width=2)
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    generator = np.random.default_rng(0)
+
+    def split(count: int) -> Split:
+        images = torch.from_numpy(generator.integers(0, 256, (count, 3, 8, 8), dtype=np.uint8))
+        return Split(images, torch.arange(count) % 4)
+
+    return ImageData(split(300), split(50), 4, padding=1, flip=True, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def a_run(method: str, rate: float = 0.8, seed: int = 0) -> Run:
+    return Run("resnet20", 2, method, 0.0 if method == DENSE else rate, seed, epochs=2, train_size=None)
+
+
+def result(run: Run, folder: Path) -> dict[str, Any]:
+    content = run.done(folder)
+    assert content is not None
+    return {key: value for key, value in content.items() if key not in ("seconds", "machine")}
+
+
+def uninterrupted(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    steps: list[int] = []
+    assert execute(run, data, CPU, folder, steps.append, lambda: False)
+    assert sum(steps) == 2 * 3
+    return result(run, folder)
+
+
+@pytest.mark.parametrize("method", [DENSE, *METHODS])
+def test_an_interrupted_run_goes_on_to_the_same_result(method, data, tmp_path):
+    run = a_run(method)
+    whole = uninterrupted(run, data, tmp_path / "whole")
+    assert whole["zeros"] == whole["promised"] == round(run.rate * whole["total"])
+    again = tmp_path / "again"
+    again.mkdir()
+    steps: list[int] = []
+    for stop in (2, 4):  # before and after the zeros of one_shot are held
+        assert not execute(run, data, CPU, again, steps.append, lambda stop=stop: sum(steps) == stop)
+        assert run.done(again) is None
+        steps[:] = []
+    assert execute(run, data, CPU, again, steps.append, lambda: False)
+    assert steps == [4, 1, 1]
+    assert result(run, again) == whole
+    assert [path.suffix for path in again.iterdir()] == [".json"]
+
+
+def test_methods_differ_where_they_should(data, tmp_path):
+    losses = {method: uninterrupted(a_run(method), data, tmp_path / method)["loss"] for method in METHODS}
+    same = {frozenset({"feather", "theta_1"})}  # the rule says 1 up to a rate of 0.95
+    for one in losses:
+        for other in losses:
+            if one < other and losses[one] == losses[other]:
+                assert frozenset({one, other}) in same | {frozenset({name, "theta_late"}) for name in losses}
+
+
+def test_a_result_of_other_settings_is_not_taken(data, tmp_path):
+    run = a_run("feather")
+    uninterrupted(run, data, tmp_path)
+    with pytest.raises(ValueError, match=r"expected the settings .*'epochs': 3.* in .*; move it away"):
+        replace(run, epochs=3).done(tmp_path)
+
+
+def test_the_papers_protocol():
+    runs = PROTOCOLS["paper"].runs()
+    assert len(runs) == len(set(runs)) == 3 * 3 * (1 + 5 * 7)
+    assert len({run.name for run in runs}) == len(runs)
+    assert [run.method for run in runs[:18]] == [DENSE] * 3 + ["feather"] * 15
+    assert {run.epochs for run in runs} == {160}
+
+
+def write_cifar(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    for name, count in (("train", 400), ("test", 40)):
+        records = generator.integers(0, 256, (count, 2 + 3072), dtype=np.uint8)
+        records[:, 1] = np.arange(count) % 100
+        path = folder / "cifar-100-binary" / f"{name}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(records.tobytes())
+
+
+def test_only_what_is_missing_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PROTOCOLS, "short", TINY)
+    write_cifar(tmp_path / "data")
+    command = ["--protocol", "short", "--data-dir", str(tmp_path / "data"), "--results", str(tmp_path), "--jobs", "2"]
+    assert cifar100_table.main(command) == 0
+    first = capsys.readouterr().out
+    folder = tmp_path / "cifar100_short"
+    files = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(files) == 2 + 2 * 2 * 2
+    gone = folder / "resnet20_hard_0.9_seed1.json"
+    before = json.loads(gone.read_text())
+    gone.unlink()
+    assert cifar100_table.main(command) == 0
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert {name for name in after if after[name] != files[name]} == {gone.name}
+    assert json.loads(gone.read_text())["accuracy"] == before["accuracy"]
+    assert "exactly the promised one in each of the 10 runs" in first
+    assert (tmp_path / "cifar100_short.md").read_text() + "\n" == capsys.readouterr().out
+    assert (tmp_path / "cifar100_short.png").stat().st_size > 10_000
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PROTOCOLS, "short", replace(TINY, epochs=200))
+    write_cifar(tmp_path / "data")
+    command = ["--protocol", "short", "--data-dir", str(tmp_path / "data"), "--results", str(tmp_path), "--jobs", "1"]
+    update = cifar100_table.tqdm.update
+
+    def interrupt(bar, n=1):
+        if not bar.n:  # once: a second Ctrl-C ends the program at once
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(bar, n)
+
+    monkeypatch.setattr(cifar100_table.tqdm, "update", interrupt)
+    assert cifar100_table.main(command) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "cifar100_short").iterdir()] == ["resnet20_dense_0.0_seed0.checkpoint.pt"]
+
+
+def test_missing_data_are_told_in_one_sentence(tmp_path, monkeypatch, capsys):
+    import torchvision
+
+    def no_network(*args: object, **keywords: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", no_network)
+    command = ["--protocol", "short", "--data-dir", str(tmp_path), "--results", str(tmp_path)]
+    assert cifar100_table.main(command) == 2
+    assert "cifar100_table: error: expected CIFAR100 in" in capsys.readouterr().err
+
+
+def made_up(method: str, rate: float, seed: int, accuracy: float, **changes: Any) -> dict[str, Any]:
+    run = {"network": "resnet20", "width": 0, "method": method, "rate": rate, "seed": seed, "epochs": 160}
+    return {
+        "run": {**run, "train_size": None},
+        "accuracy": accuracy,
+        "zeros": round(1000 * rate),
+        "promised": round(1000 * rate),
+        "total": 1000,
+        "dead": [],
+        "seconds": 100.0,
+        "machine": timing.machine(),
+        **changes,
+    }
+
+
+def test_the_table_tells_means_spreads_and_drops(tmp_path):
+    results = [made_up(DENSE, 0.0, seed, 0.70 + 0.02 * seed) for seed in range(2)]
+    results += [made_up("feather", 0.9, seed, 0.68 + 0.02 * seed) for seed in range(2)]
+    results += [made_up("hard", 0.99, 0, 0.5, dead=["conv.weight"])]
+    about = {DENSE: "no zeros", "feather": "ours", "hard": "another"}
+    text = cifar100_results.write(results, about, tmp_path / "table")
+    assert "| dense | 71.00 ± 1.41 |  |" in text
+    assert "| feather | 69.00 ± 1.41 [-2.00] | not run |" in text
+    assert "| hard | not run | 50.00 (n = 1) [-21.00] |" in text
+    assert "exactly the promised one in each of the 5 runs; layers of which nothing survived in some run: conv" in text
+    results[-1]["zeros"] += 1
+    assert "NOT the promised one" in cifar100_results.write(results, about, tmp_path / "table")
