@@ -76,7 +76,7 @@ PROTOCOLS = {
         rates=(0.90, 0.98, 0.995),
         methods=("feather", "hard", "soft", "one_shot"),
         seeds=2,
-        epochs=8,
+        epochs=5,
         train_size=10_000,
         width=16,
     ),
