@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -441,3 +443,26 @@ def test_short_numbers_are_right_to_three_digits(count):
     value = float(text.rstrip("kMGTP")) * 1000**unit
     assert value == pytest.approx(count, rel=0.005)
     assert len(text) <= 5 or count >= 10**17
+
+
+@pytest.mark.filterwarnings("ignore:nothing survives")  # of so small a network, at the documented rate
+def test_the_documented_snippet_runs(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    text = (Path(__file__).parent.parent / "docs" / "reports.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    steps = itertools.count()
+
+    def train_one_epoch(model, loader, controller):
+        train(model, loss, controller, [next(steps) for _ in loader])
+
+    scope = {"model": network(), "loader": range(3), "epochs": 4, "example_input": torch.zeros(1, 3, 5, 5)}
+    exec(
+        compile(block, "reports.md", "exec"),
+        {**scope, "feather_param": feather_param, "train_one_epoch": train_one_epoch},
+    )
+    assert Path("report.png").read_bytes().startswith(b"\x89PNG")
+    assert "from step 9 to 12" in " ".join(checked(Path("report.html").read_text(encoding="utf-8")).text)
+    assert list(Path("runs/first").iterdir())
+    for name in re.findall(r"tensorboard\.(add_\w+)", text):
+        assert callable(getattr(tensorboard, name))
