@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from feather_param.thresholds import flat
+from feather_param.thresholds import flat, kernels
 
 __all__ = ["feather_threshold"]
 
@@ -85,10 +86,7 @@ def _factor(u: Tensor, p: float) -> Tensor:
 
 def _shrink_on_cpu(weight: Tensor, threshold: Tensor, p: float, with_mask: bool) -> tuple[Tensor, Tensor | None]:
     """Return what `_shrink` does, in the weight's dtype; see Note [Sparse where it is sparse]."""
-    out = torch.empty_like(weight)
-    if out.stride() != weight.stride():  # overlapping or with gaps: `empty_like` chose other strides
-        weight = out.copy_(weight)
-    pruned = torch.empty_like(weight, dtype=torch.bool) if with_mask else None
+    weight, out, pruned = _results(weight, with_mask)
     source, target = flat(weight), flat(out)
     sample = source[:: source.numel() // 1024]
     few = weight.dtype != torch.float64 and float((sample.abs() > threshold).float().mean()) < 0.3
@@ -105,6 +103,23 @@ def _shrink_on_cpu(weight: Tensor, threshold: Tensor, p: float, with_mask: bool)
         if masks is not None:
             masks[i].copy_(mask)  # type: ignore[arg-type]
     return out, pruned
+
+
+def _shrink_on_gpu(
+    weight: Tensor, threshold: Tensor, p: float, with_mask: bool, gpu: ModuleType
+) -> tuple[Tensor, Tensor | None]:
+    """Return what `_shrink` does, in the weight's dtype, by one kernel."""
+    weight, out, pruned = _results(weight, with_mask)
+    gpu.shrink(flat(weight), threshold, p, flat(out), None if pruned is None else flat(pruned))
+    return out, pruned
+
+
+def _results(weight: Tensor, with_mask: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the weight and room for its result and its mask, all with the same strides."""
+    out = torch.empty_like(weight)
+    if out.stride() != weight.stride():  # overlapping or with gaps: `empty_like` chose other strides
+        weight = out.copy_(weight)
+    return weight, out, torch.empty_like(weight, dtype=torch.bool) if with_mask else None
 
 
 def _shrink_survivors(weight: Tensor, threshold: Tensor, p: float, out: Tensor) -> Tensor:
@@ -138,11 +153,16 @@ class _FeatherThreshold(torch.autograd.Function):
         plain = type(weight) in (Tensor, nn.Parameter)  # not what only stands for a tensor
         large = weight.device.type == "cpu" and weight.numel() > _SMALL
         pruned: Tensor | None
-        if plain and large and not torch.compiler.is_compiling():
-            out, pruned = _shrink_on_cpu(weight, threshold, p, with_mask=not _identity(theta))
+        with_mask = not _identity(theta)
+        if torch.compiler.is_compiling() or not plain:
+            out, pruned = _shrink(weight, threshold, p)
+        elif large:
+            out, pruned = _shrink_on_cpu(weight, threshold, p, with_mask)
+        elif weight.device.type == "cuda" and (gpu := kernels()) and gpu.serves(weight, p):
+            out, pruned = _shrink_on_gpu(weight, threshold, p, with_mask, gpu)
         else:
             out, pruned = _shrink(weight, threshold, p)
-        if pruned is None or _identity(theta):
+        if pruned is None or not with_mask:
             pruned = weight.new_empty(0, dtype=torch.bool)
         return out.to(weight.dtype), pruned
 

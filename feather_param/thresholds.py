@@ -6,10 +6,13 @@ Non-negative floats order like their bit patterns read as integers, so magnitude
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["PruneCount", "Sum", "count_pruned", "flat", "kth_magnitude", "refuse_non_finite", "require_finite"]
+__all__ = [
+    "PruneCount",
+    "Sum",
+    "count_pruned",
+    "flat",
+    "kernels",
+    "kth_magnitude",
+    "refuse_non_finite",
+    "require_finite",
+]
 
 Bits = NDArray[np.signedinteger[Any]]
 
@@ -41,14 +53,14 @@ def kth_magnitude(weights: Mapping[str, Tensor], k: int, add_up: Sum | None = No
     On a CPU it costs about two passes over the weights and hardly any memory: a sample gives a narrow bracket around
     the k-th magnitude, one pass counts what lies below and collects what lies inside, and the rest is ranked. A bracket
     that misses, which only the order of the weights can bring about, costs time but not exactness. Elsewhere, and over
-    several processes, it is found bit by bit, by counting, without waiting for the device; on a device other than
-    the CPU, NaN or infinity in the weights gives NaN instead of an error.
+    several processes, it is found by counting, without waiting for the device: digit by digit on a GPU with triton,
+    else bit by bit. On a device other than the CPU, NaN or infinity in the weights gives NaN instead of an error.
 
     Args:
         weights: tensors by name, of any shape, floating dtype, memory format and device.
         k: 1 for the smallest; 0 stands below them all and gives 0.
-        add_up: where each process holds a part of the weights, sums counts over the processes: 31 times one number.
-            All get the same result, or the same error.
+        add_up: where each process holds a part of the weights, sums counts over the processes: 4 times 256 numbers
+            on a GPU with triton, else 32 times one. All get the same result, or the same error.
 
     Returns:
         A 0-dim float32 tensor on the device of the first weight.
@@ -68,7 +80,8 @@ def kth_magnitude(weights: Mapping[str, Tensor], k: int, add_up: Sum | None = No
     if on_cpu and add_up is None:
         kth, finite = _kth_by_bracket(tensors, k)
     else:
-        kth = _kth_by_counting(tensors, k, add_up or (lambda counts: counts))
+        count = _kth_by_bits if on_cpu or kernels() is None else _kth_by_digits
+        kth = count(tensors, k, add_up or (lambda counts: counts))
         finite = not on_cpu or not kth.isnan()
     if not finite:
         refuse_non_finite(weights, elsewhere=add_up is not None)
@@ -167,7 +180,45 @@ def _scan(chunks: Sequence[Bits], low: int, high: int) -> tuple[int, list[Bits],
     return below, inside, largest
 
 
-def _kth_by_counting(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
+@cache
+def kernels() -> ModuleType | None:
+    """Return our GPU kernels, if triton is there."""
+    try:
+        return importlib.import_module("feather_param.kernels")
+    except ImportError:
+        return None
+
+
+# Widths and places of the digits of a magnitude's 31 bits, from the exponent down.
+_DIGITS = ((8, 23), (8, 15), (8, 7), (7, 0))
+
+
+def _kth_by_digits(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
+    """Return the k-th smallest magnitude without waiting for the device; NaN if something is not finite.
+
+    A histogram of the first digits tells the first digit, one of those that begin with it the second, and so on.
+    """
+    device = tensors[0].device
+    dtypes = {tensor.dtype for tensor in tensors}
+    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= _INTEGER.keys() else torch.float32
+    values = torch.cat([flat(tensor.to(device, dtype)) for tensor in tensors])
+    prefix = torch.zeros((), dtype=torch.int32, device=device)
+    rank = torch.full((), k, dtype=torch.int64, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    for width, shift in _DIGITS:
+        histogram = torch.zeros(256, dtype=torch.int64, device=device)
+        kernels().add_histogram(histogram, values, prefix, shift, width)  # type: ignore[union-attr]
+        histogram = add_up(histogram)
+        if shift == _DIGITS[0][1]:
+            finite = histogram[-1] == 0  # the largest exponent is that of infinity and NaN
+        up_to = histogram.cumsum(0)
+        digit = (up_to < rank).sum()
+        rank = rank - (up_to - histogram).gather(0, digit.view(1)).view(())
+        prefix = (prefix << width) | digit.to(torch.int32)
+    return torch.where(finite, prefix.view(torch.float32), math.nan)
+
+
+def _kth_by_bits(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
     """Return the k-th smallest magnitude without waiting for the device; NaN if something is not finite.
 
     It is the largest number that has fewer than k magnitudes below it, and is built from its highest bit down.

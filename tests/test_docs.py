@@ -19,6 +19,8 @@ MODULES = [f"feather_param.{module.name}" for module in pkgutil.iter_modules(fea
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
+    if name.endswith(".kernels"):
+        pytest.importorskip("triton")  # which only torch's CUDA builds bring
     module = importlib.import_module(name)
     torch.manual_seed(0)
     failed, _ = doctest.testmod(module, extraglobs={"torch": torch, "nn": torch.nn, "feather_param": feather_param})

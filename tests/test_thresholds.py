@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feather_param import thresholds
-from feather_param.thresholds import _SAMPLE, PruneCount, _kth_by_counting, count_pruned, kth_magnitude
+from feather_param.thresholds import _SAMPLE, PruneCount, _kth_by_bits, count_pruned, kth_magnitude
 from tests import twins
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -92,11 +92,11 @@ def test_counting_bit_by_bit_equals_the_bracket(dtype):
     """What runs on other devices, tried on a CPU."""
     tensors = [torch.randn(40, 5).to(dtype), torch.zeros(7, dtype=dtype), torch.empty(0, dtype=dtype)]
     for k in (0, 1, 7, 8, 100, 206, 207):
-        kth = _kth_by_counting(tensors, k, torch.clone)
+        kth = _kth_by_bits(tensors, k, torch.clone)
         assert kth.dtype == torch.float32
         assert float(kth) == twins.threshold(tensors, k)
     tensors[0][0, 0] = math.inf
-    assert _kth_by_counting(tensors, 100, torch.clone).isnan()
+    assert _kth_by_bits(tensors, 100, torch.clone).isnan()
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 499, 500, 998, 999])

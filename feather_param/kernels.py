@@ -1,0 +1,108 @@
+"""Triton kernels: what a GPU does in one pass where torch's own operations take many.
+
+Imported where a weight lies on a GPU; needs `triton`, which comes with torch's CUDA builds. Without it, the same
+numbers come from torch's operations, with several times the memory traffic.
+"""
+
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+# (a `tl.constexpr` parameter takes plain numbers, which its annotation does not say)
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["add_histogram", "serves", "shrink"]
+
+_BLOCK = 1024
+_PROGRAMS = 2048  # at most, for the histogram: each adds its own to the common one once
+
+
+@triton.jit
+def _histogram_kernel(values, n, prefix, histogram, SHIFT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    wanted = tl.load(prefix)
+    bins = tl.arange(0, 256)
+    counts = tl.zeros([256], tl.int32)
+    others = 0
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    for start in range(first, n, tl.num_programs(0).to(tl.int64) * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        there = at < n
+        bits = tl.load(values + at, mask=there, other=0.0).to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        counted = there & ((bits >> (SHIFT + WIDTH)) == wanted)
+        digit = (bits >> SHIFT) & (2**WIDTH - 1)
+        counts += tl.histogram(tl.where(counted, digit, 0), 256)
+        others += BLOCK - tl.sum(counted.to(tl.int32), axis=0)
+    counts -= tl.where(bins == 0, others, 0)  # what is not to be counted went to the first bin
+    tl.atomic_add(histogram + bins, counts.to(tl.int64))
+
+
+def add_histogram(histogram: Tensor, values: Tensor, prefix: Tensor, shift: int, width: int) -> None:
+    """Count the magnitudes that begin with a prefix by the digit that follows it.
+
+    A magnitude is the bit pattern of ``|value|`` as float32, an integer of 31 bits.
+
+    Args:
+        histogram: int64 [256]; the counts are added to it.
+        values: float32, float16 or bfloat16, contiguous, of one dimension.
+        prefix: 0-dim int32; the bits above ``shift + width``.
+        shift: bits below the digit.
+        width: bits of the digit, at most 8.
+    """
+    n = values.numel()
+    if n:
+        grid = (min(_PROGRAMS, triton.cdiv(n, _BLOCK)),)
+        with torch.cuda.device_of(values):
+            _histogram_kernel[grid](values, n, prefix, histogram, SHIFT=shift, WIDTH=width, BLOCK=_BLOCK)
+
+
+def serves(weight: Tensor, p: float) -> bool:
+    """Return whether `shrink` knows the dtype and the exponent."""
+    return weight.dtype in (torch.float32, torch.float16, torch.bfloat16) and p in (1.0, 2.0, 3.0, math.inf)
+
+
+@triton.jit
+def _shrink_kernel(weight, threshold, out, pruned, n, P: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < n
+    w = tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
+    t = tl.load(threshold)
+    magnitude = tl.abs(w)
+    gone = magnitude <= t  # a NaN is not: it must stay visible
+    if P == 0:  # infinity
+        value = w
+    else:
+        u = tl.div_rn(magnitude - t, magnitude)
+        if P == 1:
+            factor = u
+        elif P == 2:
+            factor = tl.sqrt_rn((2.0 - u) * u)
+        else:
+            cube = u * (3.0 - u * (3.0 - u))
+            root = tl.exp2(tl.log2(cube) * 0.3333333333333333)
+            factor = root - (root - tl.div_rn(cube, root * root)) * 0.3333333333333333  # one step of Newton's
+        value = factor * w
+    tl.store(out + at, tl.where(gone, 0.0, value), mask=there)  # rounded to the dtype of `out`
+    if MASKED:
+        tl.store(pruned + at, gone, mask=there)
+
+
+def shrink(weight: Tensor, threshold: Tensor, p: float, out: Tensor, pruned: Tensor | None) -> None:
+    """Write P(weight), and the mask of what it sets to zero where there is one; all contiguous, of one dimension."""
+    n = weight.numel()
+    if n:
+        with torch.cuda.device_of(weight):
+            _shrink_kernel[(triton.cdiv(n, _BLOCK),)](
+                weight,
+                threshold,
+                out,
+                out if pruned is None else pruned,
+                n,
+                P=0 if p == math.inf else int(p),
+                MASKED=pruned is not None,
+                BLOCK=_BLOCK,
+            )
