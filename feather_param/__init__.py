@@ -5,6 +5,7 @@ from feather_param import schedules as schedules
 from feather_param.controller import Controller as Controller
 from feather_param.files import load_sparse as load_sparse
 from feather_param.files import save_sparse as save_sparse
+from feather_param.inference import to_sparse_inference as to_sparse_inference
 from feather_param.planning import plan as plan
 from feather_param.verbs import baked_state_dict as baked_state_dict
 from feather_param.verbs import desparsify as desparsify
@@ -20,5 +21,6 @@ __all__ = [
     "save_sparse",
     "schedules",
     "sparsify",
+    "to_sparse_inference",
 ]
 __version__ = "0.1.0"
