@@ -1,0 +1,192 @@
+"""Read the tensors of a checkpoint file of any usual kind, without running what is in it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from feather_param.extras import safetensors_torch
+from feather_param.files import load_sparse
+
+__all__ = ["Checkpoint", "read"]
+
+_USUAL = ("state_dict", "model_state_dict", "model")
+_SPARSE = "feather_param sparse"  # the entry of the metadata that `save_sparse` writes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        kind: ``"torch"``, ``"safetensors"`` or ``"sparse"``.
+        tensors: the dense tensors by name, on the CPU.
+        others: what else stands among them, by name: a short description.
+        key: where in the file they are, names joined by dots; empty where they are the whole.
+        beside: names of what is in the file beside them.
+    """
+
+    kind: str
+    tensors: dict[str, Tensor]
+    others: dict[str, str] = field(default_factory=dict)
+    key: str = ""
+    beside: tuple[str, ...] = ()
+
+
+def read(path: Path, key: str | None = None) -> Checkpoint:
+    """Read a file of ``torch.save``, safetensors or `save_sparse`, told apart by their content.
+
+    Of torch's, only tensors and plain values are read (``weights_only=True``). Where they hold more than a state_dict,
+    it is looked for under ``state_dict``, ``model_state_dict`` and ``model``.
+
+    Args:
+        path: the file.
+        key: where in a torch file the state_dict is, names joined by dots (``"training.model"``).
+
+    Raises:
+        ValueError: the file is damaged, of another kind, holds what could run code, or no state_dict at the place.
+        OSError: it cannot be read.
+        ImportError: it needs a library that is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "run.pt"
+        >>> torch.save({"epoch": 3, "model": nn.Linear(2, 1).state_dict()}, path)
+        >>> found = read(path)
+        >>> found.kind, found.key, list(found.tensors), found.beside
+        ('torch', 'model', ['weight', 'bias'], ('epoch',))
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+        if start[8:] == b"{":
+            length = int.from_bytes(start[:8], "little")
+            header = b"{" + file.read(min(length, 100_000_000) - 1)  # the most that safetensors itself allows
+            return _read_safetensors(path, header, key)
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
+        return _take(_load_torch(path), path, key)
+    what = "one of another kind" if start else "an empty one"
+    what = "JSON; if it is an index of several files, each of these is a checkpoint" if start[:1] == b"{" else what
+    raise ValueError(f"expected {path} to be a file of torch, safetensors or save_sparse, got {what}")
+
+
+def _read_safetensors(path: Path, header: bytes, key: str | None) -> Checkpoint:
+    if key:
+        raise ValueError(f"expected no key for {path}: a safetensors file holds one set of tensors")
+    try:
+        metadata = json.loads(header).get("__metadata__") or {}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"expected a safetensors file, got {path}, which is damaged: {error}") from error
+    if _SPARSE in metadata:
+        return Checkpoint("sparse", load_sparse(path))
+    safetensors = safetensors_torch()
+    try:
+        tensors = safetensors.load_file(path)
+    except Exception as error:  # of safetensors' own class
+        raise ValueError(f"expected a safetensors file, got {path}, which is damaged: {error}") from error
+    return _take(tensors, path, None, "safetensors")
+
+
+def _load_torch(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the file's age and kinds of tensors: nothing its user can change
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        unsafe = _unsafe(path, str(error))
+        if not unsafe:
+            raise ValueError(f"expected a file of torch.save, got {path}, another pickle or a damaged one") from error
+        raise ValueError(
+            f"expected tensors and plain values in {path}, got {', '.join(unsafe)}: loading these can run any code, so "
+            "it was not done; where you trust the file, load it yourself and save the state_dict alone"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch makes of a damaged file or of another program's
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"expected tensors in {path}, got a TorchScript program; "
+                "torch.jit.load it yourself where you trust it, and save its state_dict"
+            ) from error
+        what = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(
+            f"expected a file of torch.save, got {path}, which is damaged or something else: {what}"
+        ) from error
+
+
+def _unsafe(path: Path, message: str) -> list[str]:
+    """Return the names of what a pickle would import."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # it knows fewer files than torch.load does
+        return re.findall(r"GLOBAL ([\w.]+)", message)[:1]
+
+
+def _take(content: Any, path: Path, key: str | None, kind: str = "torch") -> Checkpoint:
+    """Find the state_dict in what was read."""
+    names = _split(content, path, key) if key else _usual(content)
+    beside: list[str] = []
+    state = content
+    for depth, name in enumerate(names):
+        beside += [".".join([*names[:depth], str(other)]) for other in state if other != name]
+        state = state[name]
+    if not _has_tensors(state):
+        places = sorted(_places(content), key=lambda place: -place[1])[:5]
+        listed = ", ".join(f"{place} ({count} tensors)" for place, count in places)
+        hint = f"choose one of these with --key: {listed}" if places else "it holds none"
+        raise ValueError(f"expected a state_dict at {key or 'the top'} of {path}, got {_kind(state)}; {hint}")
+    others = {str(name): _kind(value) for name, value in state.items() if not _is_dense(value)}
+    tensors = {str(name): value.detach() for name, value in state.items() if _is_dense(value)}
+    return Checkpoint(kind, tensors, others, ".".join(names), tuple(beside))
+
+
+def _usual(content: Any) -> list[str]:
+    if isinstance(content, Mapping):
+        for name in _USUAL:
+            if _has_tensors(content.get(name)):
+                return [name]
+    return []
+
+
+def _split(content: Any, path: Path, key: str) -> list[str]:
+    """Return the names that a key is made of; each may hold dots itself."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"expected {key} in {path}, got {_kind(content)} with nothing in it")
+    if key in content:
+        return [key]
+    for name in content:
+        if isinstance(name, str) and key.startswith(f"{name}.") and isinstance(content[name], Mapping):
+            return [name, *_split(content[name], path, key.removeprefix(f"{name}."))]
+    raise ValueError(f"expected {key} in {path}, got {', '.join(map(str, list(content)[:10])) or 'nothing'}")
+
+
+def _places(content: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(content, Mapping):
+        for name, value in content.items():
+            if isinstance(name, str):
+                if _has_tensors(value):
+                    yield prefix + name, sum(isinstance(item, Tensor) for item in value.values())
+                yield from _places(value, f"{prefix}{name}.")
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_quantized or value.is_meta)
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    kind = "quantized" if value.is_quantized else "meta" if value.is_meta else str(value.layout).removeprefix("torch.")
+    return "tensor" if kind == "strided" else f"{kind} tensor"
