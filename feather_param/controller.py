@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from feather_param import checks
 from feather_param.allocation import Budget, allocate, count_zeros
-from feather_param.baking import bake, freeze, survivors
+from feather_param.baking import bake, freeze, hold, remove, survivors
 from feather_param.checkpoints import accept_dense
 from feather_param.groups import SharedThreshold
-from feather_param.optimizers import follow
+from feather_param.optimizers import check_optimizer, follow
 from feather_param.parametrizations import FeatherParametrization
 from feather_param.recurrent import drop_weights_after_forward
 from feather_param.report import Report, Row
@@ -44,6 +46,7 @@ class Controller:
 
     def __init__(
         self,
+        model: nn.Module,
         selection: Selection,
         budget: Budget,
         *,
@@ -60,7 +63,9 @@ class Controller:
         self._schedule = schedule
         self._span = (start_step, end_step)
         self._skipped = selection.skipped
+        self._model = model
         self._optimizer: torch.optim.Optimizer | None = None
+        self._hooks: tuple[RemovableHandle, ...] = ()  # those that we gave it
         self._warned = False
         self._weights = selection.weights
         self._budget = budget
@@ -84,7 +89,11 @@ class Controller:
         shares = allocate(weights, pruned, budget.caps)  # raises while the model is untouched
         self._shared = SharedThreshold(budget.total, next(iter(weights.values())).device, budget.caps)
         self._theta = theta if callable(theta) else None
-        self._register(p, None if callable(theta) else theta)
+        try:
+            self._register(p, None if callable(theta) else theta)
+        except BaseException:  # of a module that takes no parametrization: leave the others as they were
+            remove([site for weight in self._weights for site in weight.sites if site.feather is not None])
+            raise
         self._shared.take(shares, pruned)
         self._scale_gradient()
 
@@ -110,11 +119,71 @@ class Controller:
                     feather.tie(first)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let each step of the optimizer make this controller's; `sparsify` calls it for ``optimizer=``."""
-        self._optimizer = optimizer
-        follow(optimizer, self._after_step)
+        """Let each step of an optimizer make this controller's, so that `step` need not be called.
 
-    def _after_step(self) -> None:
+        `sparsify` does so with its ``optimizer=``; call this where the optimizer is built after `sparsify`, as
+        FSDP2 asks: `sparsify`, ``fully_shard``, the optimizer, then this. A followed optimizer also
+
+        * warns if it steps the model after `desparsify`, which brings pruned weights back to life; where you call
+          `step` yourself, `step` raises then, but nobody watches an optimizer alone;
+        * saves the names of its parameters in its ``state_dict`` (under ``"feather_param"``), by which a state saved
+          on the other side of `sparsify` is brought into this optimizer's order. A state without names is sorted by
+          shapes, and refused with a ValueError where these do not tell the order.
+
+        Of several optimizers, give the one that steps last: the threshold is taken from the weights as they are then.
+        Another call moves over to another optimizer; one more with the same changes nothing. A deepcopy of the
+        controller follows no optimizer, since a deepcopy of the optimizer has no hooks: call `step`, or this.
+        ``torch.distributed.checkpoint`` makes the state of an optimizer that has none by a step with a rate of 0,
+        which counts: load the controller's state after the optimizer's.
+
+        Args:
+            optimizer: it trains the weights of this model, sharded or not.
+
+        Raises:
+            TypeError: it is no ``torch.optim.Optimizer``.
+            ValueError: it holds none of the weights.
+            RuntimeError: the model has been desparsified.
+
+        Example:
+            >>> model = nn.Linear(4, 4)
+            >>> controller = feather_param.sparsify(model, final_rate=0.5, total_steps=4)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # after fully_shard(model)
+            >>> controller.follow(optimizer)
+            >>> model(torch.ones(1, 4)).sum().backward()
+            >>> optimizer.step()
+            >>> controller.step_count
+            1
+        """
+        self._require_active("follow()")
+        check_optimizer(optimizer, self._weights)
+        self._attach(optimizer)
+
+    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer is self._optimizer:
+            return
+        # A hook cannot remove itself while torch goes through them, so the next controller removes those of the last.
+        for hook in list(getattr(optimizer, "_optimizer_step_post_hooks", {}).values()):
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, Controller) and not other._active:
+                other._detach()
+        self._detach()
+        self._optimizer = optimizer
+        self._hooks = follow(optimizer, self._model, self._after_step)
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._optimizer, self._hooks = None, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
+        twin = Controller.__new__(Controller)
+        memo[id(self)] = twin
+        here = {"_optimizer": None, "_hooks": (), "_seen": None, "_written": None}  # of this one's optimizer and GPU
+        own = {name: value for name, value in vars(self).items() if name not in here}
+        vars(twin).update(copy.deepcopy(own, memo), **here)
+        return twin
+
+    def _after_step(self, *_: Any) -> None:
         if self._active:
             self._advance()
         elif not self._warned and not any(site.feather for weight in self._weights for site in weight.sites):
@@ -129,7 +198,7 @@ class Controller:
     def threshold(self) -> Tensor:
         if self._shared.stale:
             self._shared.catch_up()
-        return self._shared.threshold.detach()
+        return self._shared.threshold.detach().clone()
 
     @property
     def rate(self) -> float:
@@ -147,25 +216,26 @@ class Controller:
         Past ``total_steps`` the rate stays at ``final_rate``.
 
         Raises:
-            RuntimeError: the model has been desparsified, or the optimizer given to `sparsify` steps already.
+            RuntimeError: the model has been desparsified, or the controller follows an optimizer, whose steps count.
             ValueError: a weight holds NaN or infinity (named in the message), or tied weights no longer are; the
                 controller has not advanced. On a GPU the first is noticed one or two steps late, because no step
                 waits for the device, unless there are guards or the weights are sharded.
         """
+        self._require_active("step()")
         if self._optimizer is not None:
             raise RuntimeError(
-                "expected step() not to be called: sparsify got optimizer=, whose every step already advances this "
-                "controller; drop one of the two"
+                "expected step() not to be called: sparsify got optimizer= (or follow() was called), and each step of "
+                "that optimizer already advances this controller; drop one of the two"
             )
         self._advance()
 
     def _advance(self) -> None:
         self._require_active("step()")
-        require_tied(self._weights)
+        require_tied([weight for weight in self._weights if len(weight.sites) > 1])
         self.step_count += 1
         try:
             self._refresh()
-        except ValueError:
+        except BaseException:  # of a schedule, too
             self.step_count -= 1
             raise
         if self.step_count == self._span[1] and self.threshold.device.type == "cpu" and not self._shared.frozen:
@@ -182,9 +252,10 @@ class Controller:
         if self._shared.frozen:
             parts, add_up = held_here(weights)
             threshold = kth_magnitude(parts, 0, add_up)  # zero; or, where a weight is not finite, an error or NaN
+            hold(self._weights)
         else:
+            self._shared.refresh(self._target(), weights)
             self._scale_gradient()
-            self._shared.refresh(self._target())
             threshold = self._shared.threshold
         self._look(threshold, sharded=any(map(is_sharded, weights.values())))
 
@@ -212,9 +283,9 @@ class Controller:
         """Hold the zeros as they are now while training goes on: the schedule stops, and a mask stands for magnitudes.
 
         The dense weights are overwritten by what the forward pass sees, so that the network stays the same; from then
-        on pruned weights get no gradient, and neither momentum nor weight decay brings them back. The masks,
-        one byte a weight, are part of the model's ``state_dict``. A copy made before goes on by magnitude. Loading an
-        unfrozen checkpoint keeps the masks, until the state of its controller is loaded as well.
+        on pruned weights get no gradient, and neither momentum nor weight decay brings them back. The masks take
+        one byte a weight, and no place in the ``state_dict``, whose weights have the zeros. A copy made before goes on
+        by magnitude. Loading an unfrozen checkpoint keeps the masks, until the state of its controller is loaded too.
 
         Raises:
             RuntimeError: the model has been desparsified.
@@ -246,9 +317,9 @@ class Controller:
         self._require_active("report()")
         weights = self._dense()
         if self._shared.frozen:
-            counts = {name: PruneCount(int((~mask).sum()), 0) for name, mask in self._shared.masks.items()}
+            counts = {name: PruneCount(int((~mask).sum()), 0) for name, mask in self._shared.masks().items()}
         else:
-            counts = count_zeros(weights, allocate(weights, self._target(), self._budget.caps))
+            counts = count_zeros(weights, allocate(weights, int(self._shared.pruned), self._budget.caps))
         survivors = max(1, self._budget.total - sum(count.zeros for count in counts.values()))
         rows = tuple(
             Row(
@@ -325,12 +396,19 @@ class Controller:
             return
         try:
             self._scale_gradient()
-            self._shared.refresh(self._target())
-        except ValueError:
+            if frozen_step is not None and self._shared.rests:  # the model was loaded before
+                for member in self._shared.members.values():
+                    member.find_mask()
+            else:
+                self._shared.refresh(self._target())
+                if frozen_step is not None:
+                    freeze(self._weights)  # until the model is loaded
+        except BaseException:
             self.step_count, self._frozen_step = before
             raise
-        for member in self._shared.members.values():
-            member.mask = None
+        if frozen_step is None:
+            for member in self._shared.members.values():
+                member.mask = None
         self._seen = self._written = None
 
     def desparsify(self) -> None:

@@ -1,36 +1,42 @@
-"""What the library asks of the optimizer it follows."""
+"""What the library asks of the optimizer it follows, and how its saved state finds the right parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
-from feather_param.selection import Selection
+from feather_param.parametrizations import FeatherParametrization
+from feather_param.selection import Weight
 from feather_param.warning import warn
 
 __all__ = ["check_optimizer", "follow"]
 
-# Optimizer state of the shape of its parameter, in torch.optim and most others; some state has shapes of its own.
-_LIKE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq", "square_avg", "sum", "exp_inf")
+_KEY = "feather_param"  # of what we add to a saved state, beside torch's "state" and "param_groups"
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and activation checkpointing
+
+Names = list[list[str | None]]
+"""For each parameter group, the name of each parameter; None for one that is not the model's."""
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, selection: Selection) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer, weights: Sequence[Weight]) -> None:
     """Refuse an optimizer whose steps would not be steps of this model."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     strangers = [
-        weight.name
-        for weight in selection.weights
-        if not any(id(parameter) in trained for parameter in weight.sites[0].originals)
+        weight.name for weight in weights if not any(id(original) in trained for original in weight.sites[0].originals)
     ]
-    if len(strangers) == len(selection.weights):
+    if len(strangers) == len(weights):
         raise ValueError(
             "expected an optimizer of this model's weights, got one that holds none of them: "
-            "build it from model.parameters()"
+            "build it from model.parameters(), after fully_shard where there is one"
         )
     if strangers:
         warn(
@@ -39,28 +45,197 @@ def check_optimizer(optimizer: torch.optim.Optimizer, selection: Selection) -> N
         )
 
 
-def follow(optimizer: torch.optim.Optimizer, after_step: Callable[[], None]) -> None:
-    """Call something after every step of an optimizer, and watch over the states it loads."""
-    optimizer.register_load_state_dict_pre_hook(_check_shapes)
-    optimizer.register_step_post_hook(lambda *_: after_step())
+def follow(
+    optimizer: torch.optim.Optimizer, model: nn.Module, after_step: Callable[..., None]
+) -> tuple[RemovableHandle, ...]:
+    """Call something after every step of an optimizer of a sparsified model, and keep its saved states in order.
 
-
-def _check_shapes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Refuse a state whose order of parameters is another.
-
-    Optimizer state is stored by position, and `sparsify` changes the order of ``model.parameters()`` within a layer
-    (a bias comes first). A state saved by an optimizer built on the other side of `sparsify` would land on
-    the wrong parameters; it shows in the shapes.
+    Returns:
+        The handles of the hooks, to remove them.
     """
-    states = state_dict["state"]
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
-        for parameter, index in zip(group["params"], saved["params"], strict=False):
-            for name in _LIKE_PARAMETER:
-                value = states.get(index, {}).get(name)
-                if isinstance(value, Tensor) and value.shape != parameter.shape:
-                    raise ValueError(
-                        f"expected an optimizer state in this optimizer's order of parameters, got {name} of shape "
-                        f"{tuple(value.shape)} for parameter {index} of shape {tuple(parameter.shape)}: it was saved "
-                        "on the other side of sparsify; build the optimizer on the same side as in the run that "
-                        "saved it (before or after sparsify), then load"
-                    )
+    order = _Order(model)
+    return (
+        optimizer.register_step_post_hook(after_step),
+        optimizer.register_state_dict_post_hook(order.write),
+        optimizer.register_load_state_dict_pre_hook(order.restore),
+    )
+
+
+# Note [The order of an optimizer's state]
+# Optimizer state is saved by position, and `sparsify` changes the order of ``model.parameters()``: a layer's weight
+# moves behind its bias. A state saved by an optimizer that was built on the other side of `sparsify` would land on the
+# wrong parameters. So a followed optimizer writes into its state the names that its parameters have in the plain
+# model, and sorts by name a state that it loads. The names stand beside the parameter groups, not in them: torch
+# would carry them along from there in an optimizer that nobody follows, where they may be wrong after the next load.
+# Names that torch itself has saved, in "param_names" or in the place of numbers (torch.distributed.checkpoint),
+# serve as well. Without any, the shapes must tell the order of the plain model from that of the sparsified one.
+
+
+class _Order:
+    """The order of the parameters of a model with and without `sparsify`; see Note [The order of ... state]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        names = self._names()
+        plain = list(names.values())
+        sparse = [names[id(parameter)] for parameter in model.parameters()]
+        self._sides = (plain, sparse)
+
+    def write(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Add the names of the parameters to a state."""
+        state_dict.setdefault(_KEY, []).append(self._of(optimizer))  # a list: several controllers may follow
+
+    def restore(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Bring a state into the order of this optimizer, or refuse it."""
+        groups = state_dict["param_groups"]
+        ids = [list(group["params"]) for group in groups]
+        own = self._of(optimizer)
+        if [len(group) for group in ids] != [len(group) for group in own] or not any(map(any, own)):
+            return  # torch refuses the first; the second holds nothing of this model
+        sources = [*state_dict.get(_KEY, ()), [group.get("param_names", ()) for group in groups], ids]
+        named = (positions for names in sources if (positions := _find(own, names)) is not None)
+        positions = next(named, None) or self._by_shape(optimizer, own, ids, state_dict["state"])
+        if all(group == sorted(group) for group in positions):
+            return
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "expected an LBFGS state in this optimizer's order of parameters, got another order: it holds all "
+                "parameters in one row, so it cannot be sorted; build the optimizer on the same side of sparsify "
+                "(before or after) as in the run that saved it"
+            )
+        state_dict["param_groups"] = [
+            {
+                key: [value[at] for at in order] if key in ("params", "param_names") else value
+                for key, value in group.items()
+            }
+            for group, order in zip(groups, positions, strict=True)
+        ]
+
+    def _names(self) -> dict[int, str]:
+        names: dict[int, str] = {}
+        for name, parameter in _plain(self._model, "", set()):
+            names.setdefault(id(parameter), name)  # the first name of a tied one
+        return names
+
+    def _of(self, optimizer: torch.optim.Optimizer) -> Names:
+        names = self._names()
+        return [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
+
+    def _by_shape(
+        self, optimizer: torch.optim.Optimizer, own: Names, ids: list[list[Any]], states: dict[Any, Any]
+    ) -> list[list[int]]:
+        """Return where each parameter's state stands, the order in which a state without names makes sense."""
+        sides = [_arranged(own, side) for side in self._sides]
+        moved = [plain != sparse for plain, sparse in zip(*sides, strict=True)]
+        sides = [
+            [group if differs else as_it_is for group, differs, as_it_is in zip(side, moved, own, strict=True)]
+            for side in sides
+        ]
+        shapes = {
+            index: {key: value.shape for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
+            for index, state in states.items()
+            if isinstance(state, dict)
+        }
+        orders: dict[tuple[Any, ...], list[list[int]]] = {}
+        for names in (own, *sides):
+            positions = _find(own, names)
+            assert positions is not None
+            landing = tuple(group[at] for group, order in zip(ids, positions, strict=True) for at in order)
+            orders.setdefault(tuple(index if shapes.get(index) else None for index in landing), positions)
+        if len(orders) == 1:
+            return next(iter(orders.values()))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if all(group in both for group, *both in zip(own, *sides, strict=True)):
+            fitting = {landing: _alike(parameters, landing, shapes) for landing in orders}
+            for landing, fits in fitting.items():
+                if all(fits > others for other, others in fitting.items() if other != landing):
+                    return orders[landing]
+        raise ValueError(
+            "expected an optimizer state that tells which parameters it belongs to, got one without names, saved by an "
+            "optimizer that no controller followed, whose shapes do not tell whether it was built before or after "
+            "sparsify, which changes the order of model.parameters(); if it was built on the same side as this one, "
+            "load its state before the controller follows this one (before sparsify(optimizer=...) or follow())"
+        )
+
+
+def _plain(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield a model's parameters with the names, and in the order, that they have without our parametrizations."""
+    if module in seen:
+        return
+    seen.add(module)
+    moved: dict[str, Any] = {}  # what registering our parametrization moved
+    order: tuple[str, ...] = ()
+    for tensor, place in _parametrized(module):
+        feather = next((each for each in place if isinstance(each, FeatherParametrization)), None)
+        if feather is not None and tensor in feather.parameter_order:
+            moved[tensor], order = place, feather.parameter_order
+    for tensor in dict.fromkeys((*order, *module._parameters)):
+        parameter = moved[tensor].original if tensor in moved else module._parameters.get(tensor)
+        if parameter is not None:
+            yield _plain_name(prefix + tensor), parameter
+    seen.update(moved.values())
+    for name, child in module.named_children():
+        yield from _plain(child, f"{prefix}{name}.", seen)
+
+
+def _parametrized(module: nn.Module) -> list[tuple[str, Any]]:
+    return list(module.parametrizations.items()) if parametrize.is_parametrized(module) else []  # type: ignore
+
+
+def _plain_name(name: str) -> str:
+    """Return the name of a parameter in the plain model, without a parametrization and wrappers."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    return re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", ".".join(parts))
+
+
+def _find(own: Names, theirs: Any) -> list[list[int]] | None:
+    """Return where in `theirs` each name of `own` stands, group by group, or None if they are not the same names.
+
+    What has no name in `own` stays where it is. All the names in `theirs` may have one more prefix.
+    """
+    wanted = sorted(name for group in own for name in group if name is not None)
+    found: list[list[Any]] = [
+        [
+            _plain_name(name) if isinstance(name, str) and mine else None
+            for name, mine in zip(names, group, strict=False)
+        ]
+        for names, group in zip(theirs, own, strict=False)
+    ]
+    given = sorted(name for group in found for name in group if name is not None)
+    if len(given) != len(wanted):
+        return None
+    prefix = given[0].removesuffix(wanted[0])
+    if given != [prefix + name for name in wanted]:
+        return None
+    positions: list[list[int]] = []
+    for group, names in zip(own, found, strict=True):
+        places = {name: at for at, name in enumerate(names)}
+        if any(name is not None and prefix + name not in places for name in group):
+            raise ValueError(
+                "expected an optimizer state with the parameter groups of this optimizer, got the same parameters in "
+                "other groups; build the groups as in the run that saved it"
+            )
+        positions.append([at if name is None else places[prefix + name] for at, name in enumerate(group)])
+    return positions
+
+
+def _arranged(own: Names, side: list[str]) -> Names:
+    """Return the names of `own`, in each group in the order of `side`."""
+    result: Names = []
+    for group in own:
+        here = set(group)
+        ordered = iter([name for name in side if name in here])
+        result.append([None if name is None else next(ordered) for name in group])
+    return result
+
+
+def _alike(parameters: list[Tensor], landing: tuple[Any, ...], shapes: dict[Any, dict[str, Any]]) -> set[str]:
+    """Return which kinds of state would everywhere have the shape of their parameter.
+
+    Some kinds never have it (Adafactor's rows and columns); in the right order, all others do.
+    """
+    kinds: dict[str, bool] = {}
+    for parameter, index in zip(parameters, landing, strict=True):
+        for kind, shape in shapes.get(index, {}).items():
+            kinds[kind] = kinds.get(kind, True) and shape == parameter.shape
+    return {kind for kind, alike in kinds.items() if alike}

@@ -57,7 +57,8 @@ def sparsify(
         max_rate_per_layer: no weight gets a larger fraction of zeros than this, in (0, 1); the others get more
             instead, and the total is as exact as without (`plan` tells whether it can be reached).
         min_nonzero_per_layer: in no weight fewer elements than this survive.
-        optimizer: if given, each of its steps makes the controller's, so ``step()`` need not be called.
+        optimizer: if given, each of its steps makes the controller's, so ``step()`` need not be called
+            (see `Controller.follow`, also for one that is built later).
 
     Returns:
         The controller of this model.
@@ -102,8 +103,9 @@ def sparsify(
     budget.require(final_rate)
     check_other_parametrizations(selection.weights)
     if optimizer is not None:
-        check_optimizer(optimizer, selection)
+        check_optimizer(optimizer, selection.weights)
     controller = Controller(
+        model,
         selection,
         budget,
         final_rate=final_rate,
@@ -115,7 +117,7 @@ def sparsify(
         theta=theta,
     )
     if optimizer is not None:
-        controller.follow(optimizer)
+        controller._attach(optimizer)
     return controller
 
 

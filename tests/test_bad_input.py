@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-
 import pytest
 import torch
 from torch import nn
@@ -201,25 +198,3 @@ def test_a_foreign_controller_state(change, message):
     with pytest.raises(ValueError, match="expected .*" + message):
         controller.load_state_dict(change(before))
     assert controller.state_dict() == before
-
-
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
-def test_an_optimizer_state_saved_on_the_other_side_of_sparsify(make):
-    arguments = {"lr": 0.1, "momentum": 0.9} if make is torch.optim.SGD else {}
-    x = torch.randn(2, 3, 6, 6)
-    saved = make((model := net()).parameters(), **arguments)
-    model(x).sum().backward()
-    saved.step()
-    file = io.BytesIO()
-    torch.save(saved.state_dict(), file)
-    file.seek(0)
-    model = net()
-    # The optimizer follows the controller, but was built after another sparsify: its order is the other one.
-    feather_param.sparsify(model, final_rate=0.9, total_steps=4)
-    optimizer = make(model.parameters(), **arguments)
-    feather_param.desparsify(model)
-    feather_param.sparsify(model, final_rate=0.9, total_steps=4, optimizer=optimizer)
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"optimizer state in this optimizer's order of parameters.*other side"):
-        optimizer.load_state_dict(torch.load(file))
-    assert optimizer.state_dict() == before
