@@ -17,7 +17,7 @@ Elements = NDArray[Any]  # unsigned integers, one-dimensional; only whether all 
 LARGEST = 2048  # bytes that a stored byte may stand for, so that a small file takes little memory; a gap takes 255 * 8
 _SKIP = 255  # a gap byte that stands for so many zeros and no element
 _BLOCK = 1 << 16  # elements or gaps at a time, so that what is computed of them stays in the cache
-_LEVEL = 12  # of zstandard: higher ones save less than a thousandth
+_LEVEL = 12  # of zstandard: 19 saves 2 % more and takes five times as long
 
 
 def pack(elements: Elements, zstd: bool) -> tuple[dict[str, Bytes], bool]:
