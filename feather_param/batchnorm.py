@@ -16,10 +16,9 @@ __all__ = ["recalibrate_batchnorm"]
 def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
     """Compute the running statistics of every BatchNorm layer anew, as the mean over the batches of a loader.
 
-    Pruning changes what every layer gets, and the running statistics still tell of the network before. Call this after
-    pruning at once, or where the rate was still rising at the end of the training; after a training whose second half
-    ran at the final rate it changes next to nothing. Each layer's mean and (unbiased) variance become the plain
-    averages over all batches of what the layer gets from the model as it is now.
+    Pruning at once changes what every layer gets, and the running statistics still tell of the network before: call
+    this then. After a training that ended near its final rate it changes next to nothing. Each layer's mean and
+    (unbiased) variance become the plain averages over all batches of what the layer gets from the model as it is now.
 
     The same is done by `torch.optim.swa_utils.update_bn`, which puts the whole model in training mode, so that
     dropout distorts the statistics, and leaves it half changed when it fails. Here only the BatchNorm layers are in
