@@ -53,7 +53,7 @@ def allocate(weights: Mapping[str, Tensor], k: int, caps: Mapping[str, int] | No
         free = {name: parts[name] for name in names}
         threshold = kth_magnitude(free, k, add_up)
         over: dict[str, int] = {}
-        if caps and threshold != 0:  # at 0, only weights that are zero anyway are pruned
+        if caps and not threshold.is_meta and threshold != 0:  # at 0, only weights that are zero anyway are pruned
             counts = count_pruned(free, threshold, k, add_up)
             above = [name for name in names if counts[name].zeros > caps.get(name, counts[name].zeros)]
             zeros = count_pruned({name: parts[name] for name in above}, 0 * threshold, 0, add_up)

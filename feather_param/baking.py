@@ -15,21 +15,26 @@ from torch.nn.utils import parametrize
 from feather_param.allocation import allocate, count_zeros
 from feather_param.checkpoints import forget_dense
 from feather_param.groups import SharedThreshold
-from feather_param.parametrizations import feather_threshold, originals
+from feather_param.parametrizations import FeatherParametrization, originals
 from feather_param.recurrent import keep_weights_after_forward
 from feather_param.selection import Site, Weight, names_of, require_tied
 from feather_param.shards import held_here, is_sharded, whole
+from feather_param.thresholding import feather_threshold, smallest_kept
 from feather_param.thresholds import PruneCount, require_finite
 from feather_param.warning import warn_of_dead
 
-__all__ = ["bake", "baked", "check_other_parametrizations", "freeze", "survivors"]
+__all__ = ["bake", "baked", "check_other_parametrizations", "freeze", "hold", "remove", "survivors"]
 
 
 def bake(weights: Sequence[Weight]) -> None:
     """Write the exact zeros into the Parameters and remove our parametrizations; on an error nothing changes."""
     _refuse_shards(weights)
     _write(weights, _values(weights))
-    sites = [site for weight in weights for site in weight.sites]
+    remove([site for weight in weights for site in weight.sites])
+
+
+def remove(sites: Sequence[Site]) -> None:
+    """Take our parametrizations and all that belongs to them off."""
     for site in sites:
         _remove(site)
     for site in sites:
@@ -40,21 +45,28 @@ def bake(weights: Sequence[Weight]) -> None:
 def freeze(weights: Sequence[Weight]) -> None:
     """Write the exact zeros into the Parameters and hold them there by a mask; on an error nothing changes."""
     _refuse_shards(weights)
-    values = _values(weights)
-    _write(weights, values)
+    with torch.inference_mode(False):  # else the masks could not be part of a later backward pass
+        _write(weights, _values(weights))
+        for weight in weights:
+            weight.member.find_mask()
+        for shared in {weight.member.shared for weight in weights}:
+            shared.rest()
+
+
+def hold(weights: Sequence[Weight]) -> None:
+    """Make the zeros of frozen weights zero again, after an optimizer step has moved them."""
     for weight in weights:
-        value = values[weight.member.name]
-        # Before the pruning has begun, a weight that is zero (a new layer's, say) is none that was pruned.
-        weight.member.mask = (
-            value != 0 if int(weight.member.shared.pruned) else torch.ones_like(value, dtype=torch.bool)
-        )
+        weight.member.hold()
+    stacked = [weight for weight in weights if len(weight.sites[0].parametrizations) > 1]
+    if stacked:
+        _write(stacked, {weight.member: _masked(weight.member) for weight in stacked})
 
 
 def check_other_parametrizations(weights: Sequence[Weight]) -> None:
     """Refuse plain weights of which other libraries' parametrizations could not hold a pruned version."""
     for weight in weights:
         site = weight.sites[0]
-        if parametrize.is_parametrized(site.module, site.tensor):
+        if parametrize.is_parametrized(site.module, site.tensor) and not site.originals[0].is_meta:
             dense = site.dense().detach()
             value = feather_threshold(dense, dense.abs().float().median())
             _inverted(site, copy.deepcopy(_before(site)), value)
@@ -69,13 +81,13 @@ def _refuse_shards(weights: Sequence[Weight]) -> None:
             )
 
 
-def _write(weights: Sequence[Weight], values: dict[str, Tensor]) -> None:
+def _write(weights: Sequence[Weight], values: dict[FeatherParametrization, Tensor]) -> None:
     for weight in weights:
         site = weight.sites[0]
-        _inverted(site, copy.deepcopy(_before(site)), values[weight.member.name])  # raises before anything is written
+        _inverted(site, copy.deepcopy(_before(site)), values[weight.member])  # raises before anything is written
     for weight in weights:
         site = weight.sites[0]
-        tensors = _inverted(site, _before(site), values[weight.member.name])
+        tensors = _inverted(site, _before(site), values[weight.member])
         with torch.no_grad():
             for parameter, tensor in zip(originals(site.parametrizations), tensors, strict=True):
                 parameter.copy_(tensor)
@@ -133,9 +145,14 @@ def baked(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]:
             order = site.feather.parameter_order if site.feather else ()
             for name in prefixes[site.module]:
                 prefix = f"{name}." if name else ""
-                owned.setdefault(prefix, dict.fromkeys(order))[site.tensor] = values[weight.member.name]
+                owned.setdefault(prefix, dict.fromkeys(order))[site.tensor] = values[weight.member]
     state = model.state_dict()
-    ours = tuple(f"{prefix}parametrizations." for prefix in owned)
+    ours = tuple(
+        f"{prefix}parametrizations.{name}."
+        for prefix, tensors in owned.items()
+        for name, value in tensors.items()
+        if value is not None
+    )
     old = {key: tensor if key.startswith(ours) else whole(tensor) for key, tensor in state.items()}
     new: OrderedDict[str, Tensor] = OrderedDict()
     pending = sorted(owned, key=len)
@@ -157,16 +174,16 @@ def baked(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]:
 
 def survivors(weights: Sequence[Weight]) -> dict[str, Tensor]:
     """Return which elements of each weight `bake` would leave, by the name it was sparsified under."""
-    return {name: value != 0 for name, value in _values(weights).items()}
+    return {member.name: value != 0 for member, value in _values(weights).items()}
 
 
-def _values(weights: Sequence[Weight]) -> dict[str, Tensor]:
-    """Return the baked value of each weight, by the name it was sparsified under; whole, also where it is sharded."""
+def _values(weights: Sequence[Weight]) -> dict[FeatherParametrization, Tensor]:
+    """Return the baked value of each weight; whole, also where it is sharded."""
     require_tied(weights)
     groups: dict[SharedThreshold, list[str]] = {}
     for weight in weights:
         groups.setdefault(weight.member.shared, []).append(weight.member.name)
-    values: dict[str, Tensor] = {}
+    values: dict[FeatherParametrization, Tensor] = {}
     for shared, names in groups.items():
         dense = {name: shared.members[name].dense().detach() for name in names}
         total = sum(tensor.numel() for tensor in dense.values())
@@ -177,18 +194,24 @@ def _values(weights: Sequence[Weight]) -> dict[str, Tensor]:
             )
         parts, add_up = held_here(dense)
         require_finite(parts, add_up)
-        values.update(_frozen(shared, dense) if shared.frozen else _pruned(shared, dense))
+        found = _frozen(shared, dense) if shared.frozen else _pruned(shared, dense)
+        values.update({shared.members[name]: value for name, value in found.items()})
     begun = [weight for weight in weights if weight.numel and int(weight.member.shared.pruned)]
-    warn_of_dead([weight.name for weight in begun if not values[weight.member.name].any()])
+    warn_of_dead([weight.name for weight in begun if not values[weight.member].any()])
     return values
 
 
 def _frozen(shared: SharedThreshold, dense: dict[str, Tensor]) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
-    for name, mask in shared.masks.items():
-        value = torch.where(dense[name] == 0, _smallest(dense[name].dtype), dense[name])  # kept weights are not zero
-        values[name] = torch.where(mask, value, 0.0)
+    for name in shared.masks():
+        values[name] = _masked(shared.members[name], whole(dense[name]))
     return values
+
+
+def _masked(member: FeatherParametrization, dense: Tensor | None = None) -> Tensor:
+    dense = member.dense().detach() if dense is None else dense
+    assert member.mask is not None
+    return torch.where(member.mask, torch.where(dense == 0, smallest_kept(dense.dtype), dense), 0.0)
 
 
 def _pruned(shared: SharedThreshold, dense: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -210,20 +233,12 @@ def _cut(weight: Tensor, threshold: Tensor, p: float, count: PruneCount) -> Tens
         magnitude = weight.abs().float()
         # Position decides between ties; `cumsum` counts in the order of the elements, whatever the memory format.
         tied = magnitude == threshold
-        rank = tied.flatten().cumsum(0).view(tied.shape)
-        kept = (magnitude > threshold) | (tied & (rank > count.ties))
+        kept = magnitude > threshold
+        if int(tied.sum()) > count.ties:
+            rank = tied.flatten().cumsum(0).view(tied.shape)
+            kept |= tied & (rank > count.ties)
         # What is kept but came out as zero (a tie, or fp16 underflow) becomes the smallest number there is.
-        return torch.where(kept & (value == 0), weight.sign() * _smallest(weight.dtype), value)
-
-
-def _smallest(dtype: torch.dtype) -> float:
-    """Return the smallest magnitude that survives arithmetic in a dtype.
-
-    Subnormals are flushed to zero on some devices, except in float16, whose smallest normal number, 6e-5, is
-    too large to stand for nothing.
-    """
-    info = torch.finfo(dtype)
-    return info.smallest_normal * info.eps if dtype == torch.float16 else info.smallest_normal
+        return torch.where(kept & (value == 0), weight.sign() * smallest_kept(weight.dtype), value)
 
 
 # Note [Removing only ours, from one copy]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
@@ -68,11 +68,11 @@ def _real(name: str, value: Any) -> float:
 
 def integer(name: str, value: Any, least: int) -> int:
     """Return an int that is at least so much."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"expected {name} to be an int, got {value!r}")
     if value < least:
         raise ValueError(f"expected {name} to be at least {least}, got {value}")
-    return value
+    return int(value)
 
 
 def exponent(p: Any) -> float:
@@ -86,9 +86,10 @@ def exponent(p: Any) -> float:
 def slope(theta: Any, final_rate: float) -> float | Theta:
     """Return the operator's theta, or the function of the rate that gives it; by the paper's rule where it is None."""
     if callable(theta):
+        function: Any = theta
         for rate in (0.0, final_rate):
-            slope_at(theta, rate)
-        return theta
+            slope_at(function, rate)
+        return function
     theta = (0.5 if final_rate > 0.95 else 1.0) if theta is None else _real("theta", theta)
     if not 0.0 <= theta < math.inf:
         raise ValueError(f"expected theta to be a finite number >= 0, got {theta}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,7 @@ class SharedThreshold(nn.Module):
         self._theta = 1.0  # the number, for a model that is built on the meta device
         self.stale = False
         self._arrived: set[str] = set()  # members whose weights came with the dense checkpoint
-        self._readers: set[int] = set()
+        self._looked: dict[str, Tensor] = {}  # of a copy: samples of the weights that the threshold was computed from
         self._pace = _Pace(0, self.threshold)
         self._leader: _Pace | None = None  # of a copy
         self._sample: dict[str, Tensor] | None = None  # of a copy; see Note [Copies]
@@ -91,20 +92,9 @@ class SharedThreshold(nn.Module):
         """Whether masks stand in for the threshold."""
         return any(member.mask is not None for member in self.members.values())
 
-    @property
     def masks(self) -> dict[str, Tensor]:
-        """The masks of the frozen group, by name.
-
-        Raises:
-            ValueError: only some of the weights have one.
-        """
-        masks = {name: member.mask for name, member in self.members.items() if member.mask is not None}
-        if missing := [name for name in self.members if name not in masks]:
-            raise ValueError(
-                f"expected a mask for every weight of a frozen model, got none for {', '.join(missing)}: only a part "
-                "of a frozen checkpoint was loaded; load the whole"
-            )
-        return masks
+        """Return the masks of the frozen group, by name."""
+        return {name: member.mask for name, member in self.members.items() if member.mask is not None}
 
     def weights(self) -> dict[str, Tensor]:
         """Return the dense weights of the group by name."""
@@ -119,9 +109,20 @@ class SharedThreshold(nn.Module):
         self._theta = theta
         self.theta.fill_(theta)
 
-    def refresh(self, pruned: int) -> None:
+    def refresh(self, pruned: int, weights: Mapping[str, Tensor] | None = None) -> None:
         """Set the thresholds that prune this many of the group's weights as these are now."""
-        self.take(allocate(self.weights(), pruned, self.caps), pruned)
+        self.take(allocate(self.weights() if weights is None else weights, pruned, self.caps), pruned)
+
+    def rest(self) -> None:
+        """Let masks stand in for the threshold, which becomes zero; copies made before go on by magnitude."""
+        self._pace.threshold = self.threshold.clone()
+        pruned = int(self.pruned)
+        self._write([Share(tuple(self.members), pruned, torch.zeros_like(self.threshold))], pruned)
+
+    @property
+    def rests(self) -> bool:
+        """Whether threshold and weights are those of a frozen group; its masks may still have to be found."""
+        return not self.stale and bool(self.pruned) and not self.threshold
 
     def take(self, shares: Sequence[Share], pruned: int) -> None:
         """Take over what `allocate` returned for this many zeros; this group sets the pace now."""
@@ -152,17 +153,28 @@ class SharedThreshold(nn.Module):
 
     def read(self, reader: FeatherParametrization) -> Tensor:
         """Return the threshold for a forward pass of one of the weights."""
-        if not torch.compiler.is_compiling() and (self.stale or self._leader is not None):
-            if not self._readers or id(reader) in self._readers:  # a new pass begins: the weights may be new
-                self._readers.clear()
-                self.catch_up()
-            self._readers.add(id(reader))
+        if (self.stale or self._leader is not None) and self.members:
+            self._look(reader.member)
         return self.threshold
+
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage] # it looks at values: not to be compiled
+    def _look(self, member: FeatherParametrization) -> None:
+        """Catch up if this weight is not the one that the threshold was computed from."""
+        name, weight = member.name, member.dense()
+        if torch._C._functorch.is_functorch_wrapped_tensor(weight):  # type: ignore[attr-defined]
+            return  # it has no values that could be looked at
+        if self.stale or name not in self._looked or not _unmoved({name: self._looked[name]}, {name: weight}):
+            self.catch_up()
 
     def catch_up(self) -> None:
         """Bring the threshold up to date with weights that no controller has seen; see Note [Copies]."""
-        if not self.stale and self._leader is None:
+        if self.frozen or (not self.stale and self._leader is None):
             return
+        self._catch_up()
+        if self._leader is not None:
+            self._looked = _sample(self.weights())
+
+    def _catch_up(self) -> None:
         weights = self.weights()
         whole = sum(weight.numel() for weight in weights.values()) == self.total
         pruned = self.asked if self._sample is not None or self.pruned.is_meta else int(self.pruned)
@@ -191,7 +203,11 @@ class SharedThreshold(nn.Module):
     def arrived(self, name: str) -> None:
         """Note that a member's weight was loaded; once all have come from a dense checkpoint, the threshold follows."""
         self._sample = None
-        if self.stale:
+        self._looked.clear()
+        member = self.members[name]
+        if member.mask is not None:
+            member.find_mask() if self.rests else member.hold()
+        elif self.stale:
             self._arrived.add(name)
             if self._arrived >= self.members.keys() and not any(w.is_meta for w in self.weights().values()):
                 try:
@@ -200,8 +216,13 @@ class SharedThreshold(nn.Module):
                     self._arrived.clear()  # not finite: whoever uses these weights will hear of it, not who loads them
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.stale and not any(is_sharded(weight) for weight in self.weights().values()):
-            self.catch_up()
+        if self.frozen:
+            self.threshold.zero_()  # a checkpoint of a model that was not frozen may have brought another one
+        elif self.stale and not any(is_sharded(weight) for weight in self.weights().values()):
+            # Not for good: who looks at the keys of an empty model (`to_empty`) fills it in later.
+            with contextlib.suppress(ValueError):
+                self.catch_up()
+            self.stale = True
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedThreshold:
@@ -222,7 +243,10 @@ class SharedThreshold(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedThreshold:
         before = self.threshold
         super()._apply(fn, recurse)
-        if self.threshold.dtype != torch.float32:  # .half(), .double(), .to(bfloat16): a rounded t is another t
+        if before.is_meta and not self.threshold.is_meta:  # to_empty: the threshold follows from what is filled in
+            self.threshold, self.pruned = self.threshold.float().zero_(), self.pruned.fill_(self.asked)
+            self.stale = True
+        elif self.threshold.dtype != torch.float32:  # .half(), .double(), .to(bfloat16): a rounded t is another t
             self.threshold = before.to(self.threshold.device)
         if self.theta.device != self.threshold.device:
             self.theta = torch.full((), self._theta, dtype=torch.float32, device=self.threshold.device)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from feather_param.groups import NO_CEILING, SharedThreshold
-from feather_param.thresholding import feather_threshold
+from feather_param.shards import is_sharded, local, whole
+from feather_param.thresholding import feather_threshold, smallest_kept
 
 __all__ = ["FeatherParametrization", "feather_threshold", "originals"]
 
@@ -37,6 +38,7 @@ class FeatherParametrization(nn.Module):
         ceiling: where the number of zeros has a cap, the threshold that gives so many (a 0-dim float32 buffer);
             the smaller one of the two thresholds counts.
         mask: once frozen, which weights survive, whatever their magnitude (bool, the weight's shape); else None.
+            It is not saved: the dense weight has its zeros where the mask has, see Note [Frozen weights].
 
     Shape:
         ``forward`` maps a weight of any shape to one of the same shape and dtype.
@@ -116,7 +118,7 @@ class FeatherParametrization(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         first = self.member
         if first.mask is not None:
-            return torch.where(first.mask, weight, 0.0)
+            return torch.where(first.mask.to(weight.device), weight, 0.0)
         threshold = self.shared.read(self)
         if first.ceiling is not None:
             threshold = torch.minimum(threshold.to(weight.device), first.ceiling.to(weight.device))
@@ -138,27 +140,42 @@ class FeatherParametrization(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatherParametrization:
         before = self.ceiling
         super()._apply(fn, recurse)
-        if before is not None and self.ceiling is not None and self.ceiling.dtype != torch.float32:
-            self.ceiling = before.to(self.ceiling.device)
+        if before is not None and self.ceiling is not None:
+            if before.is_meta:
+                self.ceiling = torch.full_like(self.ceiling, NO_CEILING, dtype=torch.float32)
+            elif self.ceiling.dtype != torch.float32:
+                self.ceiling = before.to(self.ceiling.device)
         if self.mask is not None:
-            self.mask = fn(self.mask)
+            self.mask = self.mask.to(fn(self.mask).device)
         return self
 
-    # Note [The mask is no buffer]
-    # It appears in the middle of a training, and whoever walks over the buffers of a model and those of its copy side
-    # by side (AveragedModel does, without counting) would pair wrong ones from there on. So it is a plain attribute,
-    # moved and saved by hand.
+    # Note [Frozen weights]
+    # Once frozen, the threshold is 0 and the dense weight itself has the zeros: an optimizer step may move them
+    # (momentum, weight decay), the mask keeps that from the forward pass, and `hold` sets them to zero again, after
+    # each step and before each save. So the state_dict has no other entries than before: whoever walks over the
+    # states of a model and its average side by side still pairs the right ones, and the state alone is
+    # enough to evaluate, to bake and to find the mask again.
+
+    def hold(self) -> None:
+        """Set the pruned elements of a frozen dense weight to zero, and those that are kept to anything else."""
+        if self.mask is None or self._place is None or len(self._place[1]) > 1:
+            return  # what other libraries' parametrizations make is held by `baking.hold`
+        with torch.no_grad():
+            original: Any = originals(self._place[1])[0]
+            mask = local(self.mask, original)
+            part = original.to_local() if is_sharded(original) else original
+            part.copy_(torch.where(mask, torch.where(part == 0, smallest_kept(part.dtype), part), 0.0))
+
+    def find_mask(self) -> None:
+        """Take the mask from the zeros of the dense weight; before the pruning has begun, none of them was pruned."""
+        with torch.inference_mode(False), torch.no_grad():
+            begun = bool(self.shared.pruned)
+            dense = whole(self.dense())
+            self.mask = dense != 0 if begun else torch.ones_like(dense, dtype=torch.bool)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.hold()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.mask is not None:
-            destination[prefix + "mask"] = self.mask
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        mask = state_dict.pop(prefix + "mask", None)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if mask is not None and self._place is not None:
-            self.mask = mask.to(self.dense().device, copy=True)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, theta={self.theta}" + (", frozen" if self.member.mask is not None else "")

@@ -12,7 +12,7 @@ __all__ = ["drop_weights_after_forward", "keep_weights_after_forward"]
 def drop_weights_after_forward(module: nn.Module) -> None:
     """Empty the list after each pass: thresholded weights would hold on to the graph, and cannot be deepcopied."""
     if isinstance(module, nn.RNNBase) and _drop not in module._forward_hooks.values():
-        module.register_forward_hook(_drop)
+        module.register_forward_hook(_drop, always_call=True)  # also after a pass that failed
 
 
 def keep_weights_after_forward(module: nn.Module) -> None:

@@ -151,13 +151,14 @@ def select(
         users.setdefault(site.key, []).append(site)
         default = site.tensor == "weight" and isinstance(site.module, _LAYERS)
         wanted = included.matches(site, aliases, default) if included else default
+        unwanted = excluded is not None and excluded.matches(site, aliases, wanted or default)
         if not wanted:
             if default:
                 skipped[site.name] = "not included"
             elif include is None and _is_matrix(parameter):
                 skipped[site.name] = f"a weight of {type(site.module).__name__}: name it in include to prune it"
             continue
-        if excluded and excluded.matches(site, aliases, True):
+        if unwanted:
             skipped[site.name] = "excluded"
             continue
         _check(site)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from feather_param.thresholds import Sum
 
-__all__ = ["held_here", "is_sharded", "whole"]
+__all__ = ["held_here", "is_sharded", "local", "whole"]
 
 
 def is_sharded(tensor: object) -> bool:
@@ -55,6 +55,15 @@ def held_here(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Sum | N
         return counts
 
     return parts, add_up
+
+
+def local(tensor: Any, like: Any) -> Any:
+    """Return the part of a whole tensor that this process holds of another one of the same shape; all call this."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements).to_local()
 
 
 def whole(tensor: Any) -> Any:

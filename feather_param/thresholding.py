@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from feather_param.thresholds import flat, kernels
 
-__all__ = ["feather_threshold"]
+__all__ = ["feather_threshold", "smallest_kept"]
 
 # Elements the operator handles at a time on a CPU, so that what it makes of them stays in the cache (measured by
 # `benchmarks.operator`): where few weights survive, and where it computes with all of them.
@@ -134,6 +134,16 @@ def _shrink_survivors(weight: Tensor, threshold: Tensor, p: float, out: Tensor) 
     return values.index_copy_(0, index, _factor((magnitude - threshold).div_(magnitude), p).mul_(kept))
 
 
+def smallest_kept(dtype: torch.dtype) -> float:
+    """Return the smallest magnitude that survives arithmetic in a dtype.
+
+    Subnormals are flushed to zero on some devices, except in float16, whose smallest normal number, 6e-5, is
+    too large to stand for nothing.
+    """
+    info = torch.finfo(dtype)
+    return info.smallest_normal * info.eps if dtype == torch.float16 else info.smallest_normal
+
+
 def _identity(theta: float | Tensor) -> bool:
     """Return whether the gradient is that of the output, pruned weights included."""
     return not isinstance(theta, Tensor) and theta == 1.0
@@ -154,7 +164,8 @@ class _FeatherThreshold(torch.autograd.Function):
         large = weight.device.type == "cpu" and weight.numel() > _SMALL
         pruned: Tensor | None
         with_mask = not _identity(theta)
-        if torch.compiler.is_compiling() or not plain:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        if traced or not plain:
             out, pruned = _shrink(weight, threshold, p)
         elif large:
             out, pruned = _shrink_on_cpu(weight, threshold, p, with_mask)

@@ -80,7 +80,7 @@ def kth_magnitude(weights: Mapping[str, Tensor], k: int, add_up: Sum | None = No
     if on_cpu and add_up is None:
         kth, finite = _kth_by_bracket(tensors, k)
     else:
-        count = _kth_by_bits if on_cpu or kernels() is None else _kth_by_digits
+        count = _kth_by_digits if tensors[0].is_cuda and kernels() else _kth_by_bits
         kth = count(tensors, k, add_up or (lambda counts: counts))
         finite = not on_cpu or not kth.isnan()
     if not finite:
@@ -120,7 +120,7 @@ def _kth_by_bracket(tensors: Sequence[Tensor], k: int) -> tuple[Tensor, bool]:
     dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= _INTEGER.keys() else torch.float32
     bits: list[Bits] = [flat(tensor.to("cpu", dtype)).view(_INTEGER[dtype]).numpy() for tensor in tensors]
     total = sum(part.size for part in bits)
-    low, high = _bracket(bits, k, total) if total > 4 * _SAMPLE else (0, _INFINITY[dtype])
+    low, high = (0, -1) if k == 0 else (0, _INFINITY[dtype]) if total <= 4 * _SAMPLE else _bracket(bits, k, total)
     chunks = [part[i : i + _CHUNK] for part in bits for i in range(0, part.size, _CHUNK)]
     threads = torch.get_num_threads() if total > _THREADED else 1
     if threads == 1:
@@ -128,11 +128,14 @@ def _kth_by_bracket(tensors: Sequence[Tensor], k: int) -> tuple[Tensor, bool]:
     else:
         with ThreadPoolExecutor(threads) as pool:
             scans = list(pool.map(lambda i: _scan(chunks[i::threads], low, high), range(threads)))
-    finite = max(largest for _, _, largest in scans) < _INFINITY[dtype]
+    finite = max(largest for *_, largest in scans) < _INFINITY[dtype]
     if k == 0:
-        return torch.zeros(()), finite
-    below = sum(count for count, _, _ in scans)
-    inside = np.concatenate([part for _, parts, _ in scans for part in parts])
+        return torch.zeros((), dtype=torch.float32), finite
+    below = sum(scan[0] for scan in scans)
+    if low == high and below < k <= below + sum(scan[1] for scan in scans):  # ties all over, or many zeros
+        return torch.from_numpy(np.full(1, low, bits[0].dtype)).view(dtype).float()[0], finite
+    parts = [part for _, _, inner, _ in scans for part in inner]
+    inside = np.concatenate(parts) if parts else bits[0][:0]
     if not below < k <= below + inside.size:
         below, inside = 0, np.concatenate(bits) & _magnitude(bits[0])
     inside.partition(k - below - 1)
@@ -162,11 +165,11 @@ def _bracket(bits: Sequence[Bits], k: int, total: int) -> tuple[int, int]:
     return low, int(sample[last]) if last < sample.size else _magnitude(bits[0])
 
 
-def _scan(chunks: Sequence[Bits], low: int, high: int) -> tuple[int, list[Bits], int]:
+def _scan(chunks: Sequence[Bits], low: int, high: int) -> tuple[int, int, list[Bits], int]:
     """Return how many magnitudes lie below `low`, those from `low` to `high`, and the largest of all."""
-    below, inside, largest = 0, [], 0
+    below, found, inside, largest = 0, 0, [], 0
     if not chunks:
-        return below, inside, largest
+        return below, found, inside, largest
     buffer = np.empty(_CHUNK, chunks[0].dtype)
     masks = np.empty((2, _CHUNK), np.bool_)
     for chunk in chunks:
@@ -175,9 +178,12 @@ def _scan(chunks: Sequence[Bits], low: int, high: int) -> tuple[int, list[Bits],
         above = np.greater_equal(magnitude, low, out=masks[0, :n])
         below += n - int(np.count_nonzero(above))
         np.logical_and(above, np.less_equal(magnitude, high, out=masks[1, :n]), out=above)
-        inside.append(magnitude[np.flatnonzero(above)])
+        if low < high:
+            inside.append(magnitude[np.flatnonzero(above)])
+        else:
+            found += int(np.count_nonzero(above))
         largest = max(largest, int(magnitude.max()))
-    return below, inside, largest
+    return below, found, inside, largest
 
 
 @cache

@@ -432,3 +432,63 @@ def test_baked_weights_train_on_after_a_new_start():
     now(model, 0.9)
     feather_param.desparsify(model)
     assert twins.count_zeros(twins.prunable(model)) == round(0.9 * 2328)
+
+
+@pytest.mark.parametrize("rates", [(0.5, 0.75), (0.75, 0.5)])
+def test_two_parts_sparsified_apart_are_baked_apart(rates):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Sequential(nn.Linear(6, 6, bias=False)) for name in ("encoder", "decoder")})
+    for part, rate in zip(model.values(), rates, strict=True):
+        feather_param.sparsify(part, final_rate=rate, total_steps=1, end_step=0)
+    state = feather_param.baked_state_dict(model)
+    seen = {name: part[0].weight.detach().clone() for name, part in model.items()}
+    feather_param.desparsify(model)
+    for (name, part), rate in zip(model.items(), rates, strict=True):
+        assert int((part[0].weight == 0).sum()) == round(rate * 36)
+        assert torch.equal(state[f"{name}.0.weight"], part[0].weight)
+        kept = seen[name] != 0
+        assert torch.equal(part[0].weight[kept], seen[name][kept])
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    def right_inverse(self, x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+
+def test_other_parametrized_tensors_stay_in_the_baked_state():
+    model = nn.Linear(4, 4)
+    parametrize.register_parametrization(model, "bias", Doubled())
+    now(model, 0.5)
+    state = feather_param.baked_state_dict(model)
+    feather_param.desparsify(model)
+    assert state.keys() == model.state_dict().keys() == {"weight", "parametrizations.bias.original"}
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_copy_looks_at_each_weight_that_is_read():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(50, 50, bias=False) for name in ("a", "b")})
+    now(model, 0.5)
+    copied = copy.deepcopy(model)
+    for name, other in (("a", "b"), ("b", "a")):
+        copied[name].weight  # noqa: B018 (a pass that begins at this one)
+        with torch.no_grad():
+            for layer in copied.values():
+                layer.parametrizations.weight.original.mul_(3.0)
+        kept = copied[other].weight != 0
+        assert torch.equal(kept, copied[other].weight != 0)
+        assert int(kept.sum()) + int((copied[name].weight != 0).sum()) == 2500
+
+
+def test_an_ensemble_of_copies_under_vmap():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2))
+    now(model, 0.5)
+    copies = [copy.deepcopy(model) for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(copies)
+    x = torch.randn(4, 5)
+    outs = torch.func.vmap(lambda p, b: torch.func.functional_call(copies[0], (p, b), (x,)))(parameters, buffers)
+    assert torch.allclose(outs, model(x).expand(3, 4, 2))

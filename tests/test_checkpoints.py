@@ -277,3 +277,33 @@ def test_resume_at_any_step_equals_the_uninterrupted_run(guards, freeze_at, stop
         assert torch.equal(mine[1], theirs[1]), mine[0]
     feather_param.desparsify(second[0])
     assert twins.count_zeros(twins.prunable(second[0])) == second[2]._target()
+
+
+def test_the_report_is_of_what_was_loaded():
+    model, controller = sparse()
+    best = None
+    for step in range(4):
+        controller.step()
+        if step == 0:
+            best, zeros = copy.deepcopy(model.state_dict()), controller.report().zeros
+    assert controller.report().zeros > zeros
+    model.load_state_dict(best)
+    assert controller.report().zeros == zeros
+    feather_param.desparsify(model)
+    assert sum(int((weight == 0).sum()) for weight in twins.prunable(model)) == zeros
+
+
+def test_to_empty_then_an_initialisation_of_ones_own():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20))
+        guards = {"max_rate_per_layer": 0.95, "min_nonzero_per_layer": 3}
+        controller = feather_param.sparsify(model, final_rate=0.9, total_steps=2, end_step=0, **guards)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    zeros = sum(int((model[i].weight == 0).sum()) for i in (0, 2))
+    assert zeros == controller.report().zeros == round(0.9 * 800)
+    controller.step()
+    feather_param.desparsify(model)
+    assert sum(int((model[i].weight == 0).sum()) for i in (0, 2)) == zeros

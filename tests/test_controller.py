@@ -346,3 +346,50 @@ def test_weights_that_only_stand_for_tensors():
         layer = nn.Linear(600, 600)
         feather = feather_param.parametrizations.feather_threshold(layer.weight, torch.tensor(0.1))
     assert feather.shape == (600, 600)
+
+
+def test_a_schedule_that_fails_leaves_the_step_uncounted():
+    failing = []
+
+    def schedule(progress):
+        if failing:
+            raise KeyError("lost")
+        return progress
+
+    controller = feather_param.sparsify(net(), final_rate=0.9, total_steps=8, schedule=schedule)
+    controller.step()
+    state = controller.state_dict()
+    failing.append(True)
+    for call in (controller.step, lambda: controller.load_state_dict(state)):
+        with pytest.raises(KeyError, match="lost"):
+            call()
+        assert controller.step_count == 1
+
+
+def test_a_noted_threshold_does_not_change():
+    controller = feather_param.sparsify(net(), final_rate=0.9, total_steps=8)
+    noted = []
+    for _ in range(4):
+        controller.step()
+        noted.append(controller.threshold)
+    assert [float(t) for t in noted] == sorted({float(t) for t in noted})
+
+
+def test_a_layer_that_takes_no_parametrization_leaves_the_others_plain():
+    class Stubborn(nn.Linear):
+        def __setattr__(self, name, value):
+            if name == "parametrizations":
+                raise RuntimeError("no parametrization here")
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(nn.Linear(4, 4), Stubborn(4, 4))
+    with pytest.raises(RuntimeError, match="no parametrization here"):
+        feather_param.sparsify(model, final_rate=0.5, total_steps=2)
+    assert (type(model[0]), list(model[0].state_dict())) == (nn.Linear, ["weight", "bias"])
+    feather_param.sparsify(model[0], final_rate=0.5, total_steps=2)
+
+
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    controller = feather_param.sparsify(net(), final_rate=numpy.float64(0.5), total_steps=numpy.int64(5))
+    assert isinstance(controller.state_dict()["total_steps"], int)

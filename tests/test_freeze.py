@@ -139,17 +139,70 @@ def test_masks_follow_the_dtype_and_only_the_controllers_state_thaws():
     assert model[0].parametrizations.weight[0].mask is not None
 
 
-def test_a_part_of_a_frozen_checkpoint_is_told():
+def test_a_part_of_a_frozen_checkpoint_is_weights_with_zeros():
     frozen, _, controller = trained()
     controller.freeze()
     part = {key: value for key, value in frozen.state_dict().items() if key.startswith("3.")}
-    model, _, controller = trained()
+    model, optimizer, controller = trained()
     model.load_state_dict(part, strict=False)
-    for call in (controller.report, controller.desparsify):
-        with pytest.raises(
-            ValueError, match=r"expected a mask for every weight of a frozen .*got none for 0.weight, 4.w"
-        ):
-            call()
+    train(model, loss, controller, range(2), optimizer)
+    assert twins.count_zeros(weights(model)) == controller.report().zeros == round(0.9 * N)
+
+
+def test_the_state_has_the_same_entries_and_is_enough():
+    model, optimizer, controller = trained()
+    keys = list(model.state_dict())
+    controller.freeze()
+    train(model, loss, controller, range(4, 6), optimizer)
+    optimizer.step()  # a state between an optimizer's step and the controller's
+    state = copy.deepcopy(model.state_dict())
+    assert list(state) == keys
+    other, _, _ = trained()
+    other.load_state_dict(state)
+    assert torch.equal(other.eval()(X), model.eval()(X))
+    baked = feather_param.baked_state_dict(other)
+    assert all(torch.equal(value, baked[key]) for key, value in feather_param.baked_state_dict(model).items())
+
+
+def test_an_average_over_states_goes_on_through_a_freeze():
+    model, optimizer, controller = trained()
+    average = copy.deepcopy(model)
+    for step in range(4, 10):
+        if step == 6:
+            controller.freeze()
+        train(model, loss, controller, [step], optimizer)
+        with torch.no_grad():
+            for mine, theirs in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+                mine.copy_(0.5 * mine + 0.5 * theirs if mine.is_floating_point() else theirs)
+    average.eval()(X)
+    seen = twins.count_zeros(weights(average))
+    feather_param.desparsify(average)
+    assert seen == twins.count_zeros(weights(average)) == round(0.9 * N)
+
+
+@pytest.mark.parametrize("order", ["model first", "controller first"])
+def test_resuming_frozen_finds_the_masks_again(order):
+    model, optimizer, controller = trained()
+    controller.freeze()
+    train(model, loss, controller, range(4, 6), optimizer)
+    states = [copy.deepcopy(part.state_dict()) for part in (model, controller, optimizer)]
+    train(model, loss, controller, range(6, 9), optimizer)
+    torch.manual_seed(1)
+    other, other_optimizer, other_controller = trained()
+    parts = list(zip((other, other_controller, other_optimizer), states, strict=True))
+    for part, state in parts if order == "model first" else [parts[1], parts[0], parts[2]]:
+        part.load_state_dict(state)
+    train(other, loss, other_controller, range(6, 9), other_optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(weights(other), weights(model), strict=True))
+
+
+def test_freezing_in_inference_mode_leaves_a_model_that_trains():
+    model, optimizer, controller = trained()
+    with torch.inference_mode():
+        controller.freeze()
+    train(model, loss, controller, range(4, 6), optimizer)
+    model.type(torch.float32)
+    assert model[3].parametrizations.weight[0].mask.dtype == torch.bool
 
 
 def test_what_is_zero_before_the_pruning_begins_is_not_masked():

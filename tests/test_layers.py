@@ -385,3 +385,11 @@ def test_baked_state_dict_of_a_module_in_two_places():
     feather_param.desparsify(model)
     assert list(state) == list(model.state_dict())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_an_lstm_whose_pass_failed_can_be_copied():
+    model = nn.LSTM(4, 4)
+    feather_param.sparsify(model, final_rate=0.5, total_steps=2, include="weight_*")
+    with pytest.raises(RuntimeError):
+        model(torch.randn(3, 1, 5))
+    copy.deepcopy(model)

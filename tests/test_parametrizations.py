@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+import feather_param
 from feather_param.groups import SharedThreshold
 from feather_param.parametrizations import FeatherParametrization, feather_threshold
 from feather_param.thresholding import _CHUNK, _DENSE_CHUNK
@@ -243,3 +244,14 @@ def test_assigning_the_weight_stores_the_dense_weight():
 def test_repr_names_the_settings():
     assert "FeatherParametrization(\n" in repr(sparse_linear())
     assert "p=3.0, theta=1.0" in repr(sparse_linear())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("features", [10, 200], ids=["small", "large"])
+def test_a_sparsified_model_can_be_traced(features):
+    model = nn.Sequential(nn.Linear(features, features), nn.ReLU())
+    feather_param.sparsify(model, final_rate=0.9, total_steps=1, end_step=0)
+    x = torch.randn(3, features)
+    assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+    program = torch.export.export(model, (x,))
+    assert torch.allclose(program.module()(x), model(x), atol=1e-6)

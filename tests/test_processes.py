@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import gc
 import os
@@ -199,6 +200,29 @@ def fsdp(rank: int, world: int, folder: Path, *, guards: dict) -> None:
         controller.freeze()
 
 
+def fsdp_frozen(rank: int, world: int, folder: Path) -> None:
+    model = net()
+    controller = sparse(model, end_step=0)
+    controller.freeze()
+    before = [weight != 0 for weight in twins.prunable(copy.deepcopy(model))]
+    sharded(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    train(model, optimizer, controller, rank, world)
+    state = feather_param.baked_state_dict(model)
+    assert all(torch.equal(state[f"{i}.weight"] != 0, mask) for i, mask in zip((0, 2, 4), before, strict=True))
+    again = net(1)
+    judge = sparse(again, end_step=0)
+    sharded(again)
+    judge.step()
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    set_model_state_dict(again, copy.deepcopy(get_model_state_dict(model)))
+    judge.load_state_dict(controller.state_dict())
+    train(again, torch.optim.SGD(again.parameters(), lr=0.1, momentum=0.9), judge, rank, world)
+    state = feather_param.baked_state_dict(again)
+    assert all(torch.equal(state[f"{i}.weight"] != 0, mask) for i, mask in zip((0, 2, 4), before, strict=True))
+
+
 def fsdp_mixed(rank: int, world: int, folder: Path) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -353,6 +377,7 @@ GROUPS = {
         ddp_nan,
         *THRESHOLDS,
         fsdp_mixed,
+        fsdp_frozen,
         fsdp_nan,
         fsdp_two_meshes,
         fsdp_of_a_part,

@@ -157,3 +157,9 @@ def test_sparsified_finds_them_again():
         ["a.weight", "b.weight"],
         ["c.weight"],
     ]
+
+
+def test_a_pattern_may_exclude_what_is_not_included():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "fc": nn.Linear(3, 3)})
+    selection = select(model, include="a", exclude="fc")
+    assert [weight.name for weight in selection.weights] == ["a.weight"]
