@@ -117,9 +117,11 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             text = metadata[_KEY]
             header = parse(text)
             version = header["version"]
-        except (ValueError, KeyError, TypeError) as error:
+            if type(version) is not int:
+                raise ValueError("the version is no number")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"expected a file of save_sparse, got {path}, which is damaged or another one") from error
-        if type(version) is not int or version != _VERSION:
+        if version != _VERSION:
             raise ValueError(
                 f"expected a sparse file of version {_VERSION}, got {version} in {path}; "
                 "load it with the feather_param release that wrote it"
@@ -128,7 +130,7 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             if metadata.get(_CRC) != str(zlib.crc32(text.encode())):
                 raise ValueError("the checksum of the header is wrong")
             return _read(file, header.get("tensors"), places)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter of showing something deep
             raise ValueError(f"expected a whole file of save_sparse, got {path}, which is damaged: {error}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import random
@@ -184,6 +185,10 @@ HOSTILE = {
     "a quantised dtype": (entry_of("sparse", dtype="qint8"), "sparse is of dtype qint8, which torch"),
     "zstd that is none": (entry_of("sparse", zstd=True), "sparse: a compressed part"),
     "a number for a truth": (entry_of("sparse", zstd=0), "sparse is described by"),
+    "something deep": (
+        entry_of("sparse", dtype=functools.reduce(lambda x, _: [x], range(900), 1)),
+        "sparse is of dtype",
+    ),
     "not an entry": (lambda tensors, data: tensors.update(sparse=3), "sparse is described by 3"),
     "one key too many": (entry_of("sparse", code="import os"), "sparse is described by"),
     "tied to itself": (lambda tensors, data: tensors.update(tied="tied"), "tied is described by tied"),
@@ -259,6 +264,10 @@ OTHERS = {
     "a name twice": headed(b'{"__metadata__": {}, "__metadata__": {"feather_param sparse": "{}"}}'),
     "a number for the text": headed(b'{"__metadata__": {"feather_param sparse": 1}}'),
     "no version": headed(b'{"__metadata__": {"feather_param sparse": "{}"}}'),
+    "a version that is true": headed(b'{"__metadata__": {"feather_param sparse": "{\\"version\\": true}"}}'),
+    "a deep version": headed(
+        json.dumps({"__metadata__": {"feather_param sparse": '{"version": ' + "[" * 900 + "]" * 900 + "}"}}).encode()
+    ),
     "deep inside": headed(json.dumps({"__metadata__": {"feather_param sparse": "[" * 10**5}}).encode()),
     **{
         f"a part {kind}": headed(
