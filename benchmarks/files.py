@@ -1,7 +1,7 @@
 """Sizes of checkpoint files, and what saving and loading them costs: `python -m benchmarks.files`.
 
 ResNet-50 of torchvision, its random weights pruned once: globally, as `sparsify` does it, and every layer alike, which
-scatters the zeros most evenly and is the hardest to compress. A trained network's file: ``--checkpoint FILE``.
+scatters the zeros most evenly. The sizes for a trained network, from its state_dict: ``--checkpoint FILE``.
 
 Compares `save_sparse` with torch.save of the dense state_dict, the same file in gzip -9 and in zstandard (at our
 level), safetensors, and torch.save of sparse tensors. Each way loads until there is a dense state_dict in memory, from
@@ -61,6 +61,10 @@ def resnet50(rate: float, alike: bool) -> State:
     return model.state_dict()
 
 
+def save_safetensors(state: State, path: Path) -> None:
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+
+
 def save_gzip(state: State, path: Path) -> None:
     path.write_bytes(gzip.compress(_dense(state), 9))
 
@@ -110,7 +114,7 @@ def load_torch(path: Path) -> State:
 
 WAYS: dict[str, tuple[Save, Load]] = {
     DENSE: (torch.save, load_torch),
-    "safetensors, dense": (safetensors.torch.save_file, safetensors.torch.load_file),
+    "safetensors, dense": (save_safetensors, safetensors.torch.load_file),
     "dense, gzip -9": (save_gzip, load_gzip),
     "dense, zstandard": (save_zstd, load_zstd),
     "torch.save, COO": (save_coo, load_torch_sparse),
@@ -121,8 +125,8 @@ WAYS: dict[str, tuple[Save, Load]] = {
 FRESH = (DENSE, "save_sparse", "save_sparse, zstd")
 
 
-def measure(state: State, n: int, times: bool) -> dict[str, dict[str, float]]:
-    """Return of each way the megabytes, and the seconds and their ratios to torch's dense file."""
+def measure(state: State, n: int = 0) -> dict[str, dict[str, float]]:
+    """Return of each way the megabytes, and over n rounds the seconds and their ratios to torch's dense file."""
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / str(i) for i, name in enumerate(WAYS)}
         figures: dict[str, dict[str, float]] = {}
@@ -133,7 +137,7 @@ def measure(state: State, n: int, times: bool) -> dict[str, dict[str, float]]:
             loaded = load(paths[name])
             if not all(torch.equal(loaded[key], tensor) for key, tensor in state.items()):
                 raise AssertionError(f"{name} lost something")
-        if not times:
+        if not n:
             return {name: {"MB": row["MB"]} for name, row in figures.items()}
         loads = timing.rounds({name: lambda name=name: WAYS[name][1](paths[name]) for name in WAYS}, n)
         fresh: dict[str, list[float]] = {name: [] for name in FRESH}
@@ -178,21 +182,19 @@ def main() -> None:
         del state
         return
     if arguments.checkpoint:
-        states = {path.stem: load_torch(path) for path in arguments.checkpoint}
-        columns = {name: measure(state, arguments.rounds, True) for name, state in tqdm(states.items(), leave=False)}
-    else:
-        columns = {f"{rate:.0%}": measure(resnet50(rate, False), arguments.rounds, True) for rate in tqdm(RATES)}
+        columns = {path.stem: measure(load_torch(path)) for path in arguments.checkpoint}
+        print(table("MB", columns, "MB", ".3f"))
+        print(f"\nwritten to {timing.write('files_checkpoint', columns)}")
+        return
+    columns = {f"{rate:.0%}": measure(resnet50(rate, False), arguments.rounds) for rate in tqdm(RATES)}
+    alike = {f"{rate:.0%}": measure(resnet50(rate, True)) for rate in tqdm(RATES)}
     print(table("MB", columns, "MB", ".2f"), end="\n\n")
     for key in ("load over torch.load", "first load over torch.load"):
         print(table(key, columns, key, ".2f"), end="\n\n")
     for key in ("load seconds", "first load seconds", "save seconds"):
         print(table(key, columns, key, ".3f"), end="\n\n")
-    figures: dict[str, Any] = {"files": columns}
-    if not arguments.checkpoint:
-        alike = {f"{rate:.0%}": measure(resnet50(rate, True), 0, False) for rate in tqdm(RATES)}
-        print(table("MB, every layer alike", alike, "MB", ".2f"), end="\n\n")
-        figures["every layer alike"] = alike
-    print(f"written to {timing.write('files_checkpoint' if arguments.checkpoint else 'files', figures)}")
+    print(table("MB, every layer alike", alike, "MB", ".2f"))
+    print(f"\nwritten to {timing.write('files', {'files': columns, 'every layer alike': alike})}")
 
 
 if __name__ == "__main__":
