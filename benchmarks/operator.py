@@ -18,26 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import timing
+from benchmarks.papers_code import RATE, PapersOperator
 from feather_param.parametrizations import feather_threshold
 from feather_param.thresholds import kth_magnitude
-
-RATE = 0.95
-
-
-class Plain(torch.autograd.Function):
-    """The equation as written, with a float mask for the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, threshold: Tensor, theta: float) -> Tensor:
-        kept = weight.abs() > threshold
-        cut = torch.sign(weight) * (weight.abs() ** 3 - threshold**3) ** (1 / 3)
-        ctx.save_for_backward(torch.where(kept, 1.0, theta))
-        return torch.where(kept, cut, torch.zeros_like(weight))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (mask,) = ctx.saved_tensors
-        return grads[0] * mask, None, None
 
 
 def layers(weights: int, tensors: int, dtype: torch.dtype) -> list[Tensor]:
@@ -70,7 +53,7 @@ def measure(weights: list[Tensor], n: int) -> dict[str, dict[str, dict[str, floa
         "clone()": torch.clone,
         "feather_threshold, theta = 1": lambda weight: feather_threshold(weight, threshold, 1.0),
         "feather_threshold, theta = 0.5": lambda weight: feather_threshold(weight, threshold, 0.5),
-        "equation as written": lambda weight: Plain.apply(weight, threshold, 1.0),
+        "equation as written": lambda weight: PapersOperator.apply(weight, threshold, 1.0),
         "mask of torch.nn.utils.prune": lambda weight: weight * masks[id(weight)],
     }
     results: dict[str, dict[str, dict[str, float]]] = {}

@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 import feather_param
 from benchmarks import timing
-
-RATE = 0.95
+from benchmarks.papers_code import RATE, papers_threshold
 
 
 def layers(weights: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -42,12 +41,6 @@ def controlled(model: nn.Module) -> feather_param.Controller:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "nothing survives")
         return feather_param.sparsify(model, final_rate=RATE, total_steps=10**6, end_step=0)
-
-
-def papers(model: nn.Module) -> None:
-    """Concatenate, abs, sort, read: the update of the paper's code."""
-    values = torch.cat([parameter.detach().abs().flatten() for parameter in model.parameters()])
-    values.sort().values[round(RATE * values.numel()) - 1].item()
 
 
 def torch_prune(model: nn.Module) -> None:
@@ -78,7 +71,7 @@ def compare(weights: int, n: int) -> dict[str, Any]:
         "one abs() pass, one tensor": joined.abs,
         "one abs() pass, 53 tensors": lambda: [parameter.detach().abs() for parameter in plain.parameters()],
         "Controller.step()": controller.step,
-        "concatenate, abs, sort, item (the paper's code)": lambda: papers(plain),
+        "concatenate, abs, sort, item (the paper's code)": lambda: papers_threshold(plain.parameters()),
         "torch.nn.utils.prune.global_unstructured": lambda: torch_prune(for_prune),
         "torch.ao.pruning, per layer": torch_ao(for_ao),
     }
@@ -133,11 +126,11 @@ def peak(weights: int, way: str) -> float:
 
 def _peak_here(weights: int, way: str) -> float:
     model = layers(weights)
-    update = controlled(model).step if way == "ours" else lambda: papers(model)
+    update = controlled(model).step if way == "ours" else lambda: papers_threshold(model.parameters())
     if way == "ours":
         controlled(layers(10_000)).step()  # whatever is loaded at the first call
     else:
-        papers(layers(10_000))
+        papers_threshold(layers(10_000).parameters())
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
     update()

@@ -19,22 +19,7 @@ from tqdm import tqdm
 import archs
 import feather_param
 from benchmarks import timing
-
-
-class PapersOperator(torch.autograd.Function):
-    """The operator as in the paper's code: a float mask for the backward pass, a host-side threshold."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, threshold: float, theta: float) -> Tensor:
-        kept = weight.abs() > threshold
-        cut = torch.sign(weight) * (weight.abs() ** 3 - threshold**3) ** (1 / 3)
-        ctx.save_for_backward(torch.where(kept, 1.0, theta))
-        return torch.where(kept, cut, torch.zeros_like(weight))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (mask,) = ctx.saved_tensors
-        return grads[0] * mask, None, None
+from benchmarks.papers_code import PapersOperator, papers_threshold
 
 
 class Papers(nn.Module):
@@ -77,7 +62,7 @@ def stepper(kind: str, build: Callable[[], nn.Module], x: Tensor, compiled: bool
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.utils.parametrize.register_parametrization(module, "weight", Papers())
                 dense.append(module.parametrizations.weight.original)  # type: ignore[union-attr]
-        after = lambda: _papers_update(dense)  # noqa: E731
+        after = lambda: setattr(Papers, "threshold", papers_threshold(dense))  # noqa: E731
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
     forward = torch.compile(model) if compiled else model
 
@@ -90,11 +75,6 @@ def stepper(kind: str, build: Callable[[], nn.Module], x: Tensor, compiled: bool
         after()
 
     return step
-
-
-def _papers_update(dense: list[Tensor]) -> None:
-    values = torch.cat([weight.detach().abs().flatten() for weight in dense])
-    Papers.threshold = values.sort().values[round(0.95 * values.numel()) - 1].item()
 
 
 def main() -> None:
