@@ -92,13 +92,14 @@ class SparseLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix as a sparse CSR tensor on the buffers; code that asks a weight for its dtype goes on to work."""
-        if self._matrix is None or self._matrix[0] is not self.values:
+        made = self._matrix
+        if made is None or made[0] is not self.values:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
                 shape = (self.out_channels, self.in_channels * math.prod(self.kernel))
                 matrix = torch.sparse_csr_tensor(self.crow, self.col, self.values, shape, check_invariants=False)
-            self._matrix = self.values, matrix
-        return self._matrix[1]
+            made = self._matrix = self.values, matrix
+        return made[1]
 
     @torch.compiler.disable  # which would follow it into numba
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -145,9 +146,10 @@ class SparseLayer(nn.Module):
 
     def _by_slices(self, x: Tensor, ends: Sizes, multiply: Any) -> Tensor:
         """Return [out channels, batch, *out]: for each weight a slice of x, which is copied once with its padding."""
-        if self._layout is None or self._layout[0] != x.shape:
-            self._layout = x.shape, _Layout.of(x.shape, self.kernel, self.stride, self.dilation, ends)
-        layout, x = self._layout[1], x.transpose(0, 1)
+        made = self._layout  # once read, as other threads may come with other sizes
+        if made is None or made[0] != x.shape:
+            made = self._layout = x.shape, _Layout.of(x.shape, self.kernel, self.stride, self.dilation, ends)
+        layout, x = made[1], x.transpose(0, 1)
         if not any(ends) and set(self.stride) <= {1}:
             grid = x.contiguous()  # the input is laid out so: no copy where the batch is one image
         else:

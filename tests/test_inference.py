@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -139,6 +140,27 @@ def test_sizes_may_change_from_call_to_call(way):
     sparse.way = way
     for shape in ((1, 4, 8, 8), (2, 4, 8, 8), (1, 4, 5, 9), (1, 4, 8, 8)):
         assert_computes_the_same(sparse, layer, torch.randn(shape))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_several_threads_may_call_it(way):
+    layer = pruned(nn.Conv2d(4, 5, 3, padding=1))
+    sparse = SparseLayer(layer)
+    sparse.way = way
+    inputs = [torch.randn(1, 4, n, n) for n in range(4, 20)] * 10
+    expected = [sparse(x) for x in inputs]
+    with ThreadPoolExecutor(4) as threads:
+        assert all(map(torch.equal, threads.map(sparse, inputs), expected))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_infinite_reaches_only_those_who_look(way):
+    layer = nn.Linear(3, 2)
+    layer.weight.data = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    sparse = SparseLayer(layer)
+    sparse.way = way
+    x = torch.tensor([[1.0, float("inf"), float("nan")]])
+    assert torch.equal(sparse(x).isfinite(), torch.tensor([[True, False]]))
 
 
 def test_the_compiled_sum_is_the_plain_one():
@@ -462,6 +484,8 @@ def test_copies_and_files(clock):
     state = torch.load(buffer, weights_only=True)
     assert [name for name in state if name.startswith("0.")] == ["0.crow", "0.col", "0.values", "0.bias"]
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        with torch.inference_mode():
+            assert torch.equal(twin(X), expected)
         assert torch.equal(twin(X), expected)
         twin[0].values.zero_()
         twin.load_state_dict(state)
