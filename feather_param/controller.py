@@ -159,8 +159,6 @@ class Controller:
         self._attach(optimizer)
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
-        if optimizer is self._optimizer:
-            return
         # A hook cannot remove itself while torch goes through them, so the next controller removes those of the last.
         for hook in list(getattr(optimizer, "_optimizer_step_post_hooks", {}).values()):
             other = getattr(hook, "__self__", None)

@@ -72,7 +72,7 @@ def follow(
 
 
 class _Order:
-    """The order of the parameters of a model with and without `sparsify`; see Note [The order of ... state]."""
+    """The order of a model's parameters without and with `sparsify`; see Note [The order of an optimizer's state]."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -132,7 +132,7 @@ class _Order:
             for side in sides
         ]
         shapes = {
-            index: {key: value.shape for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
+            index: {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
             for index, state in states.items()
             if isinstance(state, dict)
         }
@@ -159,7 +159,10 @@ class _Order:
 
 
 def _plain(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield a model's parameters with the names, and in the order, that they have without our parametrizations."""
+    """Yield a model's parameters with the names, and in the order, that they have without our parametrizations.
+
+    A parameter's first name counts; it may come more than once.
+    """
     if module in seen:
         return
     seen.add(module)
@@ -173,8 +176,7 @@ def _plain(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tup
         parameter = moved[tensor].original if tensor in moved else module._parameters.get(tensor)
         if parameter is not None:
             yield _plain_name(prefix + tensor), parameter
-    seen.update(moved.values())
-    for name, child in module.named_children():
+    for name, child in module.named_children():  # what was moved comes once more, under its present name
         yield from _plain(child, f"{prefix}{name}.", seen)
 
 

@@ -12,6 +12,7 @@ from feather_param.controller import Controller
 from feather_param.optimizers import check_optimizer
 from feather_param.schedules import Schedule
 from feather_param.selection import Filter, Weight, select, sparsified
+from feather_param.thresholds import require_finite
 
 __all__ = ["baked_state_dict", "desparsify", "sparsify"]
 
@@ -102,6 +103,7 @@ def sparsify(
     budget = Budget(selection.sizes, max_rate, min_nonzero)
     budget.require(final_rate)
     check_other_parametrizations(selection.weights)
+    require_finite(selection.dense(), new=True)
     if optimizer is not None:
         check_optimizer(optimizer, selection.weights)
     controller = Controller(
@@ -130,7 +132,8 @@ def desparsify(model: nn.Module) -> None:
     EMA copy is exact too; other copies go on unharmed. Ties at the threshold are broken by position, and those
     kept become the smallest non-zero number of the dtype, so that the network computes what was evaluated.
 
-    Do not step the old optimizer afterwards: momentum and weight decay would revive the zeros.
+    Do not step the old optimizer afterwards: momentum and weight decay would revive the zeros. One that the
+    controller follows (`Controller.follow`) warns if it is stepped; no other can.
 
     Raises:
         ValueError: the model is not sparsified, or holds NaN or infinity; it is then untouched.
@@ -163,6 +166,9 @@ def baked_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _weights_of(model: nn.Module) -> tuple[Weight, ...]:
+    if not isinstance(model, nn.Module):
+        hint = "; call its desparsify(), or name its model" if isinstance(model, Controller) else ""
+        raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}{hint}")
     weights = sparsified(model)
     if not weights:
         raise ValueError(f"expected a sparsified model, got a plain {type(model).__name__}; call sparsify first")

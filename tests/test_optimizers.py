@@ -44,6 +44,7 @@ MODELS = {
     "net": (net, "*"),
     "two of one shape": (Pair, "w1"),
     "child": (Parent, "w1"),
+    "the first of two": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "0"),
     "LSTM": (lambda: nn.LSTM(4, 4, bias=False), "weight_ih_l0"),
     "attention": (lambda: nn.MultiheadAttention(4, 2), ["*", "in_proj_weight"]),
 }
@@ -131,11 +132,13 @@ def test_a_state_finds_its_parameters_by_name(model, optimizer, saved_first, loa
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("model", ["net", "child", "the first of two", "attention"])
 @pytest.mark.parametrize("saved_first", SIDES, ids=SIDE_NAMES)
 @pytest.mark.parametrize("loaded_first", SIDES, ids=SIDE_NAMES)
-def test_a_state_without_names_finds_its_parameters_by_shape(optimizer, saved_first, loaded_first):
-    first = Run(net, optimizer, built_first=saved_first).trained()
-    second = Run(net, optimizer, built_first=loaded_first).follow()
+def test_a_state_without_names_finds_its_parameters_by_shape(model, optimizer, saved_first, loaded_first):
+    make, include = MODELS[model]
+    first = Run(make, optimizer, built_first=saved_first, include=include).trained()
+    second = Run(make, optimizer, built_first=loaded_first, include=include).follow()
     second.optimizer.load_state_dict(first.saved())
     assert second.has_states_of(first)
 
@@ -165,6 +168,14 @@ def test_a_state_in_an_order_of_ones_own():
     with pytest.raises(ValueError, match="got one without names"):
         second.optimizer.load_state_dict(first.saved())
     second.optimizer.load_state_dict(first.follow().saved())
+    assert second.has_states_of(first)
+
+    def by_dims(parameters, names):  # sparsify moves nothing within these groups
+        return [{"params": [p for p in parameters[::-1] if (p.dim() == 1) == vector]} for vector in (True, False)]
+
+    first = Run(net, torch.optim.Adam, built_first=True, prepare=by_dims).trained()
+    second = Run(net, torch.optim.Adam, built_first=False, prepare=by_dims).follow()
+    second.optimizer.load_state_dict(first.saved())
     assert second.has_states_of(first)
 
 
