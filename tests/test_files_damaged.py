@@ -92,7 +92,7 @@ def forge(generator: random.Random, tensors: dict[str, Any], data: dict[str, byt
     kind = generator.randrange(9)
     if kind == 0 and isinstance(entry, dict):
         entry[generator.choice(list(entry))] = generator.choice(ODD)
-    elif kind == 1 and isinstance(entry, dict) and entry["shape"]:
+    elif kind == 1 and isinstance(entry, dict) and isinstance(entry["shape"], list) and entry["shape"]:
         entry["shape"][generator.randrange(len(entry["shape"]))] = generator.choice([*ODD, *range(18, 33)])
     elif kind == 2 and isinstance(entry, dict):
         entry["dtype"] = generator.choice([*SIZES, "__class__", "qint8", "nn"])
