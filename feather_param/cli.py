@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true", help="print JSON instead of a table")
     report.add_argument("--html", metavar="OUT", type=Path, help="write a page as well")
     report.add_argument(
-        "--no-sizes", action="store_true", help="do not measure the other formats (about 6 s for 100 MB)"
+        "--no-sizes", action="store_true", help="do not measure the other formats (seconds, for a large file)"
     )
     report.set_defaults(run=_report)
 
@@ -199,7 +199,10 @@ def _expand(arguments: argparse.Namespace) -> str:
         if out.suffix == _SAFETENSORS:
             # Tied tensors are written twice: the format has no other way, and whoever loads them ties them again.
             tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
-            content = safetensors_torch().save(tensors, {"format": "pt"})
+            try:
+                content = safetensors_torch().save(tensors, {"format": "pt"})
+            except KeyError as error:
+                raise _Failed(f"{out}: safetensors cannot hold {error.args[0]}; expand to a .pt file") from error
             with replacing(out) as file:
                 file.write(content)
         else:

@@ -30,7 +30,7 @@ def file_sizes(tensors: Mapping[str, Tensor], progress: Progress = lambda what, 
 
     Args:
         tensors: what to measure.
-        progress: called now and then; gzip takes about 4 s for 100 MB.
+        progress: called now and then, for gzip and zstandard take seconds for 100 MB.
 
     Returns:
         Bytes by format; ``"sparse + zstd"`` only where zstandard is installed (``pip install feather_param[files]``).

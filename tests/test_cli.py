@@ -362,6 +362,11 @@ def test_what_needs_no_doing_is_told(run):
     KINDS["sparse"](Path("sparse.safetensors"))
     fails(run("compress", "sparse.safetensors", "out.safetensors"), 1, "is a sparse file already")
     fails(run("expand", "in.pt", "out.pt"), 1, "in.pt is no sparse file: its tensors are dense already")
+    feather_param.save_sparse({"w": torch.zeros(3, dtype=torch.complex128)}, "complex")
+    fails(
+        run("expand", "complex", "out.safetensors"), 1, "safetensors cannot hold torch.complex128; expand to a .pt file"
+    )
+    done(run("expand", "complex", "out.pt"))
 
 
 @pytest.mark.parametrize("command", [["compress", "in.pt", "out.safetensors"], ["expand", "sparse", "out.pt"]])
