@@ -7,6 +7,7 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = ["Theta", "exponent", "fraction", "guards", "integer", "model_and_rate", "slope", "slope_at"]
@@ -21,13 +22,19 @@ def model_and_rate(model: Any, final_rate: Any) -> float:
         raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
     final_rate = _real("final_rate", final_rate)
     if not 0.0 < final_rate < 1.0:
-        raise ValueError(f"expected final_rate, the fraction of zeros, in (0, 1), got {final_rate}")
+        percent = f"; {final_rate:g} % is {final_rate / 100:g}" if 1.0 < final_rate < 100.0 else ""
+        raise ValueError(f"expected final_rate, the fraction of zeros, in (0, 1), got {final_rate}{percent}")
     _refuse_wrapped(model)
     return final_rate
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"expected a model of plain modules, got {type(module).__name__} at {name or 'the root'}; "
+                "sparsify before scripting, and script after desparsify"
+            )
         for cls in type(module).__mro__:
             if cls.__module__.startswith(("torch.distributed.fsdp", "torch.nn.parallel.distributed")):
                 raise ValueError(
@@ -69,7 +76,8 @@ def _real(name: str, value: Any) -> float:
 def integer(name: str, value: Any, least: int) -> int:
     """Return an int that is at least so much."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"expected {name} to be an int, got {value!r}")
+        hint = "; wrap it in int(...)" if isinstance(value, float) else ""
+        raise TypeError(f"expected {name} to be an int, got {value!r}{hint}")
     if value < least:
         raise ValueError(f"expected {name} to be at least {least}, got {value}")
     return int(value)

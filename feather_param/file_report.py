@@ -25,9 +25,9 @@ def zeros(checkpoint: Checkpoint) -> Report:
         >>> print(as_text(Path("fc.pt"), 1234, checkpoint, zeros(checkpoint)))
         fc.pt: torch, 1,234 bytes, 2 tensors
         <BLANKLINE>
-        weight  shape  total  zeros     rate  survivors
-        weight  4x4       16     12  75.000%    100.00%
-        all               16     12  75.000%    100.00%
+        weight  shape  total  zeros     rate  of all survivors
+        weight  4x4       16     12  75.000%           100.00%
+        all               16     12  75.000%           100.00%
         and 1 other tensor (biases, norms, integers)
     """
     weights = {name: tensor for name, tensor in untied(checkpoint.tensors).items() if _is_weight(tensor)}

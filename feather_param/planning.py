@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -10,7 +11,8 @@ from feather_param import checks
 from feather_param.allocation import Budget, allocate, count_zeros
 from feather_param.baking import check_other_parametrizations
 from feather_param.selection import Filter, select
-from feather_param.tables import aligned
+from feather_param.tables import aligned, grouped
+from feather_param.thresholds import require_finite
 
 __all__ = ["Plan", "PlannedWeight", "plan"]
 
@@ -55,17 +57,17 @@ class Plan:
         return self.most / self.total
 
     def __str__(self) -> str:
-        cells: list[tuple[str, ...]] = [("weight", "shape", "total", "at most", "zeros now", "rate now")]
+        cells: list[tuple[str, ...]] = [("weight", "shape", "total", "at most", "zeros at this rate", "rate")]
         for row in self.rows:
             now = ("-", "-") if row.zeros is None else (f"{row.zeros:,}", f"{row.zeros / max(1, row.total):.3%}")
             cells.append((row.name, "x".join(map(str, row.shape)), f"{row.total:,}", f"{row.most:,}", *now))
-        cells.append(
-            ("all", "", f"{self.total:,}", f"{self.most:,}", f"{self.zeros:,}", f"{self.zeros / self.total:.3%}")
-        )
+        aim = (f"{self.zeros:,}", f"{self.zeros / self.total:.3%}") if self.reachable else ("-", "-")
+        cells.append(("all", "", f"{self.total:,}", f"{self.most:,}", *aim))
         lines = aligned(cells)
-        lines += [f"dense: {name} ({reason})" for name, reason in self.skipped.items()]
+        lines += [f"dense: {line}" for line in grouped(self.skipped)]
         verdict = "can be reached" if self.reachable else "CANNOT be reached"
-        lines.append(f"{self.zeros:,} of {self.total:,} zeros {verdict}; the largest rate is {self.largest_rate:.6f}")
+        most = f"{self.most:,} zeros ({math.floor(1e6 * self.most / self.total) / 1e4:.4f} %)"  # never more than it is
+        lines.append(f"{self.zeros:,} of {self.total:,} zeros {verdict}; at most {most}")
         return "\n".join(lines)
 
 
@@ -107,7 +109,8 @@ def plan(
     check_other_parametrizations(selection.weights)
     budget = Budget(selection.sizes, max_rate, min_nonzero)
     k = budget.zeros(final_rate)
-    weights = {weight.name: weight.sites[0].dense().detach() for weight in selection.weights}
+    weights = selection.dense()
+    require_finite(weights, new=True)
     zeros: dict[str, int | None] = dict.fromkeys(weights)
     if k <= budget.most and not any(weight.is_meta for weight in weights.values()):
         counts = count_zeros(weights, allocate(weights, k, budget.caps))

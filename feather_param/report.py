@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from feather_param.tables import aligned
+from feather_param.tables import aligned, grouped
 
 __all__ = ["Report", "Row"]
 
@@ -35,9 +35,9 @@ class Report:
 
     Example:
         >>> print(Report((Row("fc.weight", (10, 4), 40, 30, 1.0),)))
-        weight     shape  total  zeros     rate  survivors
-        fc.weight  10x4      40     30  75.000%    100.00%
-        all                  40     30  75.000%    100.00%
+        weight     shape  total  zeros     rate  of all survivors
+        fc.weight  10x4      40     30  75.000%           100.00%
+        all                  40     30  75.000%           100.00%
     """
 
     rows: tuple[Row, ...]
@@ -64,12 +64,12 @@ class Report:
         return tuple(row.name for row in self.rows if 0 < row.total == row.zeros)
 
     def __str__(self) -> str:
-        cells = [("weight", "shape", "total", "zeros", "rate", "survivors")]
+        cells = [("weight", "shape", "total", "zeros", "rate", "of all survivors")]
         for row in self.rows:
             shape = "x".join(map(str, row.shape))
             share = f"{row.survivor_share:.2%}"
             cells.append((row.name, shape, f"{row.total:,}", f"{row.zeros:,}", f"{row.rate:.3%}", share))
         cells.append(("all", "", f"{self.total:,}", f"{self.zeros:,}", f"{self.rate:.3%}", "100.00%"))
         lines = aligned(cells)
-        lines += [f"dense: {name} ({reason})" for name, reason in self.skipped.items()]
+        lines += [f"dense: {line}" for line in grouped(self.skipped)]
         return "\n".join(lines)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
-__all__ = ["aligned", "percent", "short"]
+__all__ = ["aligned", "grouped", "percent", "short"]
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -48,3 +49,42 @@ def short(count: int) -> str:
         return str(count)
     power = min(5, (len(f"{float(f'{count:.3g}'):.0f}") - 1) // 3)  # 999,999 is 1.00M
     return f"{count / 1000**power:#.3g}".rstrip(".") + "kMGTP"[power - 1]
+
+
+def grouped(reasons: Mapping[str, str]) -> list[str]:
+    """Return a line for each name with its reason, and one line for names that differ in a running number alone.
+
+    Example:
+        >>> grouped({"0.fc": "excluded", "1.fc": "excluded", "2.fc": "excluded", "head": "tied to 0.fc"})
+        ['0..2.fc (3 weights: excluded)', 'head (tied to 0.fc)']
+    """
+    lines = [([*re.split(r"(\d+)", name)], reason, 1) for name, reason in reasons.items()]
+    places = max((len(parts) for parts, _, _ in lines), default=0)
+    for place in reversed(range(1, places, 2)):
+        lines = _merged(lines, place)
+    return [
+        f"{''.join(parts)} ({reason if count == 1 else f'{count} weights: {reason}'})" for parts, reason, count in lines
+    ]
+
+
+_Line = tuple[list[str], str, int]  # a name in parts, the numbers at odd places; its reason; how many weights it names
+
+
+def _merged(lines: Sequence[_Line], place: int) -> list[_Line]:
+    """Merge the lines that differ at one place alone, where these are three or more numbers in a row."""
+    alike: dict[object, list[_Line]] = {}
+    for line in lines:
+        parts, reason, count = line
+        single = len(parts) > place and parts[place].isdecimal()
+        key = (*parts[:place], None, *parts[place + 1 :], reason, count) if single else (*parts, reason, count)
+        alike.setdefault(key, []).append(line)
+    merged: list[_Line] = []
+    for group in alike.values():
+        parts, reason, count = group[0]
+        numbers = [line[0][place] for line in group] if len(group) > 2 else []
+        if numbers and numbers == [str(int(numbers[0]) + i) for i in range(len(numbers))]:
+            run = f"{numbers[0]}..{numbers[-1]}"
+            merged.append(([*parts[:place], run, *parts[place + 1 :]], reason, count * len(group)))
+        else:
+            merged += group
+    return merged

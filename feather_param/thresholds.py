@@ -88,24 +88,34 @@ def kth_magnitude(weights: Mapping[str, Tensor], k: int, add_up: Sum | None = No
     return kth
 
 
-def require_finite(weights: Mapping[str, Tensor], add_up: Sum | None = None) -> None:
+def require_finite(weights: Mapping[str, Tensor], add_up: Sum | None = None, new: bool = False) -> None:
     """Raise `refuse_non_finite`'s error if some weight holds NaN or infinity; all processes call this."""
-    bad = torch.stack([(~weight.detach().isfinite()).sum().cpu() for weight in weights.values()]).sum()
+    held = [weight.detach() for weight in weights.values() if not weight.is_meta]
+    bad = torch.stack([(~weight.isfinite()).sum().cpu() for weight in held]).sum() if held else torch.zeros(())
     if add_up is not None:
         bad = add_up(bad.to(next(iter(weights.values())).device))
     if bad:
-        refuse_non_finite(weights, elsewhere=add_up is not None)
+        refuse_non_finite(weights, elsewhere=add_up is not None, new=new)
 
 
-def refuse_non_finite(weights: Mapping[str, Tensor], elsewhere: bool = False) -> None:
-    """Raise the error that names the weights with NaN or infinity, if any or some `elsewhere`; waits for the device."""
+def refuse_non_finite(weights: Mapping[str, Tensor], elsewhere: bool = False, new: bool = False) -> None:
+    """Raise the error that names the weights with NaN or infinity, if any or some `elsewhere`; waits for the device.
+
+    Args:
+        weights: tensors by name.
+        elsewhere: whether another process may hold them.
+        new: whether these weights have yet to be trained, and no training can be to blame.
+    """
     names = [name for name, weight in weights.items() if not weight.detach().float().isfinite().all()]
     if names or elsewhere:
         found = ", ".join(names) or "a part that another process holds"
-        raise ValueError(
-            f"expected finite weights, got NaN or infinity in {found}; the training has diverged: "
-            "go back to the last checkpoint and lower the learning rate, or clip the gradients"
+        advice = (
+            "check the initialisation, or the checkpoint that they come from"
+            if new
+            else "the training has diverged: go back to the last checkpoint and lower the learning rate, or clip the "
+            "gradients"
         )
+        raise ValueError(f"expected finite weights, got NaN or infinity in {found}; {advice}")
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def test_a_plan_tells_what_will_happen_and_touches_nothing():
     assert plan.skipped["0.weight"] == "a weight of Embedding: name it in include to prune it"
     assert plan.skipped["5.weight"] == "fewer than 50 parameters"
     text = str(plan)
-    assert "3,240 of 3,600 zeros can be reached; the largest rate is 0.91" in text
+    assert "3,240 of 3,600 zeros can be reached; at most 3,276 zeros (91.0000 %)" in text
     assert all(len(line) == len(text.splitlines()[0]) for line in text.splitlines()[:4])
 
 
@@ -144,7 +144,26 @@ def test_a_plan_out_of_reach_says_so():
     plan = feather_param.plan(net(), final_rate=0.95, max_rate_per_layer=0.9)
     assert not plan.reachable
     assert [row.zeros for row in plan.rows] == [None] * 3
-    assert "3,458 of 3,640 zeros CANNOT be reached; the largest rate is 0.900000" in str(plan)
+    assert "3,458 of 3,640 zeros CANNOT be reached; at most 3,276 zeros (90.0000 %)" in str(plan)
+    (all_in_all,) = (line.split() for line in str(plan).splitlines() if line.startswith("all"))
+    assert all_in_all == ["all", "3,640", "3,276", "-", "-"]  # zeros that cannot be reached stand in the verdict alone
+
+
+def test_a_plan_does_not_round_up_what_can_be_reached():
+    with torch.device("meta"):
+        model = nn.Linear(1280, 1280)
+    assert str(feather_param.plan(model, final_rate=0.9)).endswith("at most 1,638,399 zeros (99.9999 %)")
+
+
+def test_layers_that_differ_by_their_number_share_a_line():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Embedding(2, 4)) for _ in range(12)), nn.Embedding(3, 3))
+    reason = "a weight of Embedding: name it in include to prune it"
+    plan = feather_param.plan(model, final_rate=0.5)
+    assert len(plan.skipped) == 13
+    lines = [f"dense: 0..11.1.weight (12 weights: {reason})", f"dense: 12.weight ({reason})"]
+    assert str(plan).splitlines()[-3:-1] == lines
+    report = feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0).report()
+    assert str(report).splitlines()[-2:] == lines
 
 
 def test_a_plan_of_a_model_without_storage():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -39,6 +41,19 @@ def not_a_parameter() -> nn.Module:
     return model
 
 
+def filled(value: float) -> nn.Module:
+    model = net()
+    with torch.no_grad():
+        model[3].weight[0, 0] = value
+    return model
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions of torch deprecate it
+        return torch.jit.script(nn.Linear(4, 4))
+
+
 def sparse() -> nn.Module:
     model = net()
     feather_param.sparsify(model, final_rate=0.9, total_steps=4)
@@ -54,14 +69,14 @@ def wrapped(path: str, name: str) -> nn.Module:
 ARGUMENTS = [
     ({"final_rate": 0.0}, ValueError, r"final_rate, the fraction of zeros, in \(0, 1\), got 0.0"),
     ({"final_rate": 1.0}, ValueError, r"final_rate, the fraction of zeros, in \(0, 1\), got 1.0"),
-    ({"final_rate": 95}, ValueError, r"final_rate, .*, got 95"),
+    ({"final_rate": 95}, ValueError, r"final_rate, .*, got 95.0; 95 % is 0.95"),
     ({"final_rate": -0.1}, ValueError, r"final_rate, .*, got -0.1"),
     ({"final_rate": float("nan")}, ValueError, r"final_rate, .*, got nan"),
     ({"final_rate": "0.9"}, TypeError, "final_rate to be a number, got '0.9'"),
     ({"final_rate": True}, TypeError, "final_rate to be a number, got True"),
     ({"final_rate": 0.9999}, ValueError, "final_rate that leaves a weight, got 0.9999 of 2328 weights"),
     ({"total_steps": 0}, ValueError, "total_steps to be at least 1, got 0"),
-    ({"total_steps": 10.0}, TypeError, "total_steps to be an int, got 10.0"),
+    ({"total_steps": 10.0}, TypeError, r"total_steps to be an int, got 10.0; wrap it in int\(\.\.\.\)"),
     ({"start_step": -1}, ValueError, "start_step to be at least 0, got -1"),
     ({"start_step": 6}, ValueError, r"start_step <= end_step <= total_steps, got 6, 5 and 10; end_step is total_steps"),
     ({"start_step": 4, "end_step": 3}, ValueError, "start_step <= end_step <= total_steps, got 4, 3 and 10"),
@@ -80,13 +95,14 @@ ARGUMENTS = [
     ({"min_params": -1}, ValueError, "min_params to be at least 0, got -1"),
     ({"min_params": 10**6}, ValueError, "model with weights to prune, got Sequential with none"),
     ({"include": "nowhere.*"}, ValueError, r"include to match a weight, got 'nowhere.\*', .*names: 0.weight, 3.weight"),
-    ({"include": "1.weight"}, ValueError, "include to match a weight, got '1.weight', which matches none"),
+    ({"include": "1.weight"}, ValueError, "include .*got '1.weight', .*; '1.weight' has fewer than two dimensions"),
     ({"exclude": ["fc"]}, ValueError, r"exclude to match a weight, got 'fc', which matches none"),
     ({"exclude": ["0", "fc", "head"]}, ValueError, r"exclude to match a weight, got 'fc', 'head', which matches none"),
     ({"include": ["3", "4", "5"]}, ValueError, r"include to match a weight, got '5', which matches none"),
     ({"include": lambda name, module: False}, ValueError, "include to match a weight"),
-    ({"exclude": "*"}, ValueError, "model with weights to prune, got Sequential with none"),
+    ({"exclude": "*"}, ValueError, r"with none: 0.weight \(excluded\); 3.weight \(exc.*; 4"),
     ({"include": 3}, TypeError, "include to be glob patterns or a predicate .*, got 3"),
+    ({"include": nn.Linear}, TypeError, r"include .*, got the class Linear; use .*isinstance\(module, Linear\)"),
     ({"exclude": [nn.Linear]}, TypeError, "exclude to be glob patterns or a predicate"),
     ({"exclude": []}, TypeError, "exclude to be glob patterns or a predicate"),
     ({"optimizer": "sgd"}, TypeError, "optimizer to be a torch.optim.Optimizer, got str"),
@@ -105,7 +121,23 @@ def test_arguments(arguments, error, message):
 
 MODELS = [
     (lambda: torch.ones(3), TypeError, "model to be an nn.Module, got Tensor"),
-    (lambda: nn.Sequential(nn.ReLU()), ValueError, "model with weights to prune, got Sequential with none"),
+    (
+        lambda: nn.Sequential(nn.ReLU()),
+        ValueError,
+        "Sequential with none: it has no Linear or Conv layer, and no other",
+    ),
+    (
+        lambda: filled(float("nan")),
+        ValueError,
+        "got NaN or infinity in 3.weight; check the initialisation, or the check",
+    ),
+    (
+        lambda: filled(float("inf")),
+        ValueError,
+        "got NaN or infinity in 3.weight; check the initialisation, or the check",
+    ),
+    (scripted, ValueError, "model of plain modules, got RecursiveScriptModule at the root; sparsify before scripting"),
+    (lambda: nn.Sequential(scripted()), ValueError, "model of plain modules, got RecursiveScriptModule at 0; sparsify"),
     (lambda: nn.Sequential(nn.LazyLinear(3)), ValueError, "initialised weights, got a lazy one at 0.weight; run one"),
     (integer, ValueError, r"real floating dtype at 3.weight, got torch.int32; .*exclude='3.weight'"),
     (lambda: nn.Linear(3, 3, dtype=torch.complex64), ValueError, "real floating dtype at weight, got torch.complex64"),
@@ -131,7 +163,18 @@ def test_models(make, error, message):
 
 
 def test_a_tied_weight_of_which_include_names_one_site():
-    refused(tied(), {"include": "1"}, ValueError, "all the places of a tied weight, got 1.weight without 0.weight")
+    message = r"all the places of a tied weight, got 1.weight without 0.weight; .*include=\['0.weight', '1.weight'\]"
+    refused(tied(), {"include": "1"}, ValueError, message)
+    feather_param.sparsify(tied(), final_rate=0.5, total_steps=1, include=["0.weight", "1.weight"])  # as it proposes
+
+
+@pytest.mark.parametrize("thing", ["controller", None, {"weight": torch.ones(2, 2)}], ids=str)
+@pytest.mark.parametrize("call", [feather_param.desparsify, feather_param.baked_state_dict])
+def test_what_is_no_model_is_not_baked(call, thing):
+    if thing == "controller":
+        thing = feather_param.sparsify(net(), final_rate=0.9, total_steps=4)
+    with pytest.raises(TypeError, match=f"expected model to be an nn.Module, got {type(thing).__name__}"):
+        call(thing)
 
 
 def refused(model, arguments, error, message):
@@ -144,7 +187,7 @@ def refused(model, arguments, error, message):
 
 def picture(model: nn.Module) -> list:
     return [
-        (name, type(module), list(module._parameters), [id(p) for p in module._parameters.values()])
+        (name, type(module), [(key, id(p)) for key, p in module.named_parameters(recurse=False)])
         for name, module in model.named_modules()
     ]
 

@@ -247,7 +247,7 @@ def test_the_report_tells_what_desparsify_leaves(rate, values, dtype):
 def test_report_text():
     controller = feather_param.sparsify(net(), final_rate=0.5, total_steps=1, exclude="4", end_step=0)
     lines = str(controller.report()).splitlines()
-    assert lines[0].split() == ["weight", "shape", "total", "zeros", "rate", "survivors"]
+    assert lines[0].split() == ["weight", "shape", "total", "zeros", "rate", "of", "all", "survivors"]
     assert lines[1].split()[:3] == ["0.weight", "8x3x3x3", "216"]
     assert lines[-2].split() == ["all", "2,264", "1,132", "50.000%", "100.00%"]
     assert lines[-1] == "dense: 4.weight (excluded)"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -102,6 +105,60 @@ TABLE = [
 @pytest.mark.parametrize(("arguments", "expected"), TABLE)
 def test_include_exclude_min_params(arguments, expected):
     assert names(select(net(), **arguments)) == expected
+
+
+class Named(nn.Module):
+    """Layers whose weights join by name, beside others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(3, 4)
+        self.lstm = nn.LSTM(4, 4)
+        self.att = nn.MultiheadAttention(4, 2)
+        self.pair = nn.ParameterDict({"left": nn.Parameter(torch.ones(2, 2)), "right": nn.Parameter(torch.ones(2, 2))})
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ModuleDict({"emb2": nn.Embedding(2, 4)}))
+        self.fc = nn.Linear(4, 4)
+
+
+HINTS = [
+    ("lstm", "'lstm' is of type LSTM, whose weights join only by their own names: include='lstm.weight_*'"),
+    ("lstm.*", "'lstm' is of type LSTM, whose weights join only by their own names: include='lstm.weight_*'"),
+    ("emb", "'emb' is of type Embedding, whose weights join only by their own names: include='emb.weight'"),
+    ("emb2", "'body.2.emb2' is of type Embedding, .*: include='*.emb2.weight'"),
+    ("pair", "'pair' is of type ParameterDict, .*: include=['pair.left', 'pair.right']"),
+    ("body", "did you mean 'body.*'?"),
+    ("*.fc", "did you mean 'fc'?"),
+    ("0.weight", "did you mean '*.0.weight'?"),
+    ("body.1", "'body.1.weight' has fewer than two dimensions, and such Parameters (biases, norms) stay dense"),
+    ("nowhere", "some of this model's names: att.out_proj.weight, body.0.weight, fc.weight"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "hint"), HINTS)
+def test_a_pattern_that_matches_nothing_is_answered_by_one_that_does(pattern, hint):
+    with pytest.raises(ValueError, match=re.escape(hint).replace(r"\.\*:", ".*:")):
+        select(Named(), include=pattern)
+    if found := re.search(r"include=(.*)|mean (.*)\?", hint):
+        assert names(select(Named(), include=ast.literal_eval(found[1] or found[2])))
+
+
+def test_an_excluded_layer_that_is_dense_anyway_is_told_of():
+    with pytest.raises(ValueError, match="'lstm' is of type LSTM, which stays dense unless include names it"):
+        select(Named(), exclude="lstm")
+
+
+def test_a_model_whose_weights_all_join_by_name_is_told_how():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wte = nn.Embedding(5, 4)
+            self.h = nn.ModuleList(nn.ModuleDict({"mix": nn.Bilinear(4, 4, 4)}) for _ in range(4))
+            self.head = nn.Linear(4, 5, bias=False)
+            self.head.weight = self.wte.weight
+
+    with pytest.raises(ValueError, match=r"with none: head\.weight \(tied to wte\.weight, .*'\*\.mix\.weight' \(5 in"):
+        feather_param.plan(Tied(), final_rate=0.5)
+    assert len(select(Tied(), include="*.mix.weight").weights) == 4
 
 
 def test_every_layer_is_selected_or_skipped_with_a_reason():
