@@ -21,7 +21,7 @@ from feather_param.selection import Site, Weight, names_of, require_tied
 from feather_param.shards import held_here, is_sharded, whole
 from feather_param.thresholding import feather_threshold, smallest_kept
 from feather_param.thresholds import PruneCount, require_finite
-from feather_param.warning import warn_of_dead
+from feather_param.warning import warn_of_dead, warn_of_early
 
 __all__ = ["bake", "baked", "check_other_parametrizations", "freeze", "hold", "remove", "survivors"]
 
@@ -29,7 +29,11 @@ __all__ = ["bake", "baked", "check_other_parametrizations", "freeze", "hold", "r
 def bake(weights: Sequence[Weight]) -> None:
     """Write the exact zeros into the Parameters and remove our parametrizations; on an error nothing changes."""
     _refuse_shards(weights)
-    _write(weights, _values(weights))
+    values = _values(weights)
+    for shared in {weight.member.shared for weight in weights}:
+        if shared.early:
+            warn_of_early("desparsify()", int(shared.pruned), shared.aim)
+    _write(weights, values)
     remove([site for weight in weights for site in weight.sites])
 
 
@@ -190,7 +194,8 @@ def _values(weights: Sequence[Weight]) -> dict[FeatherParametrization, Tensor]:
         if total != shared.total:
             raise ValueError(
                 f"expected the whole model that was sparsified, {shared.total} prunable weights, got a part of it "
-                f"with {total}: desparsify the whole (or a copy of it), then take the part"
+                f"with {total}: desparsify the whole (or a copy of it), then take the part; "
+                "if a layer was replaced after sparsify, put the old one back"
             )
         parts, add_up = held_here(dense)
         require_finite(parts, add_up)

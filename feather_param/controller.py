@@ -22,10 +22,10 @@ from feather_param.parametrizations import FeatherParametrization
 from feather_param.recurrent import drop_weights_after_forward
 from feather_param.report import Report, Row
 from feather_param.schedules import Schedule
-from feather_param.selection import Selection, require_tied
+from feather_param.selection import Selection, require_tied, sparsified
 from feather_param.shards import held_here, is_sharded
 from feather_param.thresholds import PruneCount, kth_magnitude, refuse_non_finite
-from feather_param.warning import warn, warn_of_dead
+from feather_param.warning import warn, warn_of_dead, warn_of_early
 
 __all__ = ["Controller"]
 
@@ -88,6 +88,7 @@ class Controller:
         pruned = self._target()
         shares = allocate(weights, pruned, budget.caps)  # raises while the model is untouched
         self._shared = SharedThreshold(budget.total, next(iter(weights.values())).device, budget.caps)
+        self._shared.aim = budget.zeros(final_rate)
         self._theta = theta if callable(theta) else None
         try:
             self._register(p, None if callable(theta) else theta)
@@ -301,6 +302,8 @@ class Controller:
         """
         self._require_active("freeze()")
         if not self._shared.frozen:
+            if not self._target():
+                warn_of_early("freeze()", 0, self._shared.aim)
             freeze(self._weights)
             self._frozen_step = self.step_count
 
@@ -380,9 +383,13 @@ class Controller:
                 continue
             if key == "weights":
                 raise ValueError(f"expected a controller state of this model, got another's: {_differ(ours, theirs)}")
+            what = f"{key}={ours}, got {theirs}"
+            if key == "schedule":
+                what = f"a schedule that gives {ours} at progress {', '.join(map(str, _PROBES))}, got {theirs}"
+            elif key == "end_step" and (steps := self._config["total_steps"]) != state_dict.get("total_steps"):
+                what = f"total_steps={steps} (end_step={ours}), got {state_dict.get('total_steps')} (end_step={theirs})"
             raise ValueError(
-                f"expected a controller state with {key}={ours}, got {theirs}; give sparsify the settings of the "
-                "run you resume"
+                f"expected a controller state with {what}; give sparsify the settings of the run you resume"
             )
         step_count = checks.integer("step_count", state_dict["step_count"], 0)
         frozen_step = state_dict["frozen_step"]
@@ -412,7 +419,7 @@ class Controller:
     def desparsify(self) -> None:
         """Bake exact zeros into the model's weights and give it back its plain layers; see `desparsify`."""
         self._require_active("desparsify()")
-        bake(self._weights)
+        bake(sparsified(self._model))  # not `self._weights`: they may belong to a layer that was replaced
 
     def _dense(self) -> dict[str, Tensor]:
         return {weight.name: weight.sites[0].dense() for weight in self._weights}
@@ -432,7 +439,8 @@ class Controller:
     def __repr__(self) -> str:
         rate = f"rate={self.rate:.4f} of {self._config['final_rate']}"
         step = f"step {self.step_count} of {self._config['total_steps']}"
-        return f"Controller({rate}, {step}, {self._budget.total:,} weights)"
+        frozen = ", frozen" if self._frozen_step is not None else ""
+        return f"Controller({rate}, {step}, {self._budget.total:,} weights{frozen})"
 
 
 def _differ(ours: dict[str, list[int]], theirs: Any) -> str:

@@ -61,6 +61,7 @@ class SharedThreshold(nn.Module):
         caps: most zeros of a weight, by name, where there is such a limit.
 
     Attributes:
+        aim: the number of zeros that the controller's schedule ends with.
         members: the parametrizations of the group, by the name that the weight had when it was sparsified.
         asked: the number of zeros as it was last set: ``pruned``, where nobody averages it and it needs no memory.
         theta: scale of the gradient of pruned weights, where it changes in time (a 0-dim float32 tensor).
@@ -74,6 +75,7 @@ class SharedThreshold(nn.Module):
         super().__init__()
         self.total = total
         self.caps = dict(caps or {})
+        self.aim = 0
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32, device=device))
         self.register_buffer("pruned", torch.zeros((), dtype=torch.int64, device=device))
         self.members: dict[str, FeatherParametrization] = {}
@@ -86,6 +88,11 @@ class SharedThreshold(nn.Module):
         self._pace = _Pace(0, self.threshold)
         self._leader: _Pace | None = None  # of a copy
         self._sample: dict[str, Tensor] | None = None  # of a copy; see Note [Copies]
+
+    @property
+    def early(self) -> bool:
+        """Whether this is the model that a controller steps, not a copy, and the schedule has not got to its end."""
+        return self._leader is None and not self.frozen and int(self.pruned) < self.aim
 
     @property
     def frozen(self) -> bool:
@@ -232,7 +239,7 @@ class SharedThreshold(nn.Module):
             twin.pruned.copy_(self.pruned)
             twin.scale_gradient(self._theta)
         memo[id(self)] = twin
-        twin.stale, twin.asked = self.stale, self.asked
+        twin.stale, twin.asked, twin.aim = self.stale, self.asked, self.aim
         twin._leader = self._leader or self._pace
         if self._leader is None:
             twin._sample = _sample(self.weights())

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-__all__ = ["warn", "warn_of_dead"]
+__all__ = ["warn", "warn_of_dead", "warn_of_early"]
 
 
 def warn(message: str) -> None:
@@ -24,3 +24,12 @@ def warn_of_dead(names: Sequence[str]) -> None:
             f"nothing survives in {', '.join(names)}: the network behind gets a constant; "
             "lower final_rate, or leave these dense with exclude"
         )
+
+
+def warn_of_early(call: str, zeros: int, aim: int) -> None:
+    """Warn of a call that makes zeros final before there are as many as were asked for."""
+    purpose = "; to stop early on purpose, call freeze() first" if zeros else ""
+    warn(
+        f"expected {call} after the {aim:,} zeros of final_rate are reached, got it at {zeros:,}: call "
+        f"controller.step() after each optimizer.step(), or pass optimizer= to sparsify{purpose}"
+    )

@@ -219,7 +219,11 @@ STATES = [
     (lambda state: {**state, "version": 99}, "state of version 1, got 99; load it with the feather_param release"),
     (lambda state: {**state, "final_rate": 0.8}, "final_rate=0.9, got 0.8; give sparsify the settings of the run"),
     (lambda state: {**state, "end_step": 1}, "end_step=2, got 1"),
-    (lambda state: {**state, "schedule": [0.0, 0.25, 0.5, 0.75, 1.0]}, r"schedule=\[0.0, 0.57.*, got \[0.0, 0.25"),
+    (
+        lambda state: {**state, "schedule": [0.0, 0.25, 0.5, 0.75, 1.0]},
+        r"\[0.0, 0.57.* at progress 0.0, 0.25.*, got \[0.0, 0.25",
+    ),
+    (lambda state: {**state, "total_steps": 8, "end_step": 4}, r"total_steps=4 \(end_step=2\), got 8 \(end_step=4\)"),
     (lambda state: {**state, "frozen_step": -1}, "frozen_step to be at least 0"),
     (lambda state: {**state, "theta": 0.5}, "theta=1.0, got 0.5"),
     (lambda state: {**state, "theta": [1.0, 1.0, 1.0, 0.5, 0.5]}, r"theta=1.0, got \[1.0, 1.0"),

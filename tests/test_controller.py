@@ -295,6 +295,8 @@ def test_the_repr_tells_where_it_stands():
     controller = feather_param.sparsify(net(), final_rate=0.9, total_steps=4)
     controller.step()
     assert repr(controller) == "Controller(rate=0.7875 of 0.9, step 1 of 4, 2,328 weights)"
+    controller.freeze()
+    assert repr(controller) == "Controller(rate=0.7875 of 0.9, step 1 of 4, 2,328 weights, frozen)"
 
 
 def test_a_controller_ends_with_its_own_sparsity():
