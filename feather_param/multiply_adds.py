@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from feather_param.baking import survivors
 from feather_param.selection import names_of, sparsified
-from feather_param.tables import aligned
+from feather_param.tables import aligned, grouped
 
 __all__ = ["LayerMultiplyAdds", "MultiplyAdds", "multiply_adds"]
 
@@ -75,7 +75,7 @@ class MultiplyAdds:
         share = f"{self.left / max(1, self.dense):.3%}"
         cells.append(("all", "", f"{self.dense:,}", f"{self.left:,}", share, "100.00%"))
         lines = aligned(cells)
-        lines += [f"not counted: {name} ({reason})" for name, reason in self.uncounted.items()]
+        lines += [f"not counted: {line}" for line in grouped(self.uncounted)]
         return "\n".join(lines)
 
 

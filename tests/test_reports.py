@@ -128,8 +128,9 @@ def test_history_refuses_what_is_not_its_own():
 
 
 def test_history_ends_with_desparsify():
-    model, _, controller = started()
+    model, optimizer, controller = started()
     history = History(controller)
+    train(model, loss, controller, range(12), optimizer)
     feather_param.desparsify(model)
     with pytest.raises(RuntimeError, match=r"expected survivors\(\) before desparsify"):
         history.look()
