@@ -447,7 +447,7 @@ def test_hooks_do_not_pile_up_over_rounds(warned):
     calls = []
     optimizer.register_step_post_hook(lambda *_: calls.append(1))
     for round_ in range(3):
-        controller = feather_param.sparsify(model, final_rate=0.5, total_steps=4, optimizer=optimizer)
+        controller = feather_param.sparsify(model, final_rate=0.5, total_steps=2, optimizer=optimizer)
         step(model, optimizer)
         assert controller.step_count == 1
         feather_param.desparsify(model)
@@ -505,12 +505,14 @@ def test_what_cannot_be_followed(make, error, message):
 
 def test_following_after_desparsify():
     model = net()
-    controller = feather_param.sparsify(model, final_rate=0.5, total_steps=4)
+    controller = feather_param.sparsify(model, final_rate=0.5, total_steps=4, end_step=0)
     feather_param.desparsify(model)
     with pytest.raises(RuntimeError, match=r"expected follow\(\) before desparsify"):
         controller.follow(sgd(model.parameters(), lr=0.1))
     model = net()
-    controller = feather_param.sparsify(model, final_rate=0.5, total_steps=4, optimizer=sgd(model.parameters(), lr=0.1))
+    controller = feather_param.sparsify(
+        model, final_rate=0.5, total_steps=4, end_step=0, optimizer=sgd(model.parameters(), lr=0.1)
+    )
     feather_param.desparsify(model)
     with pytest.raises(RuntimeError, match=r"expected step\(\) before desparsify"):
         controller.step()
