@@ -24,13 +24,16 @@ def make_checkpoint(settings: dict[str, Any], training: dict[str, Any], log: dic
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `make_checkpoint` made.
+    """Read what `make_checkpoint` made, from a file.
 
     Raises:
         UserError: the file is missing, damaged, or of another program.
     """
     if not path.is_file():
-        raise UserError(f"expected --resume to name a checkpoint file, got {path}, which is none")
+        raise UserError(
+            f"expected --resume to name a checkpoint file or the folder of a run, got {path}, which is none; a run "
+            "that was killed before its first epoch ended has none"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     # What a damaged file raises depends on where the damage is: pickle, zip or io errors, and others.

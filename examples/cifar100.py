@@ -6,7 +6,8 @@
 
 A run leaves runs/<datetime>_<sname>/ (TensorBoard events, settings, results, a picture, a checkpoint) and
 models/<datetime>_<sname>.pt, the plain network's weights with exactly the promised zeros. Ctrl-C saves and stops;
---resume goes on, on a CPU with as many threads to bitwise the same weights.
+--resume goes on, on a CPU with as many threads to bitwise the same weights. After a kill -9 it goes on from the last
+epoch that has ended; before the first one has, there is no checkpoint and nothing to resume.
 """
 
 from __future__ import annotations
@@ -54,10 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = options(prog="cifar100.py", description=__doc__)
     try:
         given = given_options(parser, argv)
-        resume = given.pop("resume", None)
+        resume = Path(given.pop("resume")) if "resume" in given else None
+        if resume is not None and resume.is_dir():
+            resume = resume / "checkpoint.pt"
         cuda = torch.cuda.is_available() and not given.get("no_cuda", False)
         with StopRequest() as stop, joined(cuda) as processes:
-            checkpoint = None if resume is None else load_checkpoint(Path(resume))
+            checkpoint = None if resume is None else load_checkpoint(resume)
             settings = settle(given, checkpoint and checkpoint["settings"])
             device, note = choose_device(settings, processes)
             if note and processes.first:
@@ -65,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             data = load_data(settings.dataset, Path(settings.data_dir), settings.train_size)
             if not processes.first:
                 return follow(settings, data, device, stop, checkpoint, processes)
-            folder = new_folder(Path("runs"), settings.sname) if resume is None else Path(resume).parent
+            folder = new_folder(Path("runs"), settings.sname) if resume is None else resume.parent
             outcome = train(settings, data, device, folder, stop, checkpoint, processes)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # it is the same in all processes
@@ -75,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: failed: {error}", file=sys.stderr)
         return 1
     if outcome is None:
-        print(f"stopped; to go on: python {sys.argv[0]} --resume '{folder / 'checkpoint.pt'}'")
+        launcher = "python" if processes.count == 1 else f"torchrun --nproc-per-node={processes.count}"
+        print(f"stopped; to go on: {launcher} {sys.argv[0]} --resume '{folder / 'checkpoint.pt'}'")
         return 128 + (stop.signal or signal.SIGINT)
     print(table(outcome.baked, outcome.report, outcome.seconds))
     print(f"run folder     {folder}")
@@ -125,7 +129,7 @@ def train(
     batches, training = _start(settings, data, device, checkpoint, processes)
     resumed = None if checkpoint is None else (checkpoint["log"], training.step_count)
 
-    with closing(RunLog(folder, settings, training.total_steps, resumed)) as log:
+    with closing(RunLog(folder, settings, training.total_steps, resumed, processes.count)) as log:
 
         def save_checkpoint() -> None:
             content = make_checkpoint(asdict(settings), training.state_dict(), log.state_dict())
@@ -139,8 +143,10 @@ def train(
                     bar.set_postfix(loss=f"{log.loss:.3f}", sparsity=f"{rate:.2%}", refresh=False)
                 bar.update()
                 if training.step_count % batches.steps_per_epoch == 0:
+                    bar.set_description(f"{settings.sname}, evaluating", refresh=sys.stderr.isatty())
                     log.add_epoch(training, training.evaluate(batches.data.test))
                     save_checkpoint()
+                    bar.set_description(settings.sname, refresh=False)
                 if processes.any(stop.signal is not None):
                     save_checkpoint()
                     return None
@@ -149,11 +155,11 @@ def train(
             raise TrainingFailed("the processes do not agree on which weights are zero")
         report = None if training.controller is None else training.controller.report()
         baked = bake(training, settings, batches.data, Path("models") / f"{folder.name}.pt")
-        log.write_results(baked, report, device)
+        seconds = log.write_results(baked, report, device)
         title = f"{settings.sname}: {settings.model} on {settings.dataset}, {baked.score.accuracy:.2%} right"
         title += " (dense)" if report is None else f" with {baked.zeros / baked.total:.1%} zeros"
         draw_summary(folder / "summary.png", title, log.epochs, log.trace, report)
-        return Outcome(baked, report, log.epochs, log.trace, log.seconds)
+        return Outcome(baked, report, log.epochs, log.trace, seconds)
 
 
 def follow(

@@ -5,6 +5,7 @@ A batch depends on nothing else, so a resumed run, any number of worker processe
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -267,16 +268,25 @@ def _complete(folder: Path, files: tuple[tuple[str, ...], ...]) -> bool:
 
 
 def _download(kind: _Cifar, folder: Path) -> None:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         import torchvision
 
         getattr(torchvision.datasets, kind.name)(str(folder), download=True)
     # The ways of a download to fail are many: no network, a wrong checksum, a full disk, no torchvision.
     except Exception as error:
+        with contextlib.suppress(OSError):  # of a folder that is not empty, or was never made
+            for path in missing:
+                path.rmdir()
+
+        def put(what: str, name: str) -> str:
+            there = (folder / name).is_dir()
+            return f"replace the folder {name}, which lacks some of its files" if there else f"put {what} {name} there"
+
         raise UserError(
-            f"expected {kind.name} in {folder} or a download, got {type(error).__name__} ({error}); one of three "
-            f"things would help: put torchvision's folder {kind.python_folder} there, put the official binary "
-            f"version {kind.binary_folder} there, or use --dataset digits"
+            f"expected {kind.name} in {folder} or a download, got {type(error).__name__} ({error}); "
+            f"one of three things would help: {put('the torchvision folder', kind.python_folder)}, "
+            f"{put('the official binary version', kind.binary_folder)}, or use --dataset digits"
         ) from error
 
 
@@ -303,9 +313,12 @@ def _checked(
         pixels, labels = read(kind, path)
         right = pixels.dtype == np.uint8 and pixels.shape == (len(labels), _PIXELS) and len(labels) > 0
     except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"expected {kind.name} in {path}, got {type(error).__name__} ({error})") from error
+        raise UserError(
+            f"expected {kind.name} in {path}, got {type(error).__name__} ({error}): the file is damaged or incomplete, "
+            f"fetch {path.parent.name} again"
+        ) from error
     if not right or not 0 <= labels.min() <= labels.max() < kind.classes:
-        raise UserError(f"expected {kind.name} in {path}, got something else")
+        raise UserError(f"expected {kind.name} in {path}, got something else: fetch {path.parent.name} again")
     return pixels, labels
 
 
@@ -316,5 +329,8 @@ def _read_python(kind: _Cifar, path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_binary(kind: _Cifar, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    records = np.fromfile(path, dtype=np.uint8).reshape(-1, kind.binary_labels + _PIXELS)
+    content, record = np.fromfile(path, dtype=np.uint8), kind.binary_labels + _PIXELS
+    if content.size % record:
+        raise ValueError(f"{content.size} bytes, no multiple of the {record} of an image")
+    records = content.reshape(-1, record)
     return np.ascontiguousarray(records[:, kind.binary_labels :]), records[:, kind.binary_labels - 1]

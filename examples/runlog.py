@@ -53,6 +53,7 @@ class RunLog:
         settings: its settings.
         total_steps: optimizer steps of the whole run.
         resumed: what `state_dict` returned, and the step at which that was.
+        processes: number of processes that train together.
 
     Attributes:
         epochs: a row per finished epoch: epoch, step, train_loss, test_loss, accuracy, rate, threshold, lr.
@@ -66,6 +67,7 @@ class RunLog:
         settings: Settings,
         total_steps: int,
         resumed: tuple[dict[str, Any], int] | None = None,
+        processes: int = 1,
     ) -> None:
         self.folder = folder
         state, step = resumed or ({}, -1)
@@ -79,7 +81,7 @@ class RunLog:
         self._stride = max(1, total_steps // _TRACE_POINTS)
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if resumed else None)
         if not resumed:
-            self._write_settings(settings)
+            self._write_settings(settings, processes)
 
     @property
     def seconds(self) -> float:
@@ -134,10 +136,11 @@ class RunLog:
             "seconds": self.seconds,
         }
 
-    def write_results(self, baked: Baked, report: Report | None, device: torch.device) -> None:
-        """Write results.json: what was reached, layer by layer, and how it came about."""
+    def write_results(self, baked: Baked, report: Report | None, device: torch.device) -> float:
+        """Write results.json: what was reached, layer by layer, and how it came about; return the seconds it took."""
         last = self.epochs[-1]
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+        seconds = round(self.seconds, 1)
         results = {
             "accuracy": baked.score.accuracy,
             "test_loss": baked.score.loss,
@@ -149,12 +152,13 @@ class RunLog:
             "bytes": baked.size,
             "bytes_compressed": baked.compressed,
             "model": str(baked.path),
-            "seconds": round(self.seconds, 1),
-            "device": f"{device.type} ({name})",
+            "seconds": seconds,
+            "device": f"{device.type} ({name})" if name else device.type,
             "layers": [] if report is None else [{**asdict(row), "rate": row.rate} for row in report.rows],
             "epochs": self.epochs,
         }
         self._write_json("results.json", results)
+        return seconds
 
     def close(self) -> None:
         """Write the events that are still in memory."""
@@ -164,11 +168,12 @@ class RunLog:
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
 
-    def _write_settings(self, settings: Settings) -> None:
+    def _write_settings(self, settings: Settings, processes: int) -> None:
         values = asdict(settings)
         config = {
             "settings": values,
             "command": sys.argv,
+            "processes": processes,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "feather_param": feather_param.__version__,
@@ -192,12 +197,23 @@ def _sparsity(training: Training) -> Row:
     }
 
 
+def _cpu_name() -> str:
+    """Return the name of the processor, "" where nobody tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
 def table(baked: Baked, report: Report | None, seconds: float) -> str:
     """Return what a run has reached, to be read by people."""
     lines = [
         f"test accuracy  {baked.score.accuracy:.2%}",
         f"zeros          {baked.zeros:,} of {baked.total:,} prunable weights ({baked.zeros / baked.total:.3%})",
         f"file           {baked.size / 1e6:.2f} MB dense, {baked.compressed / 1e6:.2f} MB compressed: {baked.path}",
-        f"time           {seconds:,.0f} s",
+        f"time           {seconds:,.1f} s",
     ]
     return "\n".join(lines if report is None else [str(report), "", *lines])

@@ -66,8 +66,9 @@ class Settings:
         _expect(self.t1 >= 0, "--t1", "at least 0", self.t1)
         if self.ptarget and 2 * self.t1 > self.epochs:
             raise UserError(
-                f"expected --t1 to be at most half of --epochs, {self.epochs // 2}, got {self.t1}: "
-                "the rate grows from epoch t1 on and is final at half of the training"
+                f"expected --t1 to be at most half of --epochs, got --t1 {self.t1} and --epochs {self.epochs}: "
+                "the rate grows from epoch t1 on and is final at half of the training; make it --epochs "
+                f"{2 * self.t1} or more, or --t1 {self.epochs // 2} or less"
             )
         if not self.sname or any(character in self.sname for character in "/\\\0"):
             raise UserError(f"expected --sname to be a file name without slashes, got {self.sname!r}")
@@ -129,14 +130,18 @@ def options(prog: str | None = None, description: str | None = None) -> argparse
         "compute in bfloat16 where that is safe (autocast); done on a GPU unless told otherwise",
         action=argparse.BooleanOptionalAction,
     )
-    add("--compile", "train through torch.compile", action="store_true")
+    add(
+        "--compile",
+        "train through torch.compile, which first takes minutes on a CPU: for long runs",
+        action="store_true",
+    )
     free = ", ".join("--" + name.replace("_", "-") for name in FREE)
     parser.add_argument(
         "--resume",
         metavar="CHECKPOINT",
         default=argparse.SUPPRESS,
-        help="go on from runs/.../checkpoint.pt, in the same folder. The settings come from the checkpoint and need "
-        f"not be repeated; one that is given and differs is refused, except {free}",
+        help="go on from runs/.../checkpoint.pt (or just runs/...), in the same folder. The settings come from the "
+        f"checkpoint and need not be repeated; one that is given and differs is refused, except {free}",
     )
     return parser
 

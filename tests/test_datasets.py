@@ -91,8 +91,52 @@ def test_a_failing_download_says_what_would_help(name: str, tmp_path: Path, monk
     monkeypatch.setattr(torchvision.datasets, name.upper(), no_network)
     with pytest.raises(UserError) as caught:
         load_data(name, tmp_path)
-    for help in ("no network", LAYOUTS[name][5], LAYOUTS[name][2], "--dataset digits"):
+    for help in ("no network", f"{LAYOUTS[name][5]} there", f"{LAYOUTS[name][2]} there", "--dataset digits"):
         assert help in str(caught.value)
+
+
+def test_a_failing_download_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    def no_network(folder: str, download: bool) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", no_network)
+    for folder in (tmp_path / "new" / "data", tmp_path):
+        with pytest.raises(UserError, match="no network"):
+            load_data("cifar100", folder)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no network"):
+        load_data("cifar100", Path("data"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_incomplete_folder_is_to_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    def no_network(*args: object, **keywords: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", no_network)
+    write_python(tmp_path / "cifar-100-python" / "train", *pixels_and_labels(3, 100, 0), "fine_labels")
+    with pytest.raises(UserError, match=r"replace the folder cifar-100-python, which lacks .*, put the official binary"):
+        load_data("cifar100", tmp_path)
+    assert (tmp_path / "cifar-100-python" / "train").exists()
+
+
+@pytest.mark.parametrize("name", ["cifar-100-python", "cifar-100-binary"])
+def test_a_cut_off_file_is_to_be_fetched_again(name: str, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        path = tmp_path / name / (part if name.endswith("python") else f"{part}.bin")
+        if name.endswith("python"):
+            write_python(path, *pixels_and_labels(3, 100, 0), "fine_labels")
+        else:
+            write_binary(path, *pixels_and_labels(3, 100, 0), 2)
+        path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=f"the file is damaged or incomplete, fetch {name} again"):
+        load_data("cifar100", tmp_path)
 
 
 def test_digits_split_is_fixed() -> None:
