@@ -91,8 +91,13 @@ class SharedThreshold(nn.Module):
 
     @property
     def early(self) -> bool:
-        """Whether this is the model that a controller steps, not a copy, and the schedule has not got to its end."""
-        return self._leader is None and not self.frozen and int(self.pruned) < self.aim
+        """Whether this is the model that a controller steps, not a copy, and the end is yet to come.
+
+        It has come where either the controller or the weights have got there: a controller at its end whose model was
+        given the weights of an earlier, better step is no mistake.
+        """
+        reached = max(self._pace.pruned, int(self.pruned))
+        return self._leader is None and not self.frozen and reached < self.aim
 
     @property
     def frozen(self) -> bool:

@@ -91,7 +91,9 @@ def kth_magnitude(weights: Mapping[str, Tensor], k: int, add_up: Sum | None = No
 def require_finite(weights: Mapping[str, Tensor], add_up: Sum | None = None, new: bool = False) -> None:
     """Raise `refuse_non_finite`'s error if some weight holds NaN or infinity; all processes call this."""
     held = [weight.detach() for weight in weights.values() if not weight.is_meta]
-    bad = torch.stack([(~weight.isfinite()).sum().cpu() for weight in held]).sum() if held else torch.zeros(())
+    if not held:
+        return
+    bad = torch.stack([(~weight.isfinite()).sum().cpu() for weight in held]).sum()
     if add_up is not None:
         bad = add_up(bad.to(next(iter(weights.values())).device))
     if bad:

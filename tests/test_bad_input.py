@@ -194,7 +194,7 @@ def picture(model: nn.Module) -> list:
 
 def test_calls_after_desparsify():
     model = net()
-    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4)
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4, end_step=0)
     state = controller.state_dict()
     controller.desparsify()
     for call in (controller.step, controller.report, controller.desparsify, lambda: controller.load_state_dict(state)):
@@ -205,7 +205,7 @@ def test_calls_after_desparsify():
 def test_an_optimizer_that_steps_a_baked_model_warns():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    feather_param.sparsify(model, final_rate=0.9, total_steps=4, optimizer=optimizer)
+    feather_param.sparsify(model, final_rate=0.9, total_steps=4, end_step=0, optimizer=optimizer)
     feather_param.desparsify(model)
     model(torch.ones(1, 3, 6, 6).repeat(2, 1, 1, 1)).sum().backward()
     with pytest.warns(UserWarning, match=r"stepped a model that was desparsified.* its zeros are lost; build a new"):

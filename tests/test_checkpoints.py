@@ -182,7 +182,7 @@ def test_loading_into_a_model_with_guards():
 def test_assign_that_unties_weights_is_told():
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
     model[1].weight = model[0].weight
-    controller = feather_param.sparsify(model, final_rate=0.5, total_steps=4)
+    controller = feather_param.sparsify(model, final_rate=0.5, total_steps=4, end_step=1)
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     message = r"expected 0.weight and 1.weight to share one Parameter.*tie them again"
     for call in (controller.step, controller.desparsify, lambda: feather_param.desparsify(model)):

@@ -16,6 +16,8 @@ import feather_param
 from feather_param import schedules
 from tests import twins
 
+ARGS = {"final_rate": 0.9, "total_steps": 4}
+
 
 def net(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
@@ -134,7 +136,8 @@ def test_the_hook_counts_the_steps(before):
         optimizer = torch.optim.SGD(hooked.parameters(), lr=0.1, momentum=0.9)
     else:
         feather_param.sparsify(hooked, final_rate=0.9, total_steps=6)
-        feather_param.desparsify(hooked)
+        with pytest.warns(UserWarning, match="call controller.step"):  # of what is left as it was, zeros and all
+            feather_param.desparsify(hooked)
         optimizer = torch.optim.SGD(hooked.parameters(), lr=0.1, momentum=0.9)
     other = torch.optim.SGD(by_hand.parameters(), lr=0.1, momentum=0.9)
     follower = feather_param.sparsify(hooked, final_rate=0.9, total_steps=6, optimizer=optimizer)
@@ -302,7 +305,7 @@ def test_the_repr_tells_where_it_stands():
 def test_a_controller_ends_with_its_own_sparsity():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    first = feather_param.sparsify(model, final_rate=0.5, total_steps=4, optimizer=optimizer)
+    first = feather_param.sparsify(model, final_rate=0.5, total_steps=4, end_step=0, optimizer=optimizer)
     feather_param.desparsify(model)
     second = feather_param.sparsify(model, final_rate=0.9, total_steps=4, optimizer=optimizer)
     train_step(model, optimizer, 0)
@@ -316,7 +319,7 @@ def test_a_controller_ends_with_its_own_sparsity():
 def test_other_hooks_of_the_optimizer_go_on():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    feather_param.sparsify(model, final_rate=0.5, total_steps=4, optimizer=optimizer)
+    feather_param.sparsify(model, final_rate=0.5, total_steps=4, end_step=0, optimizer=optimizer)
     calls = []
     optimizer.register_step_post_hook(lambda *_: calls.append(1))
     feather_param.desparsify(model)
@@ -395,3 +398,62 @@ def test_numbers_of_numpy_are_numbers():
     numpy = pytest.importorskip("numpy")
     controller = feather_param.sparsify(net(), final_rate=numpy.float64(0.5), total_steps=numpy.int64(5))
     assert isinstance(controller.state_dict()["total_steps"], int)
+
+
+@pytest.mark.parametrize("steps", [0, 1], ids=["never", "once"])
+@pytest.mark.parametrize("bake", [lambda model, _: feather_param.desparsify(model), lambda _, c: c.desparsify()])
+def test_a_desparsify_before_the_schedules_end_warns(steps, bake):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4)
+    for step in range(4):
+        train_step(model, optimizer, step)
+        if step < steps:
+            controller.step()
+    zeros = round(controller.rate * 2328)
+    with pytest.warns(
+        UserWarning, match=rf"after the 2,095 zeros .*got it at {zeros:,}: call controller.step"
+    ) as caught:
+        bake(model, controller)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert twins.count_zeros(twins.prunable(model)) == zeros
+
+
+def test_what_is_baked_or_frozen_early_on_purpose_does_not_warn():
+    model = net()
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    controller.step()
+    average.update_parameters(model)
+    best = copy.deepcopy(model)
+    feather_param.baked_state_dict(model)
+    for copied in (average.module, best):
+        feather_param.desparsify(copied)
+    controller.freeze()
+    controller.desparsify()
+
+
+def test_a_deepcopy_with_a_controller_of_its_own_is_no_snapshot():
+    model = net()
+    model, controller = copy.deepcopy((model, feather_param.sparsify(model, **ARGS)))
+    controller.step()
+    with pytest.warns(UserWarning, match="call controller.step"):
+        feather_param.desparsify(model)
+
+
+def test_freezing_nothing_warns():
+    controller = feather_param.sparsify(net(), **ARGS)
+    with pytest.warns(
+        UserWarning, match=r"freeze\(\) after the 2,095 zeros of final_rate are reached, got it at 0: call"
+    ):
+        controller.freeze()
+
+
+def test_a_replaced_layer_is_told_of():
+    model = net()
+    controller = feather_param.sparsify(model, **ARGS, end_step=0)
+    model[3] = nn.Linear(128, 16)
+    with pytest.raises(
+        ValueError, match=r"got a part of it with 280: .*if a layer was replaced after sparsify, put the"
+    ):
+        controller.desparsify()

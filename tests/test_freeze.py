@@ -210,7 +210,8 @@ def test_what_is_zero_before_the_pruning_begins_is_not_masked():
     with torch.no_grad():
         model[4].weight.zero_()  # as a new head often is
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=8, start_step=4)
-    controller.freeze()
+    with pytest.warns(UserWarning, match="got it at 0: call controller.step"):
+        controller.freeze()
     train(model, loss, controller, range(2))
     assert model[4].weight.all()
 
