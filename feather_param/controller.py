@@ -285,6 +285,7 @@ class Controller:
         on pruned weights get no gradient, and neither momentum nor weight decay brings them back. The masks take
         one byte a weight, and no place in the ``state_dict``, whose weights have the zeros. A copy made before goes on
         by magnitude. Loading an unfrozen checkpoint keeps the masks, until the state of its controller is loaded too.
+        Warns where there are no zeros yet.
 
         Raises:
             RuntimeError: the model has been desparsified.

@@ -135,8 +135,12 @@ def desparsify(model: nn.Module) -> None:
     Do not step the old optimizer afterwards: momentum and weight decay would revive the zeros. One that the
     controller follows (`Controller.follow`) warns if it is stepped; no other can.
 
+    Warns before the schedule's end, where the zeros are fewer than ``final_rate`` asks for: the usual cause is a
+    forgotten `Controller.step`. Copies of the model and frozen ones may be baked early without a word.
+
     Raises:
         ValueError: the model is not sparsified, or holds NaN or infinity; it is then untouched.
+        TypeError: it is no model.
 
     Example:
         >>> model = nn.Linear(4, 4)
@@ -155,6 +159,7 @@ def baked_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ValueError: the model is not sparsified, or holds NaN or infinity.
+        TypeError: it is no model.
 
     Example:
         >>> model = nn.Linear(4, 4)
