@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import tempfile
 import unittest.mock
 import warnings
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="which of the random ones; all unless given")
     parser.add_argument("--checkpoint", nargs="+", type=Path, default=[], help="state_dicts, or files of save_sparse")
     parser.add_argument("--arch", choices=archs.__all__, default="resnet20", help="network of the checkpoints")
-    parser.add_argument("--size", type=int, default=32, help="side of the checkpoints' images")
+    parser.add_argument("--size", type=int, nargs="+", default=[32], help="sides of the checkpoints' images")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes for the checkpoints")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
@@ -183,9 +184,9 @@ def main() -> None:
             name = f"{network}, {rate:.0%}{' uniform' if uniform else ''}, batch {batch}"
             cases[name] = lambda case=(network, rate, uniform, batch): pruned(*case)
     for path in arguments.checkpoint:
-        for batch in arguments.batch:
-            case = (path, arguments.arch, arguments.size, batch)
-            cases[f"{arguments.arch} of {path.name}, batch {batch}"] = lambda case=case: trained(*case)
+        for size, batch in itertools.product(arguments.size, arguments.batch):
+            case = (path, arguments.arch, size, batch)
+            cases[f"{arguments.arch} of {path.name}, {size} px, batch {batch}"] = lambda case=case: trained(*case)
     figures: dict[str, Any] = {}
     sessions: dict[Any, Callable[[], object]] = {}
     rows = []

@@ -18,6 +18,8 @@ __all__ = ["SparseLayer"]
 
 Sizes = tuple[int, ...]
 
+_COPIED = 2**18  # elements that are copied at once: a megabyte stays in the cache, and needs no fresh pages
+
 
 class SparseLayer(nn.Module):
     """Compute what a Linear or Conv layer computes, up to rounding, from the weights that are not zero.
@@ -121,14 +123,24 @@ class SparseLayer(nn.Module):
             raise ValueError(f"expected {self.in_channels} input channels, got a tensor of shape {tuple(input.shape)}")
         x = input.detach().reshape(math.prod(leading), *input.shape[len(leading) :])
         multiply = sparse_kernel.compiled() if self.way == "kernel" else None
-        if any(self.ends) and (multiply is None or self.padding_mode != "zeros"):
-            x = F.pad(x, self.ends, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-            ends = (0,) * len(self.ends)
-        else:
-            ends = self.ends
+        copied = math.prod(x.shape[1:]) * (math.prod(self.kernel) if multiply is None else 1)  # for each image
+        n = max(1, _COPIED // max(1, copied)) if self.kernel else max(1, len(x))
+        y = self._product(x[:n], multiply)
+        if n < len(x):
+            first, y = y, y.new_empty(len(x), *y.shape[1:])
+            y[:n] = first
+            for i in range(n, len(x), n):
+                y[i : i + n] = self._product(x[i : i + n], multiply)
+        return y.contiguous().view(*leading, *y.shape[1:])
+
+    def _product(self, x: Tensor, multiply: Any) -> Tensor:
+        """Return [batch, out channels, *out], by the compiled kernel or, where it is None, by CSR."""
+        ends = self.ends
+        if any(ends) and (multiply is None or self.padding_mode != "zeros"):
+            x = F.pad(x, ends, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+            ends = (0,) * len(ends)
         y = self._by_columns(x) if multiply is None else self._by_slices(x, ends, multiply)
-        y = y.transpose(0, 1).contiguous()
-        return y.view(*leading, *y.shape[1:])
+        return y.transpose(0, 1)
 
     def _by_columns(self, x: Tensor) -> Tensor:
         """Return [out channels, batch, *out]: the matrix times the windows of x, which are copied side by side."""

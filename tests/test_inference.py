@@ -7,6 +7,7 @@ import io
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import feather_param
-from feather_param import inference, sparse_kernel, to_sparse_inference
+from feather_param import inference, sparse_kernel, sparse_layers, to_sparse_inference
 from feather_param.inference import InferenceReport, InferenceRow
 from feather_param.sparse_layers import SparseLayer
 
@@ -102,7 +103,8 @@ def test_any_geometry_of_a_convolution(way, data):
     layer = pruned(kind(4, 8, kernel, stride, padding, dilation, groups), rate=0.5)
     sparse = SparseLayer(layer)
     sparse.way = way
-    assert_computes_the_same(sparse, layer, torch.randn(data.draw(st.integers(1, 3)), 4, *sizes))
+    with mock.patch.object(sparse_layers, "_COPIED", data.draw(st.sampled_from([1, 500, 10**6]))):  # parts of a batch
+        assert_computes_the_same(sparse, layer, torch.randn(data.draw(st.integers(1, 5)), 4, *sizes))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -233,13 +235,13 @@ X = torch.randn(2, 3, 6, 6)
     ("csr", "kernel", "way"), [(0.89, 2.0, "csr"), (2.0, 0.89, "kernel"), (0.5, 0.6, "csr"), (0.6, 0.5, "kernel")]
 )
 def test_what_clearly_wins_is_taken(clock, csr, kernel, way):
-    clock.update(csr=csr, kernel=kernel, sparse=0.99)
+    clock.update(csr=csr, kernel=kernel, sparse=0.94)
     fast, report = to_sparse_inference(network(), X)
     assert [row.way for row in report.rows] == [way, way]
     assert [row.sparse_ms for row in report.rows] == [1000 * min(csr, kernel)] * 2
     assert (fast[0].way, fast[4].way) == (way, way)
     assert report.swapped == ("0", "4")
-    assert (report.dense_ms, report.sparse_ms) == (1000.0, 990.0)
+    assert (report.dense_ms, report.sparse_ms) == (1000.0, 940.0)
 
 
 def test_what_does_not_clearly_win_stays_dense(clock):
@@ -253,7 +255,7 @@ def test_what_does_not_clearly_win_stays_dense(clock):
 
 
 def test_a_network_that_became_no_faster_stays_dense(clock):
-    clock.update(sparse=1.0)
+    clock.update(sparse=0.96)
     fast, report = to_sparse_inference(network(), X)
     assert [type(layer) for layer in fast] == [type(layer) for layer in network()]
     assert [row.reason for row in report.rows] == ["the network as a whole became no faster"] * 2
