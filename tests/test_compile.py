@@ -66,6 +66,22 @@ def test_one_graph_and_no_recompilation_over_a_whole_schedule(final_rate, theta,
     assert compiled_losses == pytest.approx(eager_losses, rel=1e-5)
 
 
+@pytest.mark.parametrize("through", [False, True], ids=["the model", "what compile returned"])
+def test_sparsified_after_it_was_compiled(through):
+    torch._dynamo.reset()
+    model, x = net().eval(), torch.randn(4, 3, 6, 6)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(x)
+    controller = feather_param.sparsify(compiled if through else model, final_rate=0.9, total_steps=2)
+    for _ in range(3):
+        assert compiled(x).equal(model(x))
+        controller.step()
+    feather_param.desparsify(model)
+    assert compiled(x).equal(model(x))
+    weights = twins.prunable(model)
+    assert twins.count_zeros(weights) == round(0.9 * sum(weight.numel() for weight in weights))
+
+
 def test_a_compiled_ema_copy_follows_its_weights():
     torch._dynamo.reset()
     model = net()

@@ -457,3 +457,17 @@ def test_a_replaced_layer_is_told_of():
         ValueError, match=r"got a part of it with 280: .*if a layer was replaced after sparsify, put the"
     ):
         controller.desparsify()
+
+
+def test_how_to_write_to_a_weight_that_is_sparsified():
+    model = net()
+    feather_param.sparsify(model, **ARGS, end_step=0)
+    dense = model[4].parametrizations.weight.original
+    before = dense.detach().clone()
+    nn.init.ones_(model[4].weight)  # of what the forward pass sees, which is made anew each time
+    model[4].reset_parameters()
+    assert torch.equal(dense, before)
+    with pytest.raises(KeyError):
+        model[4].weight = nn.Parameter(torch.ones(4, 16))
+    model[4].weight = torch.ones(4, 16)
+    assert torch.equal(dense, torch.ones(4, 16))

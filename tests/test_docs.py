@@ -50,7 +50,7 @@ def test_the_readmes_loop_runs(tmp_path, monkeypatch):
 
 def test_the_documented_way_to_resume_runs(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "works-with.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "checkpoint.pt" in code]
     monkeypatch.chdir(tmp_path)
 
     def build() -> torch.nn.Module:
@@ -66,6 +66,34 @@ def test_the_documented_way_to_resume_runs(tmp_path, monkeypatch):
     exec(compile(block, "works-with.md", "exec"), scope)
     assert scope["controller"].state_dict() == controller.state_dict()
     assert torch.equal(scope["model"][0].weight, model[0].weight)
+
+
+def test_the_documented_way_to_fine_tune_a_sparse_file_runs(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "works-with.md").read_text(encoding="utf-8")
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_sparse" in code]
+    monkeypatch.chdir(tmp_path)
+
+    def build() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.ReLU(), torch.nn.Linear(12, 12))
+
+    def train(model: torch.nn.Module, controller: feather_param.Controller) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.ones(3, 12)).square().sum().backward()
+            optimizer.step()
+            controller.step()
+
+    model = build()
+    feather_param.sparsify(model, final_rate=0.95, total_steps=1, end_step=0)
+    feather_param.desparsify(model)
+    feather_param.save_sparse(model, "sparse.safetensors")
+    scope = {"build": build, "train": train, "total": 4, "feather_param": feather_param}
+    exec(compile(block, "works-with.md", "exec"), scope)
+    tuned = scope["model"]
+    for i in (0, 2):
+        assert torch.equal(tuned[i].weight != 0, model[i].weight != 0)
+        assert not torch.equal(tuned[i].bias, model[i].bias)
 
 
 def test_the_readme_is_short():
