@@ -1,7 +1,8 @@
 """Triton kernels: what a GPU does in one pass where torch's own operations take many.
 
-Imported where a weight lies on a GPU; needs `triton`, which comes with torch's CUDA builds. Without it, the same
-numbers come from torch's operations, with several times the memory traffic.
+Imported where a weight lies on a GPU; needs `triton`, which comes with torch's CUDA builds, and the C compiler and the
+GPU that triton needs. Without them, the same numbers come from torch's operations, with several times the memory
+traffic.
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false
@@ -27,7 +28,7 @@ def _histogram_kernel(values, n, prefix, histogram, SHIFT: tl.constexpr, WIDTH: 
     wanted = tl.load(prefix)
     bins = tl.arange(0, 256)
     counts = tl.zeros([256], tl.int32)
-    others = 0
+    others = tl.zeros([BLOCK], tl.int32)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for start in range(first, n, tl.num_programs(0).to(tl.int64) * BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -36,8 +37,8 @@ def _histogram_kernel(values, n, prefix, histogram, SHIFT: tl.constexpr, WIDTH: 
         counted = there & ((bits >> (SHIFT + WIDTH)) == wanted)
         digit = (bits >> SHIFT) & (2**WIDTH - 1)
         counts += tl.histogram(tl.where(counted, digit, 0), 256)
-        others += BLOCK - tl.sum(counted.to(tl.int32), axis=0)
-    counts -= tl.where(bins == 0, others, 0)  # what is not to be counted went to the first bin
+        others += 1 - counted.to(tl.int32)
+    counts -= tl.where(bins == 0, tl.sum(others, axis=0), 0)  # what is not to be counted went to the first bin
     tl.atomic_add(histogram + bins, counts.to(tl.int64))
 
 
@@ -76,7 +77,8 @@ def _shrink_kernel(weight, threshold, out, pruned, n, P: tl.constexpr, MASKED: t
     if P == 0:  # infinity
         value = w
     else:
-        u = tl.div_rn(magnitude - t, magnitude)
+        # Up to triton 3.4 the division takes subnormal numbers for 0: there 1, which keeps them as they are, not 0 / 0.
+        u = tl.where(magnitude < 1.1754943508222875e-38, 1.0, tl.div_rn(magnitude - t, magnitude))
         if P == 1:
             factor = u
         elif P == 2:

@@ -110,6 +110,7 @@ def _shrink_on_gpu(
 ) -> tuple[Tensor, Tensor | None]:
     """Return what `_shrink` does, in the weight's dtype, by one kernel."""
     weight, out, pruned = _results(weight, with_mask)
+    threshold = threshold.to(weight.device, torch.float32)  # a number on the CPU would do elsewhere, but not here
     gpu.shrink(flat(weight), threshold, p, flat(out), None if pruned is None else flat(pruned))
     return out, pruned
 
@@ -169,7 +170,7 @@ class _FeatherThreshold(torch.autograd.Function):
             out, pruned = _shrink(weight, threshold, p)
         elif large:
             out, pruned = _shrink_on_cpu(weight, threshold, p, with_mask)
-        elif weight.device.type == "cuda" and (gpu := kernels()) and gpu.serves(weight, p):
+        elif weight.device.type == "cuda" and (gpu := kernels(weight.device)) and gpu.serves(weight, p):
             out, pruned = _shrink_on_gpu(weight, threshold, p, with_mask, gpu)
         else:
             out, pruned = _shrink(weight, threshold, p)

@@ -80,7 +80,7 @@ def kth_magnitude(weights: Mapping[str, Tensor], k: int, add_up: Sum | None = No
     if on_cpu and add_up is None:
         kth, finite = _kth_by_bracket(tensors, k)
     else:
-        count = _kth_by_digits if tensors[0].is_cuda and kernels() else _kth_by_bits
+        count = _kth_by_digits if tensors[0].is_cuda and kernels(tensors[0].device) else _kth_by_bits
         kth = count(tensors, k, add_up or (lambda counts: counts))
         finite = not on_cpu or not kth.isnan()
     if not finite:
@@ -199,12 +199,22 @@ def _scan(chunks: Sequence[Bits], low: int, high: int) -> tuple[int, int, list[B
 
 
 @cache
-def kernels() -> ModuleType | None:
-    """Return our GPU kernels, if triton is there."""
+def kernels(device: torch.device) -> ModuleType | None:
+    """Return our GPU kernels, if they run on a device: each is compiled there, and tried on one element.
+
+    Triton may be missing, or the C compiler that it calls (images with no more than what running takes have none), or
+    it may not know the GPU, or not its bfloat16; it has an exception of another type for each.
+    """
     try:
-        return importlib.import_module("feather_param.kernels")
-    except ImportError:
+        module = importlib.import_module("feather_param.kernels")
+        one = torch.ones(1, dtype=torch.bfloat16, device=device)
+        module.add_histogram(
+            torch.zeros(256, dtype=torch.int64, device=device), one, one.new_zeros((), dtype=torch.int32), 23, 8
+        )
+        module.shrink(one, one[0].float(), math.inf, one, None)
+    except Exception:
         return None
+    return module
 
 
 # Widths and places of the digits of a magnitude's 31 bits, from the exponent down.
@@ -223,9 +233,9 @@ def _kth_by_digits(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
     prefix = torch.zeros((), dtype=torch.int32, device=device)
     rank = torch.full((), k, dtype=torch.int64, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    for width, shift in _DIGITS:
+    for width, shift in _DIGITS if k else _DIGITS[:1]:  # what stands below them all is 0
         histogram = torch.zeros(256, dtype=torch.int64, device=device)
-        kernels().add_histogram(histogram, values, prefix, shift, width)  # type: ignore[union-attr]
+        kernels(device).add_histogram(histogram, values, prefix, shift, width)  # type: ignore[union-attr]
         histogram = add_up(histogram)
         if shift == _DIGITS[0][1]:
             finite = histogram[-1] == 0  # the largest exponent is that of infinity and NaN

@@ -29,6 +29,13 @@ def test_kth_magnitude_equals_the_cpus(dtype, k):
     assert torch.equal(kth_magnitude(on_gpu, k).cpu(), kth_magnitude(weights, k))
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 5.0, float("inf")])
+def test_a_zero_threshold_is_the_identity_also_for_subnormal_numbers(p):
+    weight = torch.tensor([1e-40, -1e-45, 2e-38, 0.0, 3.0], device="cuda")
+    for threshold in (torch.zeros((), device="cuda"), torch.zeros(())):
+        assert torch.equal(feather_param.parametrizations.feather_threshold(weight, threshold, p=p), weight)
+
+
 def test_a_step_never_waits_for_the_device():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

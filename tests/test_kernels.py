@@ -81,9 +81,21 @@ def check_shrink() -> None:
             assert pruned is None
         lost, _ = thresholding._shrink_on_gpu(torch.tensor([math.nan, 1.0]), threshold, 3.0, False, kernels)
         assert lost.isnan().tolist() == [True, False]
+    tiny = torch.tensor([1e-40, -1e-45, 2e-38, 0.0])
+    for p in (1.0, 2.0, 3.0, math.inf):
+        same, _ = thresholding._shrink_on_gpu(tiny, torch.tensor(0.0), p, False, kernels)
+        assert torch.equal(same, tiny)
+        double, _ = thresholding._shrink_on_gpu(weight, threshold.double(), p, False, kernels)
+        assert torch.equal(double, thresholding._shrink_on_gpu(weight, threshold, p, False, kernels)[0])
 
 
-CHECKS = [check_histogram, check_kth, check_shrink]
+def check_trial() -> None:
+    from feather_param import kernels, thresholds
+
+    assert thresholds.kernels(torch.device("cpu")) is kernels
+
+
+CHECKS = [check_histogram, check_kth, check_shrink, check_trial]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -97,3 +109,10 @@ def test_in_the_interpreter(check):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_where_triton_does_not_run_there_are_no_kernels():
+    from feather_param import thresholds
+
+    thresholds.kernels.cache_clear()
+    assert thresholds.kernels(torch.device("cpu")) is None  # outside its interpreter it knows no CPU
