@@ -392,7 +392,11 @@ def test_a_stopped_command_leaves_the_old_file_and_no_other(command, error, run,
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals and pipes")
 def test_ctrl_c_ends_a_process_with_130(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    running = process("report", tmp_path / "pipe")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child would go on ignoring it
+    try:
+        running = process("report", tmp_path / "pipe")
+    finally:
+        signal.signal(signal.SIGINT, before)
     writing, deadline = None, time.monotonic() + 120
     while writing is None and running.poll() is None and time.monotonic() < deadline:
         try:
