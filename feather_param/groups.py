@@ -96,7 +96,7 @@ class SharedThreshold(nn.Module):
         It has come where either the controller or the weights have got there: a controller at its end whose model was
         given the weights of an earlier, better step is no mistake.
         """
-        reached = max(self._pace.pruned, int(self.pruned))
+        reached = max(self.asked, int(self.pruned))
         return self._leader is None and not self.frozen and reached < self.aim
 
     @property
