@@ -96,7 +96,8 @@ class Controller:
             remove([site for weight in self._weights for site in weight.sites if site.feather is not None])
             raise
         self._shared.take(shares, pruned)
-        self._scale_gradient()
+        if callable(theta):
+            self._shared.scale_gradient(checks.slope_at(theta, self.rate))
 
     def _register(self, p: float, theta: float | None) -> None:
         orders = {site.module: tuple(site.module._parameters) for weight in self._weights for site in weight.sites}
@@ -253,14 +254,16 @@ class Controller:
             threshold = kth_magnitude(parts, 0, add_up)  # zero; or, where a weight is not finite, an error or NaN
             hold(self._weights)
         else:
-            self._shared.refresh(self._target(), weights)
-            self._scale_gradient()
+            self._move(weights)
             threshold = self._shared.threshold
         self._look(threshold, sharded=any(map(is_sharded, weights.values())))
 
-    def _scale_gradient(self) -> None:
-        if self._theta is not None:
-            self._shared.scale_gradient(checks.slope_at(self._theta, self.rate))
+    def _move(self, weights: Mapping[str, Tensor]) -> None:
+        """Set threshold and theta for the step that has come; on an error neither."""
+        theta = None if self._theta is None else checks.slope_at(self._theta, self.rate)
+        self._shared.refresh(self._target(), weights)
+        if theta is not None:
+            self._shared.scale_gradient(theta)
 
     # Note [NaN on a GPU]
     # The threshold comes out as NaN where a weight is not finite, and is copied to memory of the host that the GPU
@@ -401,12 +404,11 @@ class Controller:
         if frozen_step is not None and self._shared.frozen:  # the masks are there already
             return
         try:
-            self._scale_gradient()
             if frozen_step is not None and self._shared.rests:  # the model was loaded before
                 for member in self._shared.members.values():
                     member.find_mask()
             else:
-                self._shared.refresh(self._target())
+                self._move(self._dense())
                 if frozen_step is not None:
                     freeze(self._weights)  # until the model is loaded
         except BaseException:

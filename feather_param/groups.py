@@ -44,7 +44,7 @@ _SAMPLE = 1024
 class _Pace:
     """How far the model that a controller steps has got; its copies hold on to this, not to the model."""
 
-    pruned: int
+    pruned: Tensor
     threshold: Tensor
 
 
@@ -85,7 +85,7 @@ class SharedThreshold(nn.Module):
         self.stale = False
         self._arrived: set[str] = set()  # members whose weights came with the dense checkpoint
         self._looked: dict[str, Tensor] = {}  # of a copy: samples of the weights that the threshold was computed from
-        self._pace = _Pace(0, self.threshold)
+        self._pace = _Pace(self.pruned, self.threshold)
         self._leader: _Pace | None = None  # of a copy
         self._sample: dict[str, Tensor] | None = None  # of a copy; see Note [Copies]
 
@@ -140,7 +140,7 @@ class SharedThreshold(nn.Module):
         """Take over what `allocate` returned for this many zeros; this group sets the pace now."""
         self._leader = self._sample = None
         self._write(shares, pruned)
-        self._pace.pruned, self._pace.threshold = pruned, self.threshold
+        self._pace.pruned, self._pace.threshold = self.pruned, self.threshold
 
     def _write(self, shares: Sequence[Share], pruned: int) -> None:
         self.stale = False
@@ -207,7 +207,7 @@ class SharedThreshold(nn.Module):
                 self._sample = _sample(weights)
             return
         if whole:
-            pruned = self._leader.pruned
+            pruned = int(self._leader.pruned)
             self._write(allocate(weights, pruned, self.caps), pruned)
         else:
             self._write([Share(tuple(weights), 0, self._leader.threshold)], pruned)
@@ -226,6 +226,11 @@ class SharedThreshold(nn.Module):
                     self.catch_up()
                 except ValueError:
                     self._arrived.clear()  # not finite: whoever uses these weights will hear of it, not who loads them
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._leader is None and not self.frozen:
+            self._pace.pruned, self._pace.threshold = self.pruned, self.threshold
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.frozen:

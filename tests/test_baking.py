@@ -303,6 +303,24 @@ def test_a_moving_copy_of_a_part_takes_the_threshold_of_the_whole():
     assert torch.equal(part.weight == 0, dense.abs() <= controller.threshold)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_moving_copy_of_a_model_that_was_only_loaded(assign, early):
+    source = net()
+    now(source, 0.5)
+    model = net()
+    feather_param.sparsify(model, final_rate=0.9, total_steps=4)  # its controller stands at a rate of 0
+    copied = copy.deepcopy(model) if early else None
+    model.load_state_dict(source.state_dict(), assign=assign)
+    copied = copied or copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in (copied[0], copied[3], copied[4]):
+            layer.parametrizations.weight.original.mul_(1.01)
+    zeros = sum(int((layer.weight == 0).sum()) for layer in (copied[0], copied[3], copied[4]))
+    feather_param.desparsify(copied)
+    assert zeros == twins.count_zeros(twins.prunable(copied)) == round(0.5 * 2328)
+
+
 def test_a_copy_does_not_keep_the_original_alive():
     model = net()
     controller = now(model)

@@ -287,6 +287,34 @@ def test_a_non_finite_weight_is_named_and_the_controller_stays(value):
     assert isinstance(model[3], nn.utils.parametrize.ParametrizationList) or hasattr(model[3], "parametrizations")
 
 
+def test_a_step_or_a_load_that_fails_leaves_threshold_and_theta():
+    failing = []
+
+    def theta(rate):
+        return -1.0 if failing else 1.0 - rate
+
+    model = net()
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=8, theta=theta)
+    start = controller.state_dict()
+    controller.step()
+    shared = model[0].parametrizations.weight[0].shared
+    before = (controller.state_dict(), controller.threshold, shared.pruned.clone(), shared.theta.clone())
+
+    def check(call, match):
+        with pytest.raises(ValueError, match=match):
+            call()
+        assert (controller.state_dict(), controller.threshold, shared.pruned, shared.theta) == before
+
+    failing.append(True)
+    for call in (controller.step, lambda: controller.load_state_dict(start)):
+        check(call, "expected theta to return")
+    failing.clear()
+    with torch.no_grad():
+        model[3].parametrizations.weight.original[0, 0] = float("nan")
+    for call in (controller.step, lambda: controller.load_state_dict(start)):
+        check(call, "expected finite weights")
+
+
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "circular"])
 def test_stepping_keeps_the_training_flag_and_the_padding(padding_mode):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=padding_mode)).eval()
