@@ -49,8 +49,8 @@ def _page(results: Sequence[Result], about: Mapping[str, str], picture: str) -> 
     lines = [
         f"# CIFAR-100, {run['epochs']} epochs, {size} training images",
         "",
-        "Test accuracy in %, mean ± standard deviation over the seeds (their number behind it where it is not that of "
-        "most), and the difference to the dense network. Written by `benchmarks/cifar100_table.py`.",
+        "Test accuracy in %, mean ± standard deviation over the seeds (their number behind it where there are fewer "
+        "than elsewhere), and the difference to the dense network. Written by `benchmarks/cifar100_table.py`.",
         "",
     ]
     for network in dict.fromkeys(result["run"]["network"] for result in results):
@@ -82,12 +82,12 @@ def _page(results: Sequence[Result], about: Mapping[str, str], picture: str) -> 
 def _table(results: Sequence[Result], about: Mapping[str, str]) -> str:
     cells = _cells(results)
     rates = sorted({rate for _, rate in cells if rate})
-    usual = max((len(values) for values in cells.values()), default=0)
+    most = max((len(values) for values in cells.values()), default=0)
     dense = cells.get((DENSE, 0.0), [])
-    rows = [["dense", _cell(dense, [], usual), *[""] * (len(rates) - 1)]] if dense else []
+    rows = [["dense", _cell(dense, [], most), *[""] * (len(rates) - 1)]] if dense else []
     for method in about:
         if method != DENSE and any((method, rate) in cells for rate in rates):
-            rows.append([method, *(_cell(cells.get((method, rate), []), dense, usual) for rate in rates)])
+            rows.append([method, *(_cell(cells.get((method, rate), []), dense, most) for rate in rates)])
     return timing.show(["method", *(f"{rate:.1%} zeros" for rate in rates)], rows)
 
 
@@ -103,12 +103,12 @@ def _spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _cell(values: Sequence[float], dense: Sequence[float], usual: int) -> str:
+def _cell(values: Sequence[float], dense: Sequence[float], most: int) -> str:
     if not values:
         return "not run"
     mean = statistics.fmean(values)
     text = f"{mean:.2f}" + (f" ± {_spread(values):.2f}" if len(values) > 1 else "")
-    text += f" (n = {len(values)})" if len(values) != usual else ""
+    text += f" (n = {len(values)})" if len(values) != most else ""
     return text + (f" [{mean - statistics.fmean(dense):+.2f}]" if dense else "")
 
 

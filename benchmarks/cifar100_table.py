@@ -91,9 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = replace(protocol, **{key: value for key, value in overrides.items() if value is not None})
     folder = Path(arguments.results) / f"cifar100_{arguments.protocol}"
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [run for run in chosen.runs() if run.done(folder) is None]
+    try:
+        missing = [] if arguments.only_table else [run for run in chosen.runs() if run.done(folder) is None]
+    except ValueError as error:
+        print(f"cifar100_table: error: {error}", file=sys.stderr)
+        return 2
     status = 0
-    if missing and not arguments.only_table:
+    if missing:
         device = torch.device(arguments.device)
         jobs = arguments.jobs or ((os.cpu_count() or 1) if device.type == "cpu" else 4)
         try:

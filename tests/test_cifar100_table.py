@@ -123,6 +123,10 @@ def test_only_what_is_missing_is_made(tmp_path, monkeypatch, capsys):
     assert "exactly the promised one in each of the 10 runs" in first
     assert (tmp_path / "cifar100_short.md").read_text() + "\n" == capsys.readouterr().out
     assert (tmp_path / "cifar100_short.png").stat().st_size > 10_000
+    monkeypatch.setitem(PROTOCOLS, "short", replace(TINY, epochs=3))
+    assert cifar100_table.main(command) == 2
+    assert "expected the settings" in capsys.readouterr().err
+    assert cifar100_table.main([*command, "--only-table"]) == 0
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
