@@ -22,7 +22,7 @@ def build(place: str, settings: Sequence[str] = ()) -> nn.Module:
         settings: arguments as ``name=value``; values are Python literals, else text.
 
     Raises:
-        ValueError: there is no such function, it makes no nn.Module, or a setting is none.
+        ValueError: there is no such function, it fails or makes no nn.Module, or a setting is none.
 
     Example:
         >>> build("torch.nn:Linear", ["in_features=3", "out_features=2", "bias=False"])
@@ -43,7 +43,11 @@ def build(place: str, settings: Sequence[str] = ()) -> nn.Module:
             make = getattr(make, part)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"expected {place} to be importable from here, got: {error}") from error
-    model = make(**arguments)
+    try:
+        model = make(**arguments)
+    except Exception as error:  # of the user's own function, which may raise anything
+        call = f"{place}({', '.join(settings)})"
+        raise ValueError(f"expected {call} to return an nn.Module, got {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected {place} to return an nn.Module, got {type(model).__name__}")
     return model

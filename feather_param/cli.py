@@ -79,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error, 1)
     except (_Failed, ValueError, TypeError, ImportError, MemoryError) as error:
         return _fail(error, 1)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        return _fail("out of memory", 1)  # as torch says it
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 
@@ -236,8 +240,8 @@ def _bench(arguments: argparse.Namespace) -> str:
 def _shape(text: str) -> tuple[int, ...]:
     """Return the sizes in a text like 1x3x224x224."""
     sizes = text.split("x")
-    if not all(size.isdecimal() for size in sizes):
-        raise argparse.ArgumentTypeError(f"expected sizes like 1x3x224x224, got {text}")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected sizes of 1 or more like 1x3x224x224, got {text}")
     return tuple(map(int, sizes))
 
 
@@ -256,8 +260,12 @@ def _read(path: Path, key: str | None) -> Checkpoint:
 def _check_out(path: Path, out: Path) -> None:
     if out.is_dir():
         raise _Usage(f"expected OUT to be a file, got the folder {out}")
+    if out.exists() and not out.is_file():  # to the administrator /dev/null is a name like any other
+        raise _Usage(f"expected OUT to be a file, got {out}, a device or pipe, whose place a file would take")
     if not out.parent.is_dir():
         raise _Usage(f"expected OUT in a folder that is there, got {out}")
+    if not os.access(Path(os.path.realpath(out)).parent, os.W_OK):
+        raise _Usage(f"expected OUT in a folder that you may write to, got {out}")
     if out.exists() and path.exists() and out.samefile(path):
         raise _Usage(f"expected two files, got {out} twice: it would be overwritten")
 

@@ -42,7 +42,8 @@ def zeros(checkpoint: Checkpoint) -> Report:
 
 
 def _is_weight(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dim() >= 2
+    # torch cannot compute with float4, two of which are packed into an element.
+    return tensor.is_floating_point() and tensor.dim() >= 2 and "float4" not in str(tensor.dtype)
 
 
 def _count(tensor: Tensor) -> int:

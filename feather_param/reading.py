@@ -116,10 +116,15 @@ def _load_torch(path: Path) -> Any:
                 f"expected tensors in {path}, got a TorchScript program; "
                 "torch.jit.load it yourself where you trust it, and save its state_dict"
             ) from error
-        what = str(error).strip().partition("\n")[0][:200]
         raise ValueError(
-            f"expected a file of torch.save, got {path}, which is damaged or something else: {what}"
+            f"expected a file of torch.save, got {path}, which is damaged or something else: {_sentence(str(error))}"
         ) from error
+
+
+def _sentence(message: str) -> str:
+    """Return the first sentence of a message of torch, without the place in torch's source before it."""
+    line = re.sub(r"^\[enforce fail at [^]]*\][ .]*", "", message.strip().partition("\n")[0])
+    return line.partition(". ")[0].rstrip(".")[:200]
 
 
 def _unsafe(path: Path, message: str) -> list[str]:
@@ -182,11 +187,14 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _is_dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_quantized or value.is_meta)
+    plain = isinstance(value, Tensor) and value.layout == torch.strided
+    return plain and not (value.is_quantized or value.is_meta or value.is_nested)
 
 
 def _kind(value: Any) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
-    kind = "quantized" if value.is_quantized else "meta" if value.is_meta else str(value.layout).removeprefix("torch.")
-    return "tensor" if kind == "strided" else f"{kind} tensor"
+    for kind, is_kind in {"quantized": value.is_quantized, "meta": value.is_meta, "nested": value.is_nested}.items():
+        if is_kind:
+            return f"{kind} tensor"
+    return "tensor" if _is_dense(value) else f"{str(value.layout).removeprefix('torch.')} tensor"

@@ -159,6 +159,21 @@ def test_report_of_eight_bit_floats(run):
     assert json.loads(done(run("report", "file", "--json")))["zeros"] == 1
 
 
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="torch has no four-bit floats")
+def test_report_of_four_bit_floats_does_not_count_them(run):
+    packed = torch.zeros(4, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    torch.save({"packed": packed, "w": torch.zeros(2, 3)}, "file")
+    report = json.loads(done(run("report", "file", "--json")))
+    assert (report["total"], [tensor["zeros"] for tensor in report["tensors"]]) == (6, [None, 6])
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_report_of_nested_tensors_does_not_count_them(run):
+    torch.save({"n": torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)]), "w": torch.eye(2)}, "file")
+    report = json.loads(run("report", "file", "--json").out)
+    assert (report["total"], report["others"]) == (4, {"n": "nested tensor"})
+
+
 def identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     same = all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
     return list(a) == list(b) and same
@@ -269,6 +284,7 @@ def test_other_files_are_told(run):
     torch.save([1, 2], "list.pt")
     torch.save(torch.ones(2), "tensor.pt")
     torch.save({"lr": 0.1}, "numbers.pt")
+    torch.save({"weight": torch.zeros(1).expand(2**30, 2**30)}, "huge.pt")
     for name, content in {
         "text": b"hello",
         "empty": b"",
@@ -285,7 +301,8 @@ def test_other_files_are_told(run):
         "text": "expected text to be a file of torch, safetensors or save_sparse, got one of another kind",
         "empty": "got an empty one",
         "json": "if it is an index of several files, each of these is a checkpoint",
-        "zip": "which is damaged or something else",
+        "zip": "which is damaged or something else: PytorchStreamReader failed reading zip archive: ",
+        "huge.pt": "out of memory",
         "short": "expected a safetensors file, got short, which is damaged",
         "missing": "missing: No such file or directory",
         ".": ".: Is a directory",
@@ -327,6 +344,7 @@ BENCH = ["--arch", "torch.nn:Linear", "in_features=50", "out_features=40", "bias
         (["report", "in.pt", "--csv"], "unrecognized arguments: --csv"),
         (["report", "in.pt", "--html", "in.pt"], "expected two files, got in.pt twice: it would be overwritten"),
         (["report", "in.pt", "--html", "."], "expected OUT to be a file, got the folder ."),
+        (["compress", "in.pt", os.devnull], f"expected OUT to be a file, got {os.devnull}, a device or pipe"),
         (["compress", "in.pt"], "the following arguments are required: OUT"),
         (["compress", "in.pt", "in.pt"], "expected two files, got in.pt twice"),
         (["compress", "in.pt", "link.safetensors"], "expected two files, got link.safetensors twice"),
@@ -336,7 +354,11 @@ BENCH = ["--arch", "torch.nn:Linear", "in_features=50", "out_features=40", "bias
         (["expand", "in.pt", "out.onnx"], "expected OUT to end in .pt, .pth, .bin or .safetensors, got out.onnx"),
         (["expand", "sparse.safetensors", "sparse.safetensors"], "expected two files"),
         (["bench", "in.pt", "--input", "1x50"], "the following arguments are required: --arch"),
-        (["bench", "in.pt", *BENCH, "--input", "1,50"], "argument --input: expected sizes like 1x3x224x224, got 1,50"),
+        (
+            ["bench", "in.pt", *BENCH, "--input", "1,50"],
+            "argument --input: expected sizes of 1 or more like 1x3x224x224, got 1,50",
+        ),
+        (["bench", "in.pt", *BENCH, "--input", "0x50"], "expected sizes of 1 or more like 1x3x224x224, got 0x50"),
         (["bench", "in.pt", "--arch", "resnet", "--input", "1"], "expected package.module:function, got resnet"),
         (
             ["bench", "in.pt", "--arch", "nowhere:x", "--input", "1"],
@@ -345,6 +367,7 @@ BENCH = ["--arch", "torch.nn:Linear", "in_features=50", "out_features=40", "bias
         (["bench", "in.pt", "--arch", "torch.nn:x", "--input", "1"], "has no attribute 'x'"),
         (["bench", "in.pt", "--arch", "torch.nn:Linear", "5", "--input", "1"], "as name=value, got 5"),
         (["bench", "in.pt", "--arch", "torch:tensor", "data=1", "--input", "1"], "return an nn.Module, got Tensor"),
+        (["bench", "in.pt", *BENCH, "colour=red", "--input", "1"], "unexpected keyword argument 'colour'"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_one_sentence(argv, message, run):
@@ -355,6 +378,12 @@ def test_wrong_usage_ends_with_2_and_one_sentence(argv, message, run):
     before = {path.name: path.read_bytes() for path in Path().iterdir()}
     fails(run(*argv), 2, message)
     assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_a_folder_that_may_not_be_written_to_is_named(run, monkeypatch):
+    KINDS["torch"](Path("in.pt"))
+    monkeypatch.setattr(cli.os, "access", lambda path, mode: False)  # an administrator may write anywhere
+    fails(run("compress", "in.pt", "out"), 2, "expected OUT in a folder that you may write to, got out")
 
 
 def test_what_needs_no_doing_is_told(run):
@@ -460,7 +489,6 @@ def test_bench_times_the_network(run):
         1,
         "expected the weights of this network",
     )
-    fails(run("bench", "in.pt", *BENCH, "colour=red", "--input", "2x50"), 1, "unexpected keyword argument 'colour'")
 
 
 # The documentation
