@@ -100,6 +100,8 @@ class History:
     """
 
     def __init__(self, controller: Controller) -> None:
+        if not isinstance(controller, Controller):
+            raise TypeError(f"expected the controller that sparsify returns, got {type(controller).__name__}")
         self._controller = controller
         self._shapes: dict[str, list[int]] = {}
         self._masks: dict[str, NDArray[np.uint8]] = {}

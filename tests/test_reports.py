@@ -127,6 +127,11 @@ def test_history_refuses_what_is_not_its_own():
     assert str(history.state_dict()) == str(before)
 
 
+def test_history_wants_a_controller():
+    with pytest.raises(TypeError, match="expected the controller that sparsify returns, got Linear"):
+        History(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
 def test_history_ends_with_desparsify():
     model, optimizer, controller = started()
     history = History(controller)
