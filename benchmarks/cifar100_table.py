@@ -10,6 +10,7 @@ compute in bfloat16 where that is safe (autocast).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -143,10 +144,7 @@ def _work(runs: Sequence[Run], data_dir: Path, device: torch.device, folder: Pat
         futures: dict[Future[bool], Run] = {pool.submit(_execute, run, folder): run for run in runs}
         waiting = set(futures)
         while waiting:
-            try:
-                bar.update(progress.get(timeout=0.5))
-            except queue.Empty:
-                bar.refresh()
+            bar.update(_received(progress))
             if request.signal is not None and not stop.is_set():
                 stop.set()
                 for future in futures:
@@ -162,6 +160,16 @@ def _work(runs: Sequence[Run], data_dir: Path, device: torch.device, folder: Pat
         print("stopped; the same command goes on", file=sys.stderr)
         return 128 + request.signal
     return 1 if failed else 0
+
+
+def _received(progress: Any) -> int:
+    """Wait a moment; return how many steps the workers have told of."""
+    steps = 0
+    with contextlib.suppress(queue.Empty):
+        steps += progress.get(timeout=0.5)
+        while True:
+            steps += progress.get_nowait()
+    return steps
 
 
 # What a worker process keeps from run to run.
@@ -180,6 +188,8 @@ def _execute(run: Run, folder: Path) -> bool:
     data: ImageData = _here["data"]
     if _here["stop"].is_set():
         return False
+    if run.done(folder) is not None:  # by another process meanwhile
+        return True
     return execute(run, data, _here["device"], folder, _here["progress"].put, _here["stop"].is_set)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from feather_param.allocation import Share, allocate
 from feather_param.shards import is_sharded
@@ -85,6 +86,7 @@ class SharedThreshold(nn.Module):
         self.stale = False
         self._arrived: set[str] = set()  # members whose weights came with the dense checkpoint
         self._looked: dict[str, Tensor] = {}  # of a copy: samples of the weights that the threshold was computed from
+        self._versions: list[list[tuple[int, int]]] = []  # and what tells of writes to them
         self._pace = _Pace(self.pruned, self.threshold)
         self._leader: _Pace | None = None  # of a copy
         self._sample: dict[str, Tensor] | None = None  # of a copy; see Note [Copies]
@@ -171,11 +173,12 @@ class SharedThreshold(nn.Module):
 
     @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage] # it looks at values: not to be compiled
     def _look(self, member: FeatherParametrization) -> None:
-        """Catch up if this weight is not the one that the threshold was computed from."""
+        """Catch up if some weight was written to, or this one is not that from which the threshold was computed."""
         name, weight = member.name, member.dense()
-        if torch._C._functorch.is_functorch_wrapped_tensor(weight):  # type: ignore[attr-defined]
+        if isinstance(weight, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(weight):  # type: ignore[attr-defined]
             return  # it has no values that could be looked at
-        if self.stale or name not in self._looked or not _unmoved({name: self._looked[name]}, {name: weight}):
+        written = self._versions != [other.versions() for other in self.members.values()]
+        if self.stale or written or not _unmoved({name: self._looked[name]}, {name: weight}):
             self.catch_up()
 
     def catch_up(self) -> None:
@@ -185,6 +188,7 @@ class SharedThreshold(nn.Module):
         self._catch_up()
         if self._leader is not None:
             self._looked = _sample(self.weights())
+            self._versions = [member.versions() for member in self.members.values()]
 
     def _catch_up(self) -> None:
         weights = self.weights()
@@ -216,6 +220,7 @@ class SharedThreshold(nn.Module):
         """Note that a member's weight was loaded; once all have come from a dense checkpoint, the threshold follows."""
         self._sample = None
         self._looked.clear()
+        self._versions.clear()
         member = self.members[name]
         if member.mask is not None:
             member.find_mask() if self.rests else member.hold()

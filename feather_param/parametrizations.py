@@ -115,6 +115,11 @@ class FeatherParametrization(nn.Module):
         (value,) = values
         return value
 
+    def versions(self) -> list[tuple[int, int]]:
+        """Return what changes whenever the dense weight is written to, but for writes past autograd (``.data``)."""
+        assert self._place is not None
+        return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in originals(self._place[1])]
+
     def forward(self, weight: Tensor) -> Tensor:
         first = self.member
         if first.mask is not None:

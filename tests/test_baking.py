@@ -510,3 +510,18 @@ def test_an_ensemble_of_copies_under_vmap():
     x = torch.randn(4, 5)
     outs = torch.func.vmap(lambda p, b: torch.func.functional_call(copies[0], (p, b), (x,)))(parameters, buffers)
     assert torch.allclose(outs, model(x).expand(3, 4, 2))
+
+
+def test_a_frozen_backbone_of_a_copy_is_cut_by_the_new_threshold_at_once():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(50, 50, bias=False) for name in ("backbone", "head")})
+    now(model, 0.5)
+    copied = copy.deepcopy(model)
+    for layer in copied.values():
+        layer.weight  # noqa: B018 (it is evaluated)
+    for _ in range(2):
+        with torch.no_grad():
+            copied["head"].parametrizations.weight.original.mul_(3.0)
+        first = [layer.weight.detach().clone() for layer in copied.values()]
+        assert all(torch.equal(layer.weight, seen) for layer, seen in zip(copied.values(), first, strict=True))
+        assert twins.count_zeros(first) == 2500

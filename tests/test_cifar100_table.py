@@ -136,7 +136,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     update = cifar100_table.tqdm.update
 
     def interrupt(bar, n=1):
-        if not bar.n:  # once: a second Ctrl-C ends the program at once
+        if n and not bar.n:  # once: a second Ctrl-C ends the program at once
             os.kill(os.getpid(), signal.SIGINT)
         return update(bar, n)
 
