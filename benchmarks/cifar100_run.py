@@ -106,6 +106,7 @@ def execute(
         sparsify=lambda model, steps: method and method.apply(model, run.rate, steps),
     )
     checkpoint = folder / f"{run.name}.checkpoint.pt"
+    machine = timing.machine()
     seconds, start = 0.0, time.monotonic()
     if checkpoint.is_file():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -144,7 +145,7 @@ def execute(
         "promised": round(run.rate * baked.total),
         "dead": [] if report is None else list(report.dead),
         "seconds": round(seconds + time.monotonic() - start, 1),
-        "machine": timing.machine(),
+        "machine": machine,
     }
     temporary = folder / f"{run.name}.json.tmp"
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

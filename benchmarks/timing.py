@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,6 @@ def ratio(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> 
 
 def machine() -> dict[str, Any]:
     """Return what the figures were measured on and with."""
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -65,9 +64,17 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "commit": commit.strip(),
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+@cache
+def _commit() -> str:
+    """Return the commit as it was when first asked: a long process goes on with the code that it has loaded."""
+    root = Path(__file__).parent.parent
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def _cpu() -> str:
