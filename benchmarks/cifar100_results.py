@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks import timing
+from benchmarks import cifar100_run, timing
 from benchmarks.methods import DENSE
 
 __all__ = ["read", "write"]
@@ -22,8 +21,12 @@ Result = dict[str, Any]
 
 
 def read(folder: Path) -> list[Result]:
-    """Return what the JSON files of a folder say."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    """Return what the JSON files of a folder say; none where there is no folder.
+
+    Raises:
+        ValueError: one is damaged, or another one.
+    """
+    return [cifar100_run.read(path) for path in sorted(folder.glob("*.json"))]
 
 
 def write(results: Sequence[Result], about: Mapping[str, str], folder: Path) -> str:
@@ -151,6 +154,7 @@ def _accuracy(axes: Axes, cells: Mapping[tuple[str, float], Sequence[float]], me
             capsize=3,
         )
     axes.set_xticks(range(len(rates)), [f"{rate:.1%}" for rate in rates])
+    axes.set_xlim(-0.5, max(1, len(rates)) - 0.5)  # a single rate stands in the middle, too
     axes.set_xlabel("rate (zeros among prunable weights)")
     axes.grid(axis="y", color="#e2e8f0")
     for side in ("top", "right"):

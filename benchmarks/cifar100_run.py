@@ -23,9 +23,10 @@ from examples.datasets import ImageData, TrainBatches
 from examples.settings import Settings
 from examples.training import Training, bake, build_model, save
 
-__all__ = ["Run", "execute"]
+__all__ = ["Run", "execute", "read"]
 
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
+_ENTRIES = {"run", "accuracy", "loss", "zeros", "total", "promised", "dead", "seconds", "machine"}  # of a run's file
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,30 @@ class Run:
         """Return what the run's JSON file says, if there is one.
 
         Raises:
-            ValueError: the file is of a run with other settings.
+            ValueError: the file is damaged, or of a run with other settings.
         """
         path = folder / f"{self.name}.json"
         if not path.is_file():
             return None
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read(path)
         if content["run"] != asdict(self):
             raise ValueError(f"expected the settings {asdict(self)} in {path}, got {content['run']}; move it away")
         return content
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return what a run's JSON file says.
+
+    Raises:
+        ValueError: it is damaged, or another one.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected the JSON of a run in {path}, got a damaged file: {error}; move it away") from error
+    if not isinstance(content, dict) or not content.keys() >= _ENTRIES or not isinstance(content["run"], dict):
+        raise ValueError(f"expected the JSON of a run in {path}, got another one; move it away")
+    return content
 
 
 def execute(

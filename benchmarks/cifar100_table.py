@@ -90,26 +90,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     protocol = PROTOCOLS[arguments.protocol]
     overrides = {key: getattr(arguments, key) for key in ("networks", "rates", "methods", "seeds")}
     chosen = replace(protocol, **{key: value for key, value in overrides.items() if value is not None})
-    folder = Path(arguments.results) / f"cifar100_{arguments.protocol}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = arguments.results / f"cifar100_{arguments.protocol}"
+    status = 0
     try:
-        missing = [] if arguments.only_table else [run for run in chosen.runs() if run.done(folder) is None]
-    except ValueError as error:
+        if not arguments.only_table:
+            folder.mkdir(parents=True, exist_ok=True)
+            missing = [run for run in chosen.runs() if run.done(folder) is None]
+            if missing:
+                device = torch.device(arguments.device)
+                jobs = arguments.jobs or ((os.cpu_count() or 1) if device.type == "cpu" else 4)
+                status = _work(missing, Path(arguments.data_dir), device, folder, jobs)
+        found = cifar100_results.read(folder)
+    except (UserError, ValueError) as error:
         print(f"cifar100_table: error: {error}", file=sys.stderr)
         return 2
-    status = 0
-    if missing:
-        device = torch.device(arguments.device)
-        jobs = arguments.jobs or ((os.cpu_count() or 1) if device.type == "cpu" else 4)
-        try:
-            status = _work(missing, Path(arguments.data_dir), device, folder, jobs)
-        except UserError as error:
-            print(f"cifar100_table: error: {error}", file=sys.stderr)
-            return 2
-    found = cifar100_results.read(folder)
     if found:
         about = {DENSE: "the same recipe without zeros", **{name: method.about for name, method in METHODS.items()}}
         print(cifar100_results.write(found, about, folder))
+    elif arguments.only_table:
+        print(f"cifar100_table: no results in {folder}", file=sys.stderr)
+        return 1
     return status
 
 
@@ -118,14 +118,41 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--protocol", choices=PROTOCOLS, default="paper")
     parser.add_argument("--data-dir", default="data", help="folder with CIFAR-100, or to download it to (data)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--jobs", type=int, help="runs side by side (4 on a GPU, one a core on a CPU)")
+    parser.add_argument("--jobs", type=_count, help="runs side by side (4 on a GPU, one a core on a CPU)")
     parser.add_argument("--networks", nargs="+", choices=PROTOCOLS["paper"].networks, help="only these")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these, beside the dense network")
-    parser.add_argument("--rates", nargs="+", type=float, help="only these")
-    parser.add_argument("--seeds", type=int, help="only so many, from 0 on")
-    parser.add_argument("--results", default=str(timing.RESULTS), help="folder of the results (benchmarks/results)")
+    parser.add_argument("--rates", nargs="+", type=_rate, help="only these")
+    parser.add_argument("--seeds", type=_count, help="only so many, from 0 on")
+    parser.add_argument(
+        "--results",
+        type=_folder,
+        default=timing.RESULTS,
+        help="the results lie in its subfolder cifar100_PROTOCOL, the table beside that (benchmarks/results)",
+    )
     parser.add_argument("--only-table", action="store_true", help="train nothing, show what is there")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text}")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0.0 < rate < 1.0:
+        raise argparse.ArgumentTypeError(f"expected a fraction of zeros in (0, 1), got {text}")
+    return rate
+
+
+def _folder(text: str) -> Path:
+    if os.path.exists(text) and not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"expected a folder, got the file {text}")
+    return Path(text)
 
 
 def _work(runs: Sequence[Run], data_dir: Path, device: torch.device, folder: Path, jobs: int) -> int:

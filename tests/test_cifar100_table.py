@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks import cifar100_results, cifar100_table, timing
 from benchmarks.cifar100_run import Run, execute
@@ -158,6 +159,44 @@ def test_missing_data_are_told_in_one_sentence(tmp_path, monkeypatch, capsys):
     assert "cifar100_table: error: expected CIFAR100 in" in capsys.readouterr().err
 
 
+def test_without_results_there_is_no_table(tmp_path, capsys):
+    assert cifar100_table.main(["--protocol", "short", "--results", str(tmp_path), "--only-table"]) == 1
+    assert capsys.readouterr().err == f"cifar100_table: no results in {tmp_path / 'cifar100_short'}\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("only_table", [[], ["--only-table"]])
+@pytest.mark.parametrize(
+    ("content", "got"), [(b'{"run": ', "a damaged file"), (b"\xff", "a damaged"), (b"[]", "another")]
+)
+def test_a_damaged_result_is_named(content, got, only_table, tmp_path, capsys):
+    path = tmp_path / "cifar100_short" / f"{PROTOCOLS['short'].runs()[0].name}.json"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    assert cifar100_table.main(["--protocol", "short", "--results", str(tmp_path), *only_table]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"cifar100_table: error: expected the JSON of a run in {path}, got {got}")
+    assert said.endswith("; move it away\n")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--jobs", "0"], "argument --jobs: expected a number of 1 or more, got 0"),
+        (["--seeds", "-1"], "argument --seeds: expected a number of 1 or more, got -1"),
+        (["--rates", "0.9", "95"], r"argument --rates: expected a fraction of zeros in (0, 1), got 95"),
+        (["--rates", "nan"], r"argument --rates: expected a fraction of zeros in (0, 1), got nan"),
+        (["--rates", "most"], r"argument --rates: expected a fraction of zeros in (0, 1), got most"),
+        (["--results", __file__], f"argument --results: expected a folder, got the file {__file__}"),
+    ],
+)
+def test_wrong_arguments_are_told(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cifar100_table.main(arguments)
+    assert message in capsys.readouterr().err
+
+
 def made_up(method: str, rate: float, seed: int, accuracy: float, **changes: Any) -> dict[str, Any]:
     run = {"network": "resnet20", "width": 0, "method": method, "rate": rate, "seed": seed, "epochs": 160}
     return {
@@ -185,3 +224,12 @@ def test_the_table_tells_means_spreads_and_drops(tmp_path):
     assert "exactly the promised one in each of the 5 runs; layers of which nothing survived in some run: conv" in text
     results[-1]["zeros"] += 1
     assert "NOT the promised one" in cifar100_results.write(results, about, tmp_path / "table")
+
+
+@pytest.mark.parametrize("rates", [[], [0.9], [0.9, 0.98, 0.99]])
+def test_every_rate_stands_well_inside_the_picture(rates):
+    axes = Figure().subplots()
+    cifar100_results._accuracy(
+        axes, {(DENSE, 0.0): [70.0], **{("feather", rate): [60.0] for rate in rates}}, ["feather"]
+    )
+    assert axes.get_xlim() == (-0.5, max(1, len(rates)) - 0.5)
