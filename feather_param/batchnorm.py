@@ -37,7 +37,7 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
     Raises:
         ValueError: the model has no such layer, the loader no batch, or a statistic came out as NaN or infinity; the
             model is then as it was.
-        TypeError: the model is no nn.Module, or a batch of another kind.
+        TypeError: the model is no nn.Module, the loader no iterable or a tensor, or a batch of another kind.
 
     Example:
         >>> model = nn.BatchNorm1d(1)
@@ -47,6 +47,9 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
+    if isinstance(loader, Tensor) or (not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__")):
+        hint = "; wrap it in a list: [x]" if isinstance(loader, Tensor) else ""
+        raise TypeError(f"expected a loader of batches, an iterable, got {type(loader).__name__}{hint}")
     layers = {
         name: module
         for name, module in model.named_modules()

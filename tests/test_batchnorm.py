@@ -193,9 +193,10 @@ def failing(after: int, error: BaseException):
         (lambda: [*batches(2), torch.ones(2, 3, 6, 6)], RuntimeError, "channels"),  # torch's own
         (lambda: failing(2, OSError("disk")), OSError, "disk"),
         (lambda: failing(2, KeyboardInterrupt("stop")), KeyboardInterrupt, "stop"),
-        (lambda: 3, TypeError, "not iterable"),
+        (lambda: 3, TypeError, "expected a loader of batches, an iterable, got int"),
+        (lambda: batches()[0], TypeError, r"an iterable, got Tensor; wrap it in a list: \[x\]"),
     ],
-    ids=["empty", "dict", "empty_list", "no_tensor", "nan", "shape", "loader", "interrupt", "number"],
+    ids=["empty", "dict", "empty_list", "no_tensor", "nan", "shape", "loader", "interrupt", "number", "tensor"],
 )
 def test_an_error_leaves_the_model_as_it_was(loader, error, message):
     model = net()
