@@ -64,6 +64,8 @@ def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
     Raises:
         TypeError: an entry of the state_dict is no tensor, or one that cannot be stored: quantised, of another layout
             than strided, without content (meta, lazy) or sharded.
+        ValueError: ``path`` is a folder, a device or a pipe.
+        FileNotFoundError: its folder is not there.
         ImportError: zstandard is not installed: ``pip install feather_param[files]``.
 
     Example:

@@ -221,10 +221,29 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
             save_sparse({"t": torch.zeros(3)}, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(FileNotFoundError):
-        save_sparse({"t": torch.zeros(3)}, tmp_path / "no such folder" / "t")
-    with pytest.raises(IsADirectoryError):
+
+
+def test_a_missing_folder_is_named_as_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="expected a folder that is there, to write a file into: 'nowhere'"):
+        save_sparse({"t": torch.zeros(3)}, "nowhere/t")
+    (tmp_path / "link").symlink_to("gone/t")
+    with pytest.raises(FileNotFoundError, match=r"write a file into: '.*gone'"):
+        save_sparse({"t": torch.zeros(3)}, "link")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with a name and links are POSIX's")
+def test_what_is_no_file_is_not_written_over(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(ValueError, match=rf"expected a file or a new name, got .*{name}, a device or pipe"):
+            save_sparse({"t": torch.zeros(3)}, tmp_path / name)
+    with pytest.raises(ValueError, match=r"expected a file or a new name, got .*, a folder"):
         save_sparse({"t": torch.zeros(3)}, tmp_path)
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="permissions and links are POSIX's")
