@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Theta", "exponent", "fraction", "guards", "integer", "model_and_rate", "slope", "slope_at"]
+__all__ = ["Theta", "exponent", "fraction", "guards", "instance", "integer", "model_and_rate", "slope", "slope_at"]
 
 Theta = Callable[[float], float]
 """Maps the current rate to the scale of the gradient of pruned weights."""
@@ -81,6 +81,12 @@ def integer(name: str, value: Any, least: int) -> int:
     if value < least:
         raise ValueError(f"expected {name} to be at least {least}, got {value}")
     return int(value)
+
+
+def instance(value: Any, kind: type, source: str) -> None:
+    """Refuse a value of another class, and tell where one of the right class comes from."""
+    if not isinstance(value, kind):
+        raise TypeError(f"expected a {kind.__name__} from {source}, got {type(value).__name__}")
 
 
 def exponent(p: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from feather_param import extras
+from feather_param.checks import instance
 from feather_param.history import History
 from feather_param.multiply_adds import MultiplyAdds
 from feather_param.report import Report
@@ -35,6 +36,7 @@ def draw(
         A figure that no window system and no global state knows of; ``figure.savefig("report.png")`` writes it.
 
     Raises:
+        TypeError: an argument is of another class.
         ImportError: matplotlib is not installed: ``pip install feather_param[plot]``.
 
     Example:
@@ -43,6 +45,11 @@ def draw(
         >>> [axes.get_xlabel() for axes in figure.axes]
         ['weights that survive, of each layer (dashed: all layers, 25.0%)']
     """
+    instance(report, Report, "controller.report()")
+    if history is not None:
+        instance(history, History, "History(controller)")
+    if multiply_adds is not None:
+        instance(multiply_adds, MultiplyAdds, "multiply_adds(model, input)")
     history = history if history and len(history.looks) > 1 else None
     layers = max(_FEWEST_ROWS, len(report.rows), len(multiply_adds.rows) if multiply_adds else 0)
     widths = [5.5] * bool(history) + [7.0] + [6.0] * (multiply_adds is not None)
@@ -64,6 +71,7 @@ def draw(
 
 def draw_survivors(axes: Axes, report: Report) -> None:
     """Draw the fraction of each layer that survives, and write how many weights that are; dead layers in orange."""
+    instance(report, Report, "controller.report()")
     kept = [1.0 - row.rate for row in report.rows]
     overall = 1.0 - report.rate
     longest = max(kept, default=0.0) or 1.0

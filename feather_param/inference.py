@@ -25,6 +25,7 @@ __all__ = ["InferenceReport", "InferenceRow", "to_sparse_inference"]
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _OWN_FORWARDS = {name: {getattr(layer, name, None) for layer in _LAYERS} for name in ("forward", "_conv_forward")}
+_ROOT = "(the model)"  # in tables, for a layer that is the whole model and has no name
 _FEWEST_ZEROS = 0.5  # with fewer, indices take more memory than the zeros did, and nothing is won
 _Site = tuple[dict[str, Any], str, tuple[nn.Module, nn.Module]]  # where a layer is held: dense and sparse
 _CLEARLY = 0.9  # of a dense layer's time, or what is won is within what timings vary by
@@ -92,10 +93,10 @@ class InferenceReport:
         cells = [["layer", "shape", "zeros", "way", "dense ms", "sparse ms", "gain", "dense MB", "sparse MB"]]
         for row in self.rows:
             figures = _figures(row.dense_ms, row.sparse_ms, row.way != "dense", row.dense_mb, row.sparse_mb)
-            cells.append([row.name, "x".join(map(str, row.shape)), f"{row.rate:.1%}", row.way, *figures])
+            cells.append([row.name or _ROOT, "x".join(map(str, row.shape)), f"{row.rate:.1%}", row.way, *figures])
         figures = _figures(self.dense_ms, self.sparse_ms, bool(self.swapped), self.dense_mb, self.sparse_mb)
         lines = aligned([*cells, ["all", "", "", "", *figures]])
-        lines += [f"dense: {row.name} ({row.reason})" for row in self.rows if row.reason]
+        lines += [f"dense: {row.name or _ROOT} ({row.reason})" for row in self.rows if row.reason]
         return "\n".join([*lines, f"float32, CPU threads: {self.threads}", *self.notes])
 
     @property
@@ -202,7 +203,8 @@ def _unfit(layer: Any) -> str:
     if type(layer.weight) not in (Tensor, nn.Parameter):
         return f"its weight is of type {type(layer.weight).__name__}"
     if layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
-        return f"its weight is {str(layer.weight.dtype).removeprefix('torch.')} on {layer.weight.device}"
+        got = f"its weight is {str(layer.weight.dtype).removeprefix('torch.')} on {layer.weight.device}"
+        return f"{got}; call model.float()" if layer.weight.device.type == "cpu" else got
     if "forward" in vars(layer) or any(getattr(type(layer), n, None) not in own for n, own in _OWN_FORWARDS.items()):
         return "its forward is not torch's own"
     if layer._forward_hooks or layer._forward_pre_hooks:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from feather_param.charts import Line, line_chart, sparkline
+from feather_param.checks import instance
 from feather_param.history import History, Look
 from feather_param.multiply_adds import MultiplyAdds
 from feather_param.report import Report
@@ -55,12 +56,20 @@ def page(
         sizes: adds bytes by the name of a file format; the first one is compared with.
         title: headline.
 
+    Raises:
+        TypeError: an argument is of another class.
+
     Example:
         >>> controller = feather_param.sparsify(nn.Linear(4, 4), final_rate=0.75, total_steps=1, end_step=0)
         >>> html = page(controller.report(), title="a <small> layer")
         >>> html[:15], "a &lt;small&gt; layer" in html, "12 of 16 weights are zero" in html
         ('<!doctype html>', True, True)
     """
+    instance(report, Report, "controller.report()")
+    if history is not None:
+        instance(history, History, "History(controller)")
+    if multiply_adds is not None:
+        instance(multiply_adds, MultiplyAdds, "multiply_adds(model, input)")
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{_summary(report, multiply_adds)}</p>"]
     if sizes:
         parts += ["<h2>File size</h2>", _sizes(sizes)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from feather_param.checks import instance
 from feather_param.history import Look
 from feather_param.multiply_adds import MultiplyAdds
 from feather_param.report import Report
@@ -33,6 +34,7 @@ def add_report(writer: ScalarWriter, report: Report, step: int) -> None:
         >>> add_report(Writer(), controller.report(), step=7)
         survivors/weight 0.25 7
     """
+    instance(report, Report, "controller.report()")
     for row in report.rows:
         writer.add_scalar(f"survivors/{row.name}", 1.0 - row.rate, step)
 
@@ -58,6 +60,7 @@ def add_look(writer: ScalarWriter, look: Look) -> None:
         survivors/weight 0.5 0
         entered/weight 0.0 0
     """
+    instance(look, Look, "history.looks")
     values = {"sparsity/rate": look.rate, "sparsity/threshold": look.threshold}
     values |= {"churn/entered": look.entered / max(1, look.survivors), "churn/left": look.left / max(1, look.survivors)}
     for layer in look.layers:
@@ -69,6 +72,7 @@ def add_look(writer: ScalarWriter, look: Look) -> None:
 
 def add_multiply_adds(writer: ScalarWriter, counted: MultiplyAdds, step: int) -> None:
     """Write the fraction of multiply-adds left, as ``multiply_adds/left`` and ``multiply_adds/NAME``."""
+    instance(counted, MultiplyAdds, "multiply_adds(model, input)")
     writer.add_scalar("multiply_adds/left", counted.left / max(1, counted.dense), step)
     for row in counted.rows:
         writer.add_scalar(f"multiply_adds/{row.name}", row.left / max(1, row.dense), step)

@@ -355,7 +355,7 @@ def hooked():
 
 
 REASONS = {
-    "half": (lambda: nn.Linear(6, 6).half(), "its weight is float16 on cpu"),
+    "half": (lambda: nn.Linear(6, 6).half(), r"its weight is float16 on cpu; call model\.float\(\)"),
     "meta": (lambda: nn.Linear(6, 6, device="meta"), "its weight is float32 on meta"),
     "subclass": (lambda: Halved(6, 6), "its forward is not torch's own"),
     "hook": (hooked, "it has hooks"),
@@ -511,6 +511,13 @@ def test_the_report_reads_like_a_table():
         "a note",
     ]
     assert report.swapped == ("conv",)
+
+
+def test_a_layer_that_is_the_model_has_a_name_in_the_table():
+    row = InferenceRow("", (8, 4), 0.2, "dense", None, None, 0.13, None, "too few zeros")
+    lines = str(InferenceReport((row,), 1.0, 1.0, 0.2, 0.2, threads=1)).splitlines()
+    assert lines[1].startswith("(the model)  8x4")
+    assert "dense: (the model) (too few zeros)" in lines
 
 
 def test_it_shows_its_layers():

@@ -396,6 +396,22 @@ def test_pages_are_well_formed_and_fetch_nothing(reports):
         assert f"{row.zeros:,}" in found.text
 
 
+def test_swapped_arguments_are_told(reports):
+    report, history, counted = reports
+    for call, message in [
+        (lambda: page(history), r"expected a Report from controller\.report\(\), got History"),
+        (lambda: figures.draw(history), r"expected a Report from controller\.report\(\), got History"),
+        (lambda: figures.draw_survivors(report, None), r"expected a Report from .*, got NoneType"),
+        (lambda: page(report, history=counted), r"expected a History from History\(controller\), got MultiplyAdds"),
+        (lambda: figures.draw(report, multiply_adds=history), r"expected a MultiplyAdds from .*, got History"),
+        (lambda: tensorboard.add_report(report, None, 1), r"expected a Report from .*, got NoneType"),
+        (lambda: tensorboard.add_look(None, history), r"expected a Look from history\.looks, got History"),
+        (lambda: tensorboard.add_multiply_adds(None, report, 1), r"expected a MultiplyAdds from .*, got Report"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
 def test_pages_without_history_or_layers(reports):
     _, history, _ = reports
     assert "Over the training" not in " ".join(checked(page(many(3))).text)
