@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -184,7 +185,9 @@ def _compress(arguments: argparse.Namespace) -> str:
         )
     with _Progress() as progress:
         progress("compressing", 0.0)
-        feather_param.save_sparse(checkpoint.tensors, out, zstd=arguments.zstd)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about what the notes tell
+            feather_param.save_sparse(checkpoint.tensors, out, zstd=arguments.zstd)
     for remark in notes(checkpoint):
         _note(remark)
     return f"{_sizes(path, out)} ({percent(out.stat().st_size / path.stat().st_size)})"

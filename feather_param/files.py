@@ -21,6 +21,7 @@ from feather_param.packing import LARGEST, Bytes, crc, pack, unpack
 from feather_param.selection import sparsified
 from feather_param.shards import is_sharded
 from feather_param.verbs import baked_state_dict
+from feather_param.warning import warn
 
 __all__ = ["load_sparse", "save_sparse"]
 
@@ -62,8 +63,8 @@ def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
         zstd: compress with zstandard as well.
 
     Raises:
-        TypeError: an entry of the state_dict is no tensor, or one that cannot be stored: quantised, of another layout
-            than strided, without content (meta, lazy) or sharded.
+        TypeError: the source is neither, or an entry of it is no tensor, or one that cannot be stored: quantised, of
+            another layout than strided, without content (meta, lazy) or sharded.
         ValueError: ``path`` is a folder, a device or a pipe.
         FileNotFoundError: its folder is not there.
         ImportError: zstandard is not installed: ``pip install feather_param[files]``.
@@ -75,11 +76,18 @@ def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
         >>> torch.equal(load_sparse(path)["w"], torch.eye(100)), path.stat().st_size < 1500
         (True, True)
     """
+    if not isinstance(source, nn.Module | Mapping):
+        raise TypeError(f"expected a model or a state_dict, got {type(source).__name__}")
     if isinstance(source, nn.Module):
         source = baked_state_dict(source) if sparsified(source) else source.state_dict()
     state = dict(source.items())  # holds all tensors at once: their addresses tell which are tied
     for name, tensor in state.items():
         _check(name, tensor)
+    if any("parametrizations." in name and name.endswith(".shared.pruned") for name in state):
+        warn(
+            "expected baked weights, got the state_dict of a sparsified model, whose zeros are not in it yet: it is "
+            "saved dense; to save the zeros, pass the model, or baked_state_dict(model)"
+        )
     first: dict[Any, str] = {}
     tensors: dict[str, Any] = {}
     parts: dict[str, Bytes] = {}
@@ -102,7 +110,8 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     The tensors lie in one block of memory, which is there as long as any of them: clone the one that outlives the rest.
 
     Raises:
-        ValueError: the file is damaged, or another one; the message tells where.
+        TypeError: the path is none.
+        ValueError: the file is damaged, or another one; the message tells where, or what to load it with.
         FileNotFoundError: there is none.
         ImportError: zstandard is not installed: ``pip install feather_param[files]``.
 
@@ -113,6 +122,8 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         >>> {name: tuple(tensor.shape) for name, tensor in load_sparse(path).items()}
         {'weight': (1, 2), 'bias': (1,)}
     """
+    if not isinstance(path, str | os.PathLike):  # open would take a number for a file that is open already
+        raise TypeError(f"expected a path, got {type(path).__name__}")
     with open(path, "rb") as file:
         try:
             metadata, places = read_header(file)
@@ -122,7 +133,8 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             if type(version) is not int:
                 raise ValueError("the version is no number")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"expected a file of save_sparse, got {path}, which is damaged or another one") from error
+            other = _other(file) or "which is damaged or another one"
+            raise ValueError(f"expected a file of save_sparse, got {path}, {other}") from error
         if version != _VERSION:
             raise ValueError(
                 f"expected a sparse file of version {_VERSION}, got {version} in {path}; "
@@ -134,6 +146,26 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             return _read(file, header.get("tensors"), places)
         except (ValueError, RecursionError) as error:  # the latter of showing something deep
             raise ValueError(f"expected a whole file of save_sparse, got {path}, which is damaged: {error}") from error
+
+
+def _other(file: BinaryIO) -> str:
+    """Return what a file of another kind is and what loads it, or ""."""
+    file.seek(0)
+    start = file.read(8)
+    if start[:4] == b"PK\x03\x04":
+        return "a zip file, as torch.save writes; load it with torch.load(path, weights_only=True)"
+    length = int.from_bytes(start, "little")
+    if length > os.fstat(file.fileno()).st_size - 8:
+        return ""
+    try:
+        header = parse(file.read(length).decode())
+    except ValueError:
+        return ""
+    metadata = header.pop("__metadata__", {})
+    tensors = all(type(part) is dict and "data_offsets" in part for part in header.values())
+    if not header or not tensors or type(metadata) is not dict or _KEY in metadata:
+        return ""
+    return "a safetensors file of another program; load it with safetensors.torch.load_file(path)"
 
 
 def _check(name: object, tensor: object) -> None:

@@ -367,3 +367,20 @@ def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     save_sparse({"w": torch.zeros(100)}, tmp_path / "t")  # which needs nothing
     assert load_sparse(tmp_path / "t")["w"].shape == (100,)
+
+
+@pytest.mark.parametrize("source", ["model.pt", [torch.ones(2)], None])
+def test_what_is_neither_model_nor_state_dict(tmp_path, source):
+    with pytest.raises(TypeError, match=f"expected a model or a state_dict, got {type(source).__name__}"):
+        save_sparse(source, tmp_path / "t")
+
+
+def test_the_state_of_a_sparsified_model_is_saved_with_a_warning(tmp_path):
+    model = nn.Linear(8, 8)
+    feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0)
+    state = model.state_dict()
+    with pytest.warns(UserWarning, match=r"saved dense; to save the zeros, pass the model, or baked_state_dict"):
+        save_sparse(state, tmp_path / "t")
+    assert load_sparse(tmp_path / "t").keys() == state.keys()
+    save_sparse(model, tmp_path / "t")  # without a warning, as warnings are errors here
+    assert load_sparse(tmp_path / "t").keys() == {"weight", "bias"}

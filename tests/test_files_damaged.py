@@ -300,9 +300,13 @@ def test_files_of_other_programs(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "torch.pt")
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file({"w": torch.ones(2)}, tmp_path / "plain.safetensors")
-    for name in ("torch.pt", "plain.safetensors"):
-        with pytest.raises(ValueError, match="damaged or another one"):
+    for name, loader in (("torch.pt", "torch.load"), ("plain.safetensors", "safetensors.torch.load_file")):
+        with pytest.raises(
+            ValueError, match=rf"expected a file of save_sparse, got .*{name}, a .*; load it with {loader}"
+        ):
             load_sparse(tmp_path / name)
+    with pytest.raises(TypeError, match="expected a path, got int"):
+        load_sparse(3)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError):
         load_sparse(tmp_path / "missing")
     content = example(tmp_path / "t", zstd=False)
