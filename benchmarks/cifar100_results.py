@@ -128,7 +128,7 @@ def _draw(results: Sequence[Result], methods: Sequence[str], path: Path) -> None
     run = results[0]["run"]
     figure.suptitle(f"CIFAR-100, {run['epochs']} epochs, {run['train_size'] or 50_000:,} training images")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside center right", frameon=False)
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.savefig(path)
 
 
