@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,12 @@ from torch.nn.utils import parametrize
 
 from feather_param.parametrizations import FeatherParametrization
 
-__all__ = ["accept_dense", "forget_dense"]
+__all__ = ["accept_dense", "forget_dense", "of_sparsified"]
+
+
+def of_sparsified(names: Iterable[str]) -> bool:
+    """Return whether these are the entries of a sparsified model's state_dict, whose weights are still dense."""
+    return any("parametrizations." in name and name.endswith(".shared.pruned") for name in names)
 
 
 def accept_dense(module: nn.Module) -> None:

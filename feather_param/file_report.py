@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from feather_param.checkpoints import of_sparsified
 from feather_param.reading import Checkpoint
 from feather_param.report import Report, Row
 from feather_param.sizes import untied
@@ -53,7 +54,7 @@ def _count(tensor: Tensor) -> int:
 
 def in_training(checkpoint: Checkpoint) -> str:
     """Return a sentence about weights whose zeros are not in them yet, or "" if they are."""
-    if not any("parametrizations." in name and name.endswith(".shared.pruned") for name in checkpoint.tensors):
+    if not of_sparsified(checkpoint.tensors):
         return ""
     return (
         "these are the weights of a model in training: its zeros are not in them yet; "

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from feather_param.checkpoints import of_sparsified
 from feather_param.container import Place, parse, read_header, replacing, write
 from feather_param.packing import LARGEST, Bytes, crc, pack, unpack
 from feather_param.selection import sparsified
@@ -83,7 +84,7 @@ def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
     state = dict(source.items())  # holds all tensors at once: their addresses tell which are tied
     for name, tensor in state.items():
         _check(name, tensor)
-    if any("parametrizations." in name and name.endswith(".shared.pruned") for name in state):
+    if of_sparsified(state):
         warn(
             "expected baked weights, got the state_dict of a sparsified model, whose zeros are not in it yet: it is "
             "saved dense; to save the zeros, pass the model, or baked_state_dict(model)"
