@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,9 +37,7 @@ def write(results: Sequence[Result], about: Mapping[str, str], folder: Path) -> 
         folder: the runs' folder; ``<folder>.md`` and ``<folder>.png`` are written.
     """
     text = _page(results, about, folder.with_suffix(".png").name)
-    temporary = folder.with_suffix(".md.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder.with_suffix(".md"))
+    timing.write_whole(folder.with_suffix(".md"), text)
     _draw(results, list(about), folder.with_suffix(".png"))
     return text
 

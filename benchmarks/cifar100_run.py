@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 import warnings
@@ -163,9 +162,7 @@ def execute(
         "seconds": round(seconds + time.monotonic() - start, 1),
         "machine": machine,
     }
-    temporary = folder / f"{run.name}.json.tmp"
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / f"{run.name}.json")
+    timing.write_whole(folder / f"{run.name}.json", json.dumps(content, indent=1) + "\n")
     checkpoint.unlink(missing_ok=True)
     return True
 

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["machine", "medians", "ratio", "rounds", "show", "write"]
+from feather_param.container import replacing
+
+__all__ = ["machine", "medians", "ratio", "rounds", "show", "write", "write_whole"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -91,11 +93,15 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of text so that it holds the old content or the new, never a part of it."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def write(name: str, figures: Any) -> Path:
     """Write figures and machine to ``benchmarks/results/<name>.json``."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"machine": machine(), "figures": figures}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps({"machine": machine(), "figures": figures}, indent=1) + "\n")
     return path

@@ -364,7 +364,8 @@ class Controller:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from where a controller of the same model and the same settings was saved.
 
-        Load the model's state_dict as well, before or after: the threshold and the masks travel there.
+        Load the model's state_dict as well, before or after: the threshold travels there, and the zeros of a frozen
+        model's weights, which tell its masks.
 
         Args:
             state_dict: what `state_dict` returned.
