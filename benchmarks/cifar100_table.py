@@ -77,7 +77,7 @@ PROTOCOLS = {
         rates=(0.90, 0.98, 0.995),
         methods=("feather", "hard", "soft", "one_shot"),
         seeds=2,
-        epochs=5,
+        epochs=12,
         train_size=10_000,
         width=16,
     ),
