@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from feather_param import survivors
 from feather_param.thresholds import flat, kernels
 
 __all__ = ["feather_threshold", "smallest_kept"]
 
-# Elements the operator handles at a time on a CPU, so that what it makes of them stays in the cache (measured by
-# `benchmarks.operator`): where few weights survive, and where it computes with all of them.
-_CHUNK = 1 << 19
-_DENSE_CHUNK = 1 << 17
-# With fewer elements than this, looking for the survivors takes longer than computing them all.
-_SMALL = 1 << 15
+# With fewer elements than this, the gradient is not worth cutting into parts that stay in the cache.
+_SMALL = 1 << 18
 
 
 def feather_threshold(weight: Tensor, threshold: Tensor, theta: float | Tensor = 1.0, p: float = 3.0) -> Tensor:
@@ -51,7 +48,10 @@ def feather_threshold(weight: Tensor, threshold: Tensor, theta: float | Tensor =
         >>> feather_threshold(torch.tensor([-2.0, 0.5, 1.0]), torch.tensor(1.0), p=3)
         tensor([-1.9129,  0.0000,  0.0000])
     """
-    return _FeatherThreshold.apply(weight, threshold, theta if isinstance(theta, Tensor) else float(theta), float(p))[0]
+    theta = theta if isinstance(theta, Tensor) else float(theta)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+        return _TransformableThreshold.apply(weight, threshold, theta, float(p))[0]
+    return _FeatherThreshold.apply(weight, threshold, theta, float(p))
 
 
 def _shrink(weight: Tensor, threshold: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -76,32 +76,10 @@ def _factor(u: Tensor, p: float) -> Tensor:
     return u.neg_().log1p_().mul_(p).expm1_().neg_().pow_(1.0 / p)
 
 
-# Note [Sparse where it is sparse]
-# The root in P(w) takes most of the time, and at a rate of 95 % nineteen of twenty are taken in vain. So a large
-# weight on a CPU is cut with `hardshrink` (0 where |w| <= t), and only what survives is gathered, computed and put
-# back. Below a rate of about 70 % gathering costs more than it saves, and everything is computed; a sample of the
-# weight decides, which concerns speed alone. The shapes depend on the values, so compiled graphs and other devices,
-# where that would mean waiting, always compute everything.
-
-
 def _shrink_on_cpu(weight: Tensor, threshold: Tensor, p: float, with_mask: bool) -> tuple[Tensor, Tensor | None]:
-    """Return what `_shrink` does, in the weight's dtype; see Note [Sparse where it is sparse]."""
+    """Return what `_shrink` does, in the weight's dtype, computing only what survives."""
     weight, out, pruned = _results(weight, with_mask)
-    source, target = flat(weight), flat(out)
-    sample = source[:: source.numel() // 1024]
-    few = weight.dtype != torch.float64 and float((sample.abs() > threshold).float().mean()) < 0.3
-    chunk = _CHUNK if few else _DENSE_CHUNK
-    masks = flat(pruned).split(chunk) if pruned is not None else None
-    for i, (old, new) in enumerate(zip(source.split(chunk), target.split(chunk), strict=True)):
-        if few:
-            values = _shrink_survivors(old, threshold, p, new)
-            mask = values == 0 if masks is not None else None
-        else:
-            values, mask = _shrink(old, threshold, p)
-        if values is not new:
-            new.copy_(values)
-        if masks is not None:
-            masks[i].copy_(mask)  # type: ignore[arg-type]
+    survivors.shrink(weight, threshold, p, out, pruned)
     return out, pruned
 
 
@@ -123,18 +101,6 @@ def _results(weight: Tensor, with_mask: bool) -> tuple[Tensor, Tensor, Tensor | 
     return weight, out, torch.empty_like(weight, dtype=torch.bool) if with_mask else None
 
 
-def _shrink_survivors(weight: Tensor, threshold: Tensor, p: float, out: Tensor) -> Tensor:
-    """Return P(weight) of a 1-D weight, in float32 at least, computing only what is not cut; in `out` if it can."""
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    values = torch.hardshrink(wide, float(threshold), out=out if out.dtype == wide.dtype else None)
-    if p == math.inf:
-        return values
-    index = torch.from_numpy(np.flatnonzero(values.numpy() != 0))  # several times as fast as torch's nonzero
-    kept = values.index_select(0, index)
-    magnitude = kept.abs()
-    return values.index_copy_(0, index, _factor((magnitude - threshold).div_(magnitude), p).mul_(kept))
-
-
 def smallest_kept(dtype: torch.dtype) -> float:
     """Return the smallest magnitude that survives arithmetic in a dtype.
 
@@ -145,66 +111,113 @@ def smallest_kept(dtype: torch.dtype) -> float:
     return info.smallest_normal * info.eps if dtype == torch.float16 else info.smallest_normal
 
 
+def _concrete(tensor: Tensor) -> bool:
+    """Return whether this is a tensor that can be computed with here and now, not one that stands for others."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return not traced and type(tensor) in (Tensor, nn.Parameter)
+
+
+def _compute(weight: Tensor, threshold: Tensor, p: float, with_mask: bool) -> tuple[Tensor, Tensor | None]:
+    """Return what `_shrink` does, in the weight's dtype, by the fastest way there is."""
+    if _concrete(weight):
+        if weight.device.type == "cpu" and survivors.serves(weight):
+            return _shrink_on_cpu(weight, threshold, p, with_mask)
+        if weight.device.type == "cuda" and (gpu := kernels(weight.device)) and gpu.serves(weight, p):
+            return _shrink_on_gpu(weight, threshold, p, with_mask, gpu)
+    out, pruned = _shrink(weight, threshold, p)
+    return out.to(weight.dtype), pruned
+
+
 def _identity(theta: float | Tensor) -> bool:
     """Return whether the gradient is that of the output, pruned weights included."""
     return not isinstance(theta, Tensor) and theta == 1.0
 
 
-class _FeatherThreshold(torch.autograd.Function):
-    """`feather_threshold` with its own gradient.
+def _slope(ctx: Any, slope: Tensor, scaled: Callable[[Tensor, Tensor, float | Tensor], Tensor]) -> Tensor:
+    """Return the gradient of the weight, given that of the result."""
+    if _identity(ctx.theta):
+        return slope
+    pruned, *varying = ctx.saved_tensors
+    return scaled(slope, pruned, varying[0].to(slope.dtype) if varying else ctx.theta)
 
-    With a constant theta of 1 the gradient is the identity and nothing is saved; otherwise one byte per weight is.
-    The mask is an output because `setup_context`, which torch.func needs, sees only inputs and outputs; it is empty
-    where it is not needed, for older torch.compile knows no output that is None. There is no `jvp` (forward-mode
-    derivatives), because torch.compile refuses a Function that has one.
+
+def _scaled(slope: Tensor, pruned: Tensor, theta: float | Tensor) -> Tensor:
+    """Return the gradient with that of the pruned weights scaled."""
+    return torch.where(pruned, slope * theta, slope)
+
+
+def _scaled_in_parts(slope: Tensor, pruned: Tensor, theta: float | Tensor) -> Tensor:
+    """Return what `_scaled` does; on a CPU in parts, so that what comes between stays in the cache."""
+    plain = _concrete(slope) and not torch._C._functorch.is_legacy_batchedtensor(slope)  # type: ignore[attr-defined]
+    large = slope.device.type == "cpu" and slope.numel() > _SMALL and slope.stride() == pruned.stride()
+    if not plain or not large or torch.is_grad_enabled():  # enabled for a gradient of the gradient
+        return _scaled(slope, pruned, theta)
+    out = torch.empty_like(slope)
+    for part, mask, new in zip(*(flat(tensor).split(_SMALL) for tensor in (slope, pruned, out)), strict=True):
+        torch.mul(part, theta, out=new)
+        torch.where(mask, new, part, out=new)
+    return out
+
+
+# Note [Two functions]
+# What `torch.func` transforms and `torch.compile` traces must have a `setup_context`, which sees only inputs and
+# outputs. Called eagerly such a Function takes a hundred microseconds longer in the middle of a training step, when the
+# caches are full of activations: more than the operator itself on a small layer. So there is another one for that.
+# With a constant theta of 1 the gradient is the identity and nothing is saved; otherwise one byte per weight is.
+# There is no `jvp` (forward-mode derivatives), because torch.compile refuses a Function that has one.
+
+
+class _FeatherThreshold(torch.autograd.Function):
+    """`feather_threshold` with its own gradient, eagerly; see Note [Two functions]."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, threshold: Tensor, theta: float | Tensor, p: float) -> Tensor:
+        out, pruned = _compute(weight, threshold, p, not _identity(theta))
+        ctx.theta = theta
+        if not _identity(theta):
+            varying = isinstance(theta, Tensor)
+            ctx.theta = None if varying else theta
+            ctx.save_for_backward(pruned, *([theta] if varying else []))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
+        return _slope(ctx, grads[0], _scaled_in_parts), None, None, None
+
+
+class _TransformableThreshold(torch.autograd.Function):
+    """The same for function transforms and compiled graphs; see Note [Two functions].
+
+    The mask is an output, empty where it is not needed, for older torch.compile knows no output that is None.
     """
 
     @staticmethod
     def forward(weight: Tensor, threshold: Tensor, theta: float | Tensor, p: float) -> tuple[Tensor, Tensor]:
-        plain = type(weight) in (Tensor, nn.Parameter)  # not what only stands for a tensor
-        large = weight.device.type == "cpu" and weight.numel() > _SMALL
-        pruned: Tensor | None
-        with_mask = not _identity(theta)
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        if traced or not plain:
-            out, pruned = _shrink(weight, threshold, p)
-        elif large:
-            out, pruned = _shrink_on_cpu(weight, threshold, p, with_mask)
-        elif weight.device.type == "cuda" and (gpu := kernels(weight.device)) and gpu.serves(weight, p):
-            out, pruned = _shrink_on_gpu(weight, threshold, p, with_mask, gpu)
-        else:
-            out, pruned = _shrink(weight, threshold, p)
-        if pruned is None or not with_mask:
-            pruned = weight.new_empty(0, dtype=torch.bool)
-        return out.to(weight.dtype), pruned
+        out, pruned = _compute(weight, threshold, p, not _identity(theta))
+        return out, weight.new_empty(0, dtype=torch.bool) if pruned is None or _identity(theta) else pruned
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         theta = inputs[2]
+        varying = isinstance(theta, Tensor)
         ctx.mark_non_differentiable(output[1])
-        ctx.identity = _identity(theta)
-        ctx.theta = None if isinstance(theta, Tensor) else theta
-        if not ctx.identity:
-            ctx.save_for_backward(output[1], *([theta] if ctx.theta is None else []))
+        ctx.theta = None if varying else theta
+        if not _identity(theta):
+            ctx.save_for_backward(output[1], *([theta] if varying else []))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, Tensor], Any]:
         weight, threshold, theta, p = inputs
         if in_dims[1] is None:  # the operator works element by element: a batch is just a larger weight
-            return _FeatherThreshold.apply(weight, threshold, theta, p), (
+            return _TransformableThreshold.apply(weight, threshold, theta, p), (
                 in_dims[0],
                 None if _identity(theta) else in_dims[0],
             )
         weights = [weight] * info.batch_size if in_dims[0] is None else weight.unbind(in_dims[0])
         pairs = zip(weights, threshold.unbind(in_dims[1]), strict=True)
-        outs, masks = zip(*(_FeatherThreshold.apply(*pair, theta, p) for pair in pairs), strict=True)
+        outs, masks = zip(*(_TransformableThreshold.apply(*pair, theta, p) for pair in pairs), strict=True)
         return (torch.stack(outs), torch.stack(masks)), (0, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
-        slope = grads[0]
-        if not ctx.identity:
-            pruned, *varying = ctx.saved_tensors
-            theta = varying[0].to(slope.dtype) if varying else ctx.theta
-            slope = torch.where(pruned, slope * theta, slope)
-        return slope, None, None, None
+        return _slope(ctx, grads[0], _scaled), None, None, None

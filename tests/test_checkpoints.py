@@ -204,7 +204,7 @@ def test_after_a_dense_checkpoint_everything_is_up_to_date_at_once():
     compiled.eval()(X)
     model.load_state_dict(pretrained.state_dict())
     assert float(controller.threshold) == twins.threshold(dense(model), round(0.9 * N))
-    assert torch.equal(compiled(X), model(X))
+    torch.testing.assert_close(compiled(X), model(X))  # their roots differ by some ulp
     again, _ = at_once(2)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.eval()(X), model(X))

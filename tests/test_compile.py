@@ -74,7 +74,7 @@ def test_sparsified_after_it_was_compiled(through):
     compiled(x)
     controller = feather_param.sparsify(compiled if through else model, final_rate=0.9, total_steps=2)
     for _ in range(3):
-        assert compiled(x).equal(model(x))
+        torch.testing.assert_close(compiled(x), model(x))  # their roots differ by some ulp
         controller.step()
     feather_param.desparsify(model)
     assert compiled(x).equal(model(x))
