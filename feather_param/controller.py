@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,27 +11,23 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from feather_param import checks
+from feather_param import checks, settings
 from feather_param.allocation import Budget, allocate, count_zeros
 from feather_param.baking import bake, freeze, hold, remove, survivors
 from feather_param.checkpoints import accept_dense
 from feather_param.groups import SharedThreshold
+from feather_param.late_nan import LateNaN
 from feather_param.optimizers import check_optimizer, follow
 from feather_param.parametrizations import FeatherParametrization
 from feather_param.recurrent import drop_weights_after_forward
-from feather_param.report import Report, Row
+from feather_param.report import Report, rows
 from feather_param.schedules import Schedule
 from feather_param.selection import Selection, require_tied, sparsified
 from feather_param.shards import held_here, is_sharded
-from feather_param.thresholds import PruneCount, kth_magnitude, refuse_non_finite
+from feather_param.thresholds import PruneCount, kth_magnitude
 from feather_param.warning import warn, warn_of_dead, warn_of_early
 
 __all__ = ["Controller"]
-
-_VERSION = 1
-
-# Where two schedules are compared: their values there travel in the controller's state.
-_PROBES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class Controller:
@@ -69,21 +64,18 @@ class Controller:
         self._warned = False
         self._weights = selection.weights
         self._budget = budget
-        self._config: dict[str, Any] = {
-            "version": _VERSION,
-            "final_rate": final_rate,
-            "total_steps": total_steps,
-            "start_step": start_step,
-            "end_step": end_step,
-            "schedule": [checks.fraction(schedule, progress) for progress in _PROBES],
-            "p": p,
-            "theta": [checks.slope_at(theta, at * final_rate) for at in _PROBES] if callable(theta) else theta,
-            "max_rate_per_layer": budget.max_rate,
-            "min_nonzero_per_layer": budget.min_nonzero,
-            "weights": {name: list(weight.shape) for name, weight in self._dense().items()},
-        }
-        self._seen: Tensor | None = None  # see Note [NaN on a GPU]
-        self._written: torch.cuda.Event | None = None
+        self._settings = settings.describe(
+            self._dense(),
+            budget,
+            final_rate=final_rate,
+            total_steps=total_steps,
+            start_step=start_step,
+            end_step=end_step,
+            schedule=schedule,
+            p=p,
+            theta=theta,
+        )
+        self._late_nan = LateNaN()
         weights = self._dense()
         pruned = self._target()
         shares = allocate(weights, pruned, budget.caps)  # raises while the model is untouched
@@ -178,7 +170,7 @@ class Controller:
     def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
         twin = Controller.__new__(Controller)
         memo[id(self)] = twin
-        here = {"_optimizer": None, "_hooks": (), "_seen": None, "_written": None}  # of this one's optimizer and GPU
+        here = {"_optimizer": None, "_hooks": (), "_late_nan": LateNaN()}  # of this one's optimizer and GPU
         own = {name: value for name, value in vars(self).items() if name not in here}
         vars(twin).update(copy.deepcopy(own, memo), **here)
         return twin
@@ -207,8 +199,8 @@ class Controller:
         if step < start:
             return 0.0
         if step >= end:
-            return self._config["final_rate"]
-        return self._config["final_rate"] * checks.fraction(self._schedule, (step - start) / (end - start))
+            return self._settings["final_rate"]
+        return self._settings["final_rate"] * checks.fraction(self._schedule, (step - start) / (end - start))
 
     def step(self) -> None:
         """Note that one optimizer step has been made: advance the schedule, refresh the threshold.
@@ -243,12 +235,7 @@ class Controller:
 
     def _refresh(self) -> None:
         weights = self._dense()
-        if self._seen is not None:
-            if self._written is not None:
-                self._written.synchronize()
-            if math.isnan(self._seen):
-                parts, add_up = held_here(weights)
-                refuse_non_finite(parts, elsewhere=add_up is not None)
+        self._late_nan.refuse(weights)
         if self._shared.frozen:
             parts, add_up = held_here(weights)
             threshold = kth_magnitude(parts, 0, add_up)  # zero; or, where a weight is not finite, an error or NaN
@@ -256,7 +243,7 @@ class Controller:
         else:
             self._move(weights)
             threshold = self._shared.threshold
-        self._look(threshold, sharded=any(map(is_sharded, weights.values())))
+        self._late_nan.look(threshold, sharded=any(map(is_sharded, weights.values())))
 
     def _move(self, weights: Mapping[str, Tensor]) -> None:
         """Set threshold and theta for the step that has come; on an error neither."""
@@ -264,22 +251,6 @@ class Controller:
         self._shared.refresh(self._target(), weights)
         if theta is not None:
             self._shared.scale_gradient(theta)
-
-    # Note [NaN on a GPU]
-    # The threshold comes out as NaN where a weight is not finite, and is copied to memory of the host that the GPU
-    # writes to when it gets there; the next steps read it there without waiting. Where the weights are sharded, all
-    # processes must raise at the same step, or those that go on would wait for the others for ever: so there a step
-    # waits for the copy of the step before, which has long been made.
-
-    def _look(self, threshold: Tensor, sharded: bool) -> None:
-        if threshold.device.type != "cuda":
-            return
-        if self._seen is None:
-            self._seen = torch.zeros((), pin_memory=True)
-        self._seen.copy_(threshold, non_blocking=True)
-        if sharded:
-            self._written = self._written or torch.cuda.Event()
-            self._written.record()
 
     def freeze(self) -> None:
         """Hold the zeros as they are now while training goes on: the schedule stops, and a mask stands for magnitudes.
@@ -325,18 +296,7 @@ class Controller:
             counts = {name: PruneCount(int((~mask).sum()), 0) for name, mask in self._shared.masks().items()}
         else:
             counts = count_zeros(weights, allocate(weights, int(self._shared.pruned), self._budget.caps))
-        survivors = max(1, self._budget.total - sum(count.zeros for count in counts.values()))
-        rows = tuple(
-            Row(
-                name,
-                tuple(weight.shape),
-                weight.numel(),
-                counts[name].zeros,
-                (weight.numel() - counts[name].zeros) / survivors,
-            )
-            for name, weight in weights.items()
-        )
-        report = Report(rows, dict(self._skipped))
+        report = Report(rows(weights, counts), dict(self._skipped))
         warn_of_dead(report.dead)
         return report
 
@@ -359,7 +319,7 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume, in plain Python values; loads with ``weights_only=True``."""
-        return {**self._config, "step_count": self.step_count, "frozen_step": self._frozen_step}
+        return {**self._settings, "step_count": self.step_count, "frozen_step": self._frozen_step}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from where a controller of the same model and the same settings was saved.
@@ -375,27 +335,7 @@ class Controller:
             RuntimeError: the model has been desparsified.
         """
         self._require_active("load_state_dict()")
-        if not isinstance(state_dict, Mapping) or not {"version", "step_count", "frozen_step"} <= state_dict.keys():
-            raise ValueError("expected the state_dict of a feather_param Controller, got something else")
-        if state_dict["version"] != _VERSION:
-            raise ValueError(
-                f"expected a controller state of version {_VERSION}, got {state_dict['version']}; "
-                "load it with the feather_param release that wrote it"
-            )
-        for key, ours in self._config.items():
-            theirs = state_dict.get(key)
-            if theirs == ours or key == "total_steps":  # it counts through end_step alone: a run may be made longer
-                continue
-            if key == "weights":
-                raise ValueError(f"expected a controller state of this model, got another's: {_differ(ours, theirs)}")
-            what = f"{key}={ours}, got {theirs}"
-            if key == "schedule":
-                what = f"a schedule that gives {ours} at progress {', '.join(map(str, _PROBES))}, got {theirs}"
-            elif key == "end_step" and (steps := self._config["total_steps"]) != state_dict.get("total_steps"):
-                what = f"total_steps={steps} (end_step={ours}), got {state_dict.get('total_steps')} (end_step={theirs})"
-            raise ValueError(
-                f"expected a controller state with {what}; give sparsify the settings of the run you resume"
-            )
+        settings.require_same(self._settings, state_dict)
         step_count = checks.integer("step_count", state_dict["step_count"], 0)
         frozen_step = state_dict["frozen_step"]
         if frozen_step is not None:
@@ -418,7 +358,7 @@ class Controller:
         if frozen_step is None:
             for member in self._shared.members.values():
                 member.mask = None
-        self._seen = self._written = None
+        self._late_nan = LateNaN()
 
     def desparsify(self) -> None:
         """Bake exact zeros into the model's weights and give it back its plain layers; see `desparsify`."""
@@ -441,15 +381,7 @@ class Controller:
             raise RuntimeError(f"expected {call} before desparsify, got it after: the model is plain again")
 
     def __repr__(self) -> str:
-        rate = f"rate={self.rate:.4f} of {self._config['final_rate']}"
-        step = f"step {self.step_count} of {self._config['total_steps']}"
+        rate = f"rate={self.rate:.4f} of {self._settings['final_rate']}"
+        step = f"step {self.step_count} of {self._settings['total_steps']}"
         frozen = ", frozen" if self._frozen_step is not None else ""
         return f"Controller({rate}, {step}, {self._budget.total:,} weights{frozen})"
-
-
-def _differ(ours: dict[str, list[int]], theirs: Any) -> str:
-    theirs = theirs if isinstance(theirs, Mapping) else {}
-    for name, shape in ours.items():
-        if theirs.get(name) != shape:
-            return f"{name} has shape {tuple(shape)} here and {tuple(theirs.get(name) or ()) or 'no entry'} there"
-    return f"it also has {next(name for name in theirs if name not in ours)}"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from feather_param.tables import aligned, grouped
+from torch import Tensor
 
-__all__ = ["Report", "Row"]
+from feather_param.tables import aligned, grouped
+from feather_param.thresholds import PruneCount
+
+__all__ = ["Report", "Row", "rows"]
 
 
 @dataclass(frozen=True)
@@ -73,3 +77,18 @@ class Report:
         lines = aligned(cells)
         lines += [f"dense: {line}" for line in grouped(self.skipped)]
         return "\n".join(lines)
+
+
+def rows(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]) -> tuple[Row, ...]:
+    """Return a row for each weight, given how many of its elements are pruned."""
+    survivors = sum(weight.numel() - counts[name].zeros for name, weight in weights.items())
+    return tuple(
+        Row(
+            name,
+            tuple(weight.shape),
+            weight.numel(),
+            counts[name].zeros,
+            (weight.numel() - counts[name].zeros) / max(1, survivors),
+        )
+        for name, weight in weights.items()
+    )
