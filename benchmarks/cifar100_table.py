@@ -88,9 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make what is missing, write the table and the picture; return the exit status."""
     arguments = _parser().parse_args(argv)
     protocol = PROTOCOLS[arguments.protocol]
-    overrides = {key: getattr(arguments, key) for key in ("networks", "rates", "methods", "seeds")}
+    overrides = {key: getattr(arguments, key) for key in ("networks", "rates", "methods", "seeds", "epochs")}
     chosen = replace(protocol, **{key: value for key, value in overrides.items() if value is not None})
-    folder = arguments.results / f"cifar100_{arguments.protocol}"
+    longer = f"_{chosen.epochs}_epochs" if chosen.epochs != protocol.epochs else ""
+    folder = arguments.results / f"cifar100_{arguments.protocol}{longer}"
     status = 0
     try:
         if not arguments.only_table:
@@ -123,11 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these, beside the dense network")
     parser.add_argument("--rates", nargs="+", type=_rate, help="only these")
     parser.add_argument("--seeds", type=_count, help="only so many, from 0 on")
+    parser.add_argument("--epochs", type=_count, help="so many instead; the results lie in another folder then")
     parser.add_argument(
         "--results",
         type=_folder,
         default=timing.RESULTS,
-        help="the results lie in its subfolder cifar100_PROTOCOL, the table beside that (benchmarks/results)",
+        help="the results lie in its subfolder cifar100_PROTOCOL, the table beside it (benchmarks/results)",
     )
     parser.add_argument("--only-table", action="store_true", help="train nothing, show what is there")
     return parser

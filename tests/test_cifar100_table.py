@@ -130,6 +130,17 @@ def test_only_what_is_missing_is_made(tmp_path, monkeypatch, capsys):
     assert cifar100_table.main([*command, "--only-table"]) == 0
 
 
+def test_other_epochs_have_a_folder_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PROTOCOLS, "short", replace(TINY, seeds=1, rates=(0.5,), methods=("feather",)))
+    write_cifar(tmp_path / "data")
+    command = ["--protocol", "short", "--data-dir", str(tmp_path / "data"), "--results", str(tmp_path), "--jobs", "1"]
+    assert cifar100_table.main([*command, "--epochs", "2"]) == 0
+    assert "# CIFAR-100, 2 epochs" in capsys.readouterr().out
+    assert len(list((tmp_path / "cifar100_short_2_epochs").iterdir())) == 2
+    assert not (tmp_path / "cifar100_short").exists()
+    assert cifar100_table.main([*command, "--epochs", "1", "--only-table"]) == 1
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PROTOCOLS, "short", replace(TINY, epochs=200))
     write_cifar(tmp_path / "data")
