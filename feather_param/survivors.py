@@ -9,7 +9,6 @@ waiting, compute everything.
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,22 +16,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from feather_param.threads import in_threads
+from feather_param.thresholds import INTEGER
+
 __all__ = ["serves", "shrink"]
 
-_INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-
-# Elements handled at a time, so that what is made of them stays in the cache.
+# Elements handled at a time, so that what is made of them stays in the cache (`benchmarks.operator`).
 _CHUNK = 1 << 17
-# With fewer elements than this, threads take longer than they save.
-_THREADED = 1 << 23
-
 Bits = NDArray[np.signedinteger[Any]]
 Floats = NDArray[np.float32]
 
 
 def serves(weight: Tensor) -> bool:
     """Return whether `shrink` knows the dtype."""
-    return weight.dtype in _INTEGER
+    return weight.dtype in INTEGER
 
 
 def shrink(weight: Tensor, threshold: Tensor, p: float, out: Tensor, pruned: Tensor | None) -> None:
@@ -48,21 +45,22 @@ def shrink(weight: Tensor, threshold: Tensor, p: float, out: Tensor, pruned: Ten
     t = np.float32(threshold.item())
     # Numpy sees what is ours only: a storage that it has seen cannot be resized any more, as FSDP does with weights.
     torch.hardshrink(weight, _largest_pruned(t, weight.dtype), out=out)  # a NaN is kept: it must stay visible
-    bits = out.view(_INTEGER[out.dtype]).numpy().ravel("K")
+    if math.isnan(t):  # a sick weight elsewhere: prune nothing, and let it be seen
+        if p != math.inf:
+            out.fill_(math.nan)
+        if pruned is not None:
+            pruned.zero_()
+        return
+    bits = out.view(INTEGER[out.dtype]).numpy().ravel("K")  # views: there are no gaps
     mask = None if pruned is None else pruned.numpy().ravel("K")
-    threads = torch.get_num_threads() if bits.size > _THREADED else 1
 
-    def work(thread: int) -> None:
+    def work(thread: int, threads: int) -> None:
         with np.errstate(all="ignore"):  # NaN and infinity pass through
             for start in range(_CHUNK * thread, bits.size, _CHUNK * threads):
                 part = slice(start, start + _CHUNK)
                 _move(bits[part], t, p, weight.dtype, None if mask is None else mask[part])
 
-    if threads == 1:
-        work(0)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, range(threads)))
+    in_threads(work, bits.size if weight.dtype == torch.float32 else 0)  # 16 bits are converted by torch
 
 
 def _largest_pruned(threshold: np.float32, dtype: torch.dtype) -> float:
@@ -70,14 +68,14 @@ def _largest_pruned(threshold: np.float32, dtype: torch.dtype) -> float:
     if dtype == torch.bfloat16:
         return float((threshold.view(np.int32) & -(1 << 16)).view(np.float32))
     if dtype == torch.float16:
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             half = threshold.astype(np.float16)
         return float(np.nextafter(half, np.float16(0)) if half > threshold else half)
     return float(threshold)
 
 
 def _move(bits: Bits, t: np.float32, p: float, dtype: torch.dtype, pruned: NDArray[np.bool_] | None) -> None:
-    """Replace what is not zero by P(w)."""
+    """Replace what is not zero by P(w), and write the mask of what is."""
     kept = bits != 0
     if pruned is not None:
         np.logical_not(kept, out=pruned)
@@ -87,9 +85,9 @@ def _move(bits: Bits, t: np.float32, p: float, dtype: torch.dtype, pruned: NDArr
     survivors = bits[index]
     if dtype == torch.float32:
         moved = _moved(survivors.view(np.float32), t, p).view(bits.dtype)
-    else:  # numpy has no bfloat16
+    else:  # by torch, for numpy has no bfloat16
         wide = torch.from_numpy(survivors).view(dtype).float().numpy()
-        moved = torch.from_numpy(_moved(wide, t, p)).to(dtype).view(_INTEGER[dtype]).numpy()
+        moved = torch.from_numpy(_moved(wide, t, p)).to(dtype).view(INTEGER[dtype]).numpy()
     bits[index] = moved
 
 

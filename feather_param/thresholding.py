@@ -15,7 +15,7 @@ from feather_param.thresholds import flat, kernels
 
 __all__ = ["feather_threshold", "smallest_kept"]
 
-# With fewer elements than this, the gradient is not worth cutting into parts that stay in the cache.
+# With fewer elements than this, the gradient is not worth cutting into parts (`benchmarks.operator`).
 _SMALL = 1 << 18
 
 
@@ -112,9 +112,15 @@ def smallest_kept(dtype: torch.dtype) -> float:
 
 
 def _concrete(tensor: Tensor) -> bool:
-    """Return whether this is a tensor that can be computed with here and now, not one that stands for others."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return not traced and type(tensor) in (Tensor, nn.Parameter)
+    """Return whether values can be looked at here and now: no subclass, no transform, nothing that traces."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return False
+    c: Any = torch._C
+    transformed = c._functorch.is_functorch_wrapped_tensor(tensor) or c._functorch.is_legacy_batchedtensor(tensor)
+    modes = c._TorchDispatchModeKey.FAKE, c._TorchDispatchModeKey.PROXY
+    traced = any(c._get_dispatch_mode(mode) is not None for mode in modes)
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return type(tensor) in (Tensor, nn.Parameter) and not (transformed or traced or forward_mode)
 
 
 def _compute(weight: Tensor, threshold: Tensor, p: float, with_mask: bool) -> tuple[Tensor, Tensor | None]:
@@ -133,27 +139,29 @@ def _identity(theta: float | Tensor) -> bool:
     return not isinstance(theta, Tensor) and theta == 1.0
 
 
-def _slope(ctx: Any, slope: Tensor, scaled: Callable[[Tensor, Tensor, float | Tensor], Tensor]) -> Tensor:
-    """Return the gradient of the weight, given that of the result."""
-    if _identity(ctx.theta):
-        return slope
+def _gradient(ctx: Any, grad: Tensor, scaled: Callable[[Tensor, Tensor, float | Tensor], Tensor]) -> Tensor:
+    """Return the gradient of the weight, given that of the result; a theta that varies was saved with the mask."""
+    if ctx.theta == 1.0:
+        return grad
     pruned, *varying = ctx.saved_tensors
-    return scaled(slope, pruned, varying[0].to(slope.dtype) if varying else ctx.theta)
+    return scaled(grad, pruned, varying[0].to(grad.dtype) if varying else ctx.theta)
 
 
-def _scaled(slope: Tensor, pruned: Tensor, theta: float | Tensor) -> Tensor:
+def _scaled(grad: Tensor, pruned: Tensor, theta: float | Tensor) -> Tensor:
     """Return the gradient with that of the pruned weights scaled."""
-    return torch.where(pruned, slope * theta, slope)
+    return torch.where(pruned, grad * theta, grad)
 
 
-def _scaled_in_parts(slope: Tensor, pruned: Tensor, theta: float | Tensor) -> Tensor:
-    """Return what `_scaled` does; on a CPU in parts, so that what comes between stays in the cache."""
-    plain = _concrete(slope) and not torch._C._functorch.is_legacy_batchedtensor(slope)  # type: ignore[attr-defined]
-    large = slope.device.type == "cpu" and slope.numel() > _SMALL and slope.stride() == pruned.stride()
-    if not plain or not large or torch.is_grad_enabled():  # enabled for a gradient of the gradient
-        return _scaled(slope, pruned, theta)
-    out = torch.empty_like(slope)
-    for part, mask, new in zip(*(flat(tensor).split(_SMALL) for tensor in (slope, pruned, out)), strict=True):
+def _scaled_in_parts(grad: Tensor, pruned: Tensor, theta: float | Tensor) -> Tensor:
+    """Return what `_scaled` does; of a large one on a CPU part by part, so that what comes between stays in the cache.
+
+    Not of one that is differentiated or transformed itself.
+    """
+    large = grad.device.type == "cpu" and grad.numel() > _SMALL and grad.stride() == pruned.stride()
+    if not large or torch.is_grad_enabled() or not _concrete(grad):
+        return _scaled(grad, pruned, theta)
+    out = torch.empty_like(grad)
+    for part, mask, new in zip(*(flat(tensor).split(_SMALL) for tensor in (grad, pruned, out)), strict=True):
         torch.mul(part, theta, out=new)
         torch.where(mask, new, part, out=new)
     return out
@@ -173,16 +181,15 @@ class _FeatherThreshold(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, threshold: Tensor, theta: float | Tensor, p: float) -> Tensor:
         out, pruned = _compute(weight, threshold, p, not _identity(theta))
-        ctx.theta = theta
+        varying = isinstance(theta, Tensor)
+        ctx.theta = None if varying else theta
         if not _identity(theta):
-            varying = isinstance(theta, Tensor)
-            ctx.theta = None if varying else theta
             ctx.save_for_backward(pruned, *([theta] if varying else []))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
-        return _slope(ctx, grads[0], _scaled_in_parts), None, None, None
+        return _gradient(ctx, grads[0], _scaled_in_parts), None, None, None
 
 
 class _TransformableThreshold(torch.autograd.Function):
@@ -220,4 +227,4 @@ class _TransformableThreshold(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
-        return _slope(ctx, grads[0], _scaled), None, None, None
+        return _gradient(ctx, grads[0], _scaled), None, None, None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -20,7 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from feather_param.threads import in_threads
+
 __all__ = [
+    "INTEGER",
     "PruneCount",
     "Sum",
     "count_pruned",
@@ -36,15 +38,14 @@ Bits = NDArray[np.signedinteger[Any]]
 Sum = Callable[[Tensor], Tensor]
 """Adds up a tensor of counts over the processes that hold the parts of the weights."""
 
-_INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+# The integers that hold a dtype's bits.
+INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # only NaNs lie above
 
 # Elements that a thread handles at a time: what it makes of them stays in the cache.
 _CHUNK = 1 << 18
 # Size of the sample from which the bracket around the k-th magnitude is guessed.
 _SAMPLE = 1 << 14
-# With fewer weights than this, threads take longer than they save: torch's own still spin for a while on their cores.
-_THREADED = 1 << 23
 
 
 def kth_magnitude(weights: Mapping[str, Tensor], k: int, add_up: Sum | None = None) -> Tensor:
@@ -129,17 +130,12 @@ def flat(tensor: Tensor) -> Tensor:
 def _kth_by_bracket(tensors: Sequence[Tensor], k: int) -> tuple[Tensor, bool]:
     """Return the k-th smallest magnitude on the CPU, and whether all are finite (if not, it means nothing)."""
     dtypes = {tensor.dtype for tensor in tensors}
-    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= _INTEGER.keys() else torch.float32
-    bits: list[Bits] = [flat(tensor.to("cpu", dtype)).view(_INTEGER[dtype]).numpy() for tensor in tensors]
+    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= INTEGER.keys() else torch.float32
+    bits: list[Bits] = [flat(tensor.to("cpu", dtype)).view(INTEGER[dtype]).numpy() for tensor in tensors]
     total = sum(part.size for part in bits)
     low, high = (0, -1) if k == 0 else (0, _INFINITY[dtype]) if total <= 4 * _SAMPLE else _bracket(bits, k, total)
     chunks = [part[i : i + _CHUNK] for part in bits for i in range(0, part.size, _CHUNK)]
-    threads = torch.get_num_threads() if total > _THREADED else 1
-    if threads == 1:
-        scans = [_scan(chunks, low, high)]
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            scans = list(pool.map(lambda i: _scan(chunks[i::threads], low, high), range(threads)))
+    scans = in_threads(lambda i, threads: _scan(chunks[i::threads], low, high), total)
     finite = max(largest for *_, largest in scans) < _INFINITY[dtype]
     if k == 0:
         return torch.zeros((), dtype=torch.float32), finite
@@ -228,7 +224,7 @@ def _kth_by_digits(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
     """
     device = tensors[0].device
     dtypes = {tensor.dtype for tensor in tensors}
-    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= _INTEGER.keys() else torch.float32
+    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= INTEGER.keys() else torch.float32
     values = torch.cat([flat(tensor.to(device, dtype)) for tensor in tensors])
     prefix = torch.zeros((), dtype=torch.int32, device=device)
     rank = torch.full((), k, dtype=torch.int64, device=device)

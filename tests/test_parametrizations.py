@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import feather_param
@@ -126,6 +131,47 @@ def test_batched_gradients():
     assert torch.equal(got, upstream * twins.slope(weight, 0.5, 0.25).float())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, on the way to forward mode
+@pytest.mark.parametrize("size", [50, _SMALL + 7], ids=["whole", "in parts"])
+def test_the_backward_pass_may_be_transformed(size):
+    weight = normal(size).requires_grad_()
+    slope = twins.slope(weight, 0.5, 0.25).float()
+    out = feather_threshold(weight, t(0.5), 0.25)
+    upstream = normal(2, size, seed=1)
+    rows = torch.func.vmap(lambda v: torch.autograd.grad(out, weight, v, retain_graph=True)[0])(upstream)
+    assert torch.equal(rows, upstream * slope)
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.ones(size), torch.full((size,), 2.0))
+        (grad,) = torch.autograd.grad((feather_threshold(weight, t(0.5), 0.25) * x).sum(), weight)
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(grad).tangent, 2 * slope)
+
+
+def test_tracers_that_do_not_compile():
+    traced = make_fx(lambda w, s: feather_threshold(w, s, 0.25))(normal(50), t(0.5))
+    weight = normal(50, seed=1)
+    torch.testing.assert_close(traced(weight, t(0.5)), feather_threshold(weight, t(0.5)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert feather_threshold(weight, t(0.5), 0.25).shape == weight.shape
+
+
+def test_large_weights_at_the_end_of_the_interpreter():
+    code = (
+        "import threading, time, torch\n"
+        "from feather_param.parametrizations import feather_threshold\n"
+        "from feather_param.thresholds import kth_magnitude\n"
+        "torch.set_num_threads(2)\n"
+        "w = torch.linspace(-1, 1, (1 << 23) + 5)\n"
+        "def late():\n"
+        "    threading.main_thread().join()\n"
+        "    t = kth_magnitude({'w': w}, len(w) // 2)\n"
+        "    assert abs(int((feather_threshold(w, t) == 0).sum()) - len(w) // 2) <= 1\n"
+        "    print('done')\n"
+        "threading.Thread(target=late).start()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
+
+
 def test_the_gradient_has_a_gradient():
     weight = normal(_SMALL + 7).requires_grad_()
     out = feather_threshold(weight, t(0.5), 0.25) ** 2
@@ -148,8 +194,20 @@ def test_values_about_a_threshold_that_the_dtype_cannot_hold(dtype):
     ):
         kept = weight.abs().float() > t(threshold)
         assert torch.equal(feather_threshold(weight, t(threshold)) != 0, kept)
-    assert feather_threshold(weight, t(math.nan)).isnan().all()
+    weight[3] = 0.0
+    weight.requires_grad_()
+    lost = feather_threshold(weight, t(math.nan), 0.5)
+    lost.sum().backward()
+    assert lost.isnan().all()
+    assert (weight.grad == 1).all()
     assert feather_threshold(weight, t(math.nan), p=math.inf).equal(weight)
+
+
+def test_numpys_errors_are_not_the_operators():
+    weight = torch.tensor([math.inf, math.nan, 0.0, 1.0])
+    with np.errstate(all="raise"):
+        for dtype in DTYPES:
+            assert feather_threshold(weight.to(dtype), t(1e-9)).isnan().tolist() == [True, True, False, False]
 
 
 def test_the_weights_storage_can_still_be_resized():

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feather_param import thresholds
+from feather_param import threads, thresholds
+from feather_param.parametrizations import feather_threshold
 from feather_param.thresholds import _SAMPLE, PruneCount, _kth_by_bits, count_pruned, kth_magnitude
 from tests import twins
 
@@ -82,9 +83,18 @@ def test_a_bracket_that_misses_costs_no_exactness(monkeypatch):
 def test_threads_change_nothing(monkeypatch):
     weights = {"a": torch.randn(300_000), "b": torch.randn(500, 700)}
     alone = kth_magnitude(weights, 400_000)
-    monkeypatch.setattr(thresholds, "_THREADED", 1)
+    monkeypatch.setattr(threads, "_FEWEST", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(kth_magnitude(weights, 400_000), alone)
+
+
+@pytest.mark.parametrize("theta", [1.0, 0.5])
+def test_threads_change_nothing_in_the_operator(theta, monkeypatch):
+    weight = torch.randn(900_001)
+    alone = feather_threshold(weight, torch.tensor(1.5), theta, p=1.0)
+    monkeypatch.setattr(threads, "_FEWEST", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(feather_threshold(weight, torch.tensor(1.5), theta, p=1.0), alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
