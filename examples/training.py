@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import feather_param
 from examples.datasets import ImageData, Split
 from examples.processes import ALONE, Processes
 from examples.settings import Settings, UserError
+from feather_param.container import replacing
 
 __all__ = [
     "Baked",
@@ -277,6 +277,5 @@ def bake(training: Training, settings: Settings, data: ImageData, path: Path) ->
 def save(content: Any, path: Path) -> None:
     """Save with ``torch.save`` so that the path holds the old content or the new, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        torch.save(content, file)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -338,14 +339,15 @@ def test_saving_never_leaves_a_half_written_file(tmp_path: Path, monkeypatch: py
     path = tmp_path / "file.pt"
     save({"a": 1}, path)
 
-    def torn(content: object, target: Path) -> None:
-        Path(target).write_bytes(b"half")
+    def torn(content: object, target: BinaryIO) -> None:
+        target.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(OSError, match="disk full"):
         save({"a": 2}, path)
     assert torch.load(path, weights_only=True) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_stop_request_gives_the_handlers_back() -> None:
