@@ -56,7 +56,8 @@ def feather_threshold(weight: Tensor, threshold: Tensor, theta: float | Tensor =
 
 def _shrink(weight: Tensor, threshold: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """Return P(weight), in float32 at least, and the mask of what it set to zero."""
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        weight = weight.float()
     magnitude = weight.abs()
     pruned = magnitude.float() <= threshold  # a NaN is not pruned: it must stay visible
     if p == math.inf:
@@ -131,7 +132,9 @@ def _compute(weight: Tensor, threshold: Tensor, p: float, with_mask: bool) -> tu
         if weight.device.type == "cuda" and (gpu := kernels(weight.device)) and gpu.serves(weight, p):
             return _shrink_on_gpu(weight, threshold, p, with_mask, gpu)
     out, pruned = _shrink(weight, threshold, p)
-    return out.to(weight.dtype), pruned
+    # A conversion that does nothing gives the same tensor again, which torch.compile of torch 2.11 takes for another
+    # result of the forward pass; the gradient then goes there, and the weight gets zeros.
+    return out if out.dtype == weight.dtype else out.to(weight.dtype), pruned
 
 
 def _identity(theta: float | Tensor) -> bool:
