@@ -64,8 +64,9 @@ class Controller:
         self._warned = False
         self._weights = selection.weights
         self._budget = budget
+        weights = self._dense()
         self._settings = settings.describe(
-            self._dense(),
+            weights,
             budget,
             final_rate=final_rate,
             total_steps=total_steps,
@@ -76,7 +77,6 @@ class Controller:
             theta=theta,
         )
         self._late_nan = LateNaN()
-        weights = self._dense()
         pruned = self._target()
         shares = allocate(weights, pruned, budget.caps)  # raises while the model is untouched
         self._shared = SharedThreshold(budget.total, next(iter(weights.values())).device, budget.caps)

@@ -23,6 +23,7 @@ __all__ = ["serves", "shrink"]
 
 # Elements handled at a time, so that what is made of them stays in the cache (`benchmarks.operator`).
 _CHUNK = 1 << 17
+
 Bits = NDArray[np.signedinteger[Any]]
 Floats = NDArray[np.float32]
 

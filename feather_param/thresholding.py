@@ -144,7 +144,7 @@ def _identity(theta: float | Tensor) -> bool:
 
 def _gradient(ctx: Any, grad: Tensor, scaled: Callable[[Tensor, Tensor, float | Tensor], Tensor]) -> Tensor:
     """Return the gradient of the weight, given that of the result; a theta that varies was saved with the mask."""
-    if ctx.theta == 1.0:
+    if _identity(ctx.theta):
         return grad
     pruned, *varying = ctx.saved_tensors
     return scaled(grad, pruned, varying[0].to(grad.dtype) if varying else ctx.theta)
