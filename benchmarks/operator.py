@@ -44,7 +44,7 @@ def both(function: Callable[[Tensor], Tensor], weights: list[Tensor], grads: lis
         weight.grad = None
 
 
-def measure(weights: list[Tensor], n: int) -> dict[str, dict[str, dict[str, float]]]:
+def measure(weights: list[Tensor], n: int, compiled: bool) -> dict[str, dict[str, dict[str, float]]]:
     """Return times and ratios by direction and operator."""
     grads = [torch.randn_like(weight) for weight in weights]
     threshold = kth_magnitude({str(i): w for i, w in enumerate(weights)}, int(RATE * sum(w.numel() for w in weights)))
@@ -56,6 +56,9 @@ def measure(weights: list[Tensor], n: int) -> dict[str, dict[str, dict[str, floa
         "equation as written": lambda weight: PapersOperator.apply(weight, threshold, 1.0),
         "mask of torch.nn.utils.prune": lambda weight: weight * masks[id(weight)],
     }
+    if compiled:
+        operator = torch.compile(feather_threshold, dynamic=True)
+        functions["feather_threshold, compiled"] = lambda weight: operator(weight, threshold, 1.0)
     results: dict[str, dict[str, dict[str, float]]] = {}
     for direction, run in (
         ("forward", partial(forward, weights=weights)),
@@ -78,19 +81,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=int, default=25_000_000)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="measure the operator under torch.compile as well")
+    parser.add_argument("--suffix", default="", help="put behind the name of the results file")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
     rows = []
     for dtype, tensors in tqdm([(torch.float32, 1), (torch.float32, 53), (torch.bfloat16, 53)], desc="cases"):
         case = f"{str(dtype).removeprefix('torch.')}, {tensors} tensor{'s' if tensors > 1 else ''}"
-        figures[case] = measure(layers(arguments.weights, tensors, dtype), arguments.rounds)
+        figures[case] = measure(layers(arguments.weights, tensors, dtype), arguments.rounds, arguments.compile)
         for direction, results in figures[case].items():
             for name, row in results.items():
                 numbers = [f"{1e3 * row['seconds']:.0f}", *(f"{value:.2f}" for value in list(row.values())[1:])]
                 rows.append([case, direction, name, *numbers])
     header = ["weights", "direction", "operator", "ms", "over clone()", "faster than the equation as written"]
     print(timing.show(header, rows))
-    print(f"\nwritten to {timing.write('operator', figures)}")
+    print(f"\nwritten to {timing.write('operator' + arguments.suffix, figures)}")
 
 
 if __name__ == "__main__":

@@ -73,8 +73,30 @@ def _factor(u: Tensor, p: float) -> Tensor:
     if p == 2.0:
         return torch.sub(2.0, u).mul_(u).sqrt_()
     if p == 3.0:
-        return torch.sub(u, 3.0).mul_(u).add_(3.0).mul_(u).pow_(1.0 / 3.0)
+        cube = torch.sub(u, 3.0).mul_(u).add_(3.0).mul_(u)
+        fused = torch.compiler.is_dynamo_compiling() and cube.dtype == torch.float32  # exports keep the power
+        return _cube_root(cube) if fused else cube.pow_(1.0 / 3.0)
     return u.neg_().log1p_().mul_(p).expm1_().neg_().pow_(1.0 / p)
+
+
+# The bits of 1.0 in float32: exponent and mantissa, read as an integer, are almost the logarithm of a number.
+_ONE = 0x3F800000
+
+
+def _cube_root(x: Tensor) -> Tensor:
+    """Return the cube root of x in (0, 1], float32, to 2 ulp, and 1 of 1; whatever else is in `x` gives garbage.
+
+    Fused by a compiler it takes a quarter of the time of a power (`benchmarks.operator`), which no processor has an
+    instruction for: a third of the logarithm gives z, within 8 % of the inverse of the root, then the series of
+    (1 - h)^(-1/3) with h = 1 - x z^3 corrects z, and that of (1 - r)^(-2/3) its product with x.
+    """
+    logarithm = x.view(torch.int32) - _ONE
+    z = (_ONE - (logarithm * (1 / 3)).to(torch.int32)).view(torch.float32)
+    h = 1.0 - x * z * z * z
+    z = z + z * h * (1 / 3 + h * (2 / 9 + h * (14 / 81)))
+    y = x * (z * z)
+    r = 1.0 - y * z
+    return y + y * (r * (2 / 3 + r * (5 / 9)))
 
 
 def _shrink_on_cpu(weight: Tensor, threshold: Tensor, p: float, with_mask: bool) -> tuple[Tensor, Tensor | None]:

@@ -21,7 +21,7 @@ import feather_param
 from feather_param.groups import SharedThreshold
 from feather_param.parametrizations import FeatherParametrization, feather_threshold
 from feather_param.survivors import _CHUNK
-from feather_param.thresholding import _SMALL
+from feather_param.thresholding import _SMALL, _cube_root
 from tests import twins
 
 POWERS = [1.0, 1.5, 2.0, 3.0, 4.0, 7.3, 50.0, math.inf]
@@ -36,16 +36,23 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def compiled(weight: Tensor, threshold: Tensor, p: float) -> Tensor:
+    """The operator as torch.compile traces it, run operation by operation."""
+    torch.compiler.reset()
+    return torch.compile(feather_threshold, fullgraph=True, backend="aot_eager")(weight, threshold, p=p)
+
+
+@pytest.mark.parametrize("operator", [feather_threshold, compiled])
 @pytest.mark.parametrize("p", POWERS)
 @pytest.mark.parametrize("threshold", [0.0, 1e-20, 0.3, 1.0])
-def test_operator_is_the_equation_to_a_few_ulp(p, threshold):
+def test_operator_is_the_equation_to_a_few_ulp(operator, p, threshold):
     edge = t(threshold).float()
     near = [edge]
     for _ in range(50):
         near.append(torch.nextafter(near[-1], t(math.inf)))
     weight = torch.cat([normal(2000), torch.stack(near), -torch.stack(near), normal(500, seed=1) * 1e-18])
     expected = twins.operator(weight, float(edge), p)
-    got = feather_threshold(weight, edge, p=p).double()
+    got = operator(weight, edge, p=p).double()
     # Roundings of (|w| - t) / |w|, of the polynomial, of the exponent 1/p (times |ln ratio| < 17), of the
     # power and of the product; a root divides what comes before it. 8 half-ulps hold them all.
     assert ((got - expected).abs() <= 8 * 2.0**-24 * expected.abs()).all()
@@ -95,6 +102,16 @@ def test_zero_threshold_is_the_identity():
     for p in (1.0, 2.0, math.inf):
         assert torch.equal(feather_threshold(weight, t(0.0), p=p), weight)
     assert (feather_threshold(weight, t(0.0)) - weight).abs().max() <= 2**-22 * weight.abs().max()
+    assert torch.equal(compiled(weight, t(0.0), 3.0), weight)
+
+
+def test_the_cube_root_of_compiled_code():
+    u = torch.cat([2.0**-24 * torch.arange(1, 4097), torch.logspace(-7, 0, 100_000), 1 - torch.logspace(-7, 0, 1000)])
+    x = ((u - 3) * u + 3) * u  # what it is asked for: from 2^-24 to 1
+    expected = x.double() ** (1 / 3)
+    # Half an ulp (of up to 2^-23) each for y, for z in it, twice, and for the sum; the series end below 2^-26.
+    assert ((_cube_root(x) - expected).abs() <= 4 * 2.0**-24 * expected).all()
+    assert _cube_root(torch.ones(1)) == 1.0
 
 
 def test_nan_stays_visible():
