@@ -46,8 +46,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def stepper(kind: str, build: Callable[[], nn.Module], x: Tensor, compiled: bool, amp: bool) -> Callable[[], None]:
-    """Return one training step of a network: dense, sparse, or sparse as in the paper's code."""
+def stepper(
+    kind: str, build: Callable[[], nn.Module], x: Tensor, compiled: bool, amp: bool, early: bool
+) -> Callable[[], None]:
+    """Return one training step of a network: dense, sparse, or sparse as in the paper's code.
+
+    Gradients are freed between forward and backward pass, or `early`, before both.
+    """
     torch.manual_seed(0)
     model = build().to(x.device)
     y = torch.randint(100, (len(x),), device=x.device)
@@ -67,9 +72,12 @@ def stepper(kind: str, build: Callable[[], nn.Module], x: Tensor, compiled: bool
     forward = torch.compile(model) if compiled else model
 
     def step() -> None:
+        if early:
+            optimizer.zero_grad()
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=amp):
             loss = F.cross_entropy(forward(x), y)
-        optimizer.zero_grad()
+        if not early:
+            optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         after()
@@ -85,17 +93,19 @@ def main() -> None:
     parser.add_argument("--paper", action="store_true", help="measure the paper's code as well")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16 where that is safe (autocast)")
+    parser.add_argument("--zero-grad-first", action="store_true", help="call zero_grad() before the forward pass")
     parser.add_argument("--suffix", default="", help="put behind the name of the results file")
     arguments = parser.parse_args()
     output = "training_step" + ("_compiled" if arguments.compile else "") + arguments.suffix
     figures: dict[str, Any] = {}
     rows = []
     path = None
+    flags = arguments.compile, arguments.amp, arguments.zero_grad_first
     kinds = ["dense", "sparse", "paper"] if arguments.paper else ["dense", "sparse"]
     for name in tqdm(arguments.networks, desc="networks"):
         build, shape = NETWORKS[name]
         x = torch.randn(shape, device=arguments.device)
-        ways = {kind: stepper(kind, build, x, arguments.compile, arguments.amp) for kind in kinds}
+        ways = {kind: stepper(kind, build, x, *flags) for kind in kinds}
         seconds = timing.rounds(ways, arguments.rounds, warmup=2)
         median = timing.medians(seconds)
         ratios = {kind: timing.ratio(seconds, kind, "dense") for kind in kinds[1:]}

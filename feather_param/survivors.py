@@ -80,7 +80,7 @@ def _move(bits: Bits, t: np.float32, p: float, dtype: torch.dtype, pruned: NDArr
     kept = bits != 0
     if pruned is not None:
         np.logical_not(kept, out=pruned)
-    if p == math.inf:
+    if p == math.inf or t == 0:  # what is kept stays as it is
         return
     index = np.flatnonzero(kept)
     survivors = bits[index]
