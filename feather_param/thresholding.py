@@ -49,7 +49,7 @@ def feather_threshold(weight: Tensor, threshold: Tensor, theta: float | Tensor =
         tensor([-1.9129,  0.0000,  0.0000])
     """
     theta = theta if isinstance(theta, Tensor) else float(theta)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or _transformed():
         return _TransformableThreshold.apply(weight, threshold, theta, float(p))[0]
     return _FeatherThreshold.apply(weight, threshold, theta, float(p))
 
@@ -66,6 +66,16 @@ def _shrink(weight: Tensor, threshold: Tensor, p: float) -> tuple[Tensor, Tensor
     return torch.where(pruned, 0.0, _factor(u, p).mul_(weight)), pruned
 
 
+def _transformed() -> bool:
+    """Return whether a `torch.func` transform is at work."""
+    return torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+
+
+# What `torch.compiler.assume_constant_result` sets, which would import the compiler: called where a graph is traced,
+# instead of becoming a part of it.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _factor(u: Tensor, p: float) -> Tensor:
     """Return (1 - (1 - u)^p)^(1/p) for u in (0, 1]; whatever else is in `u` gives garbage."""
     if p == 1.0:
@@ -74,7 +84,8 @@ def _factor(u: Tensor, p: float) -> Tensor:
         return torch.sub(2.0, u).mul_(u).sqrt_()
     if p == 3.0:
         cube = torch.sub(u, 3.0).mul_(u).add_(3.0).mul_(u)
-        fused = torch.compiler.is_dynamo_compiling() and cube.dtype == torch.float32  # exports keep the power
+        # Where nothing fuses, a power is faster; nor do exports, and vmap before torch 2.12, know a number's bits.
+        fused = torch.compiler.is_dynamo_compiling() and cube.dtype == torch.float32 and not _transformed()
         return _cube_root(cube) if fused else cube.pow_(1.0 / 3.0)
     return u.neg_().log1p_().mul_(p).expm1_().neg_().pow_(1.0 / p)
 
@@ -86,9 +97,9 @@ _ONE = 0x3F800000
 def _cube_root(x: Tensor) -> Tensor:
     """Return the cube root of x in (0, 1], float32, to 2 ulp, and 1 of 1; whatever else is in `x` gives garbage.
 
-    Fused by a compiler it takes a quarter of the time of a power (`benchmarks.operator`), which no processor has an
-    instruction for: a third of the logarithm gives z, within 8 % of the inverse of the root, then the series of
-    (1 - h)^(-1/3) with h = 1 - x z^3 corrects z, and that of (1 - r)^(-2/3) its product with x.
+    No processor has an instruction for a power: with this the operator takes a third of the time, if it is fused by a
+    compiler (`benchmarks`). A third of the logarithm gives z, within 8 % of the inverse of the root; then the series of
+    (1 - h)^(-1/3) with h = 1 - x z^3 corrects z, and that of (1 - r)^(-2/3) corrects x z^2.
     """
     logarithm = x.view(torch.int32) - _ONE
     z = (_ONE - (logarithm * (1 / 3)).to(torch.int32)).view(torch.float32)

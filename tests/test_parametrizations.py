@@ -105,6 +105,14 @@ def test_zero_threshold_is_the_identity(operator, p, dtype):
     assert torch.equal(operator(weight, t(0.0), p=p), weight)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch cannot compile a transform of such a function there")
+def test_compiled_under_vmap():
+    weight = normal(3, 50)
+    torch.compiler.reset()
+    rows = torch.compile(torch.func.vmap(lambda row: feather_threshold(row, t(0.5))), backend="aot_eager")(weight)
+    torch.testing.assert_close(rows, feather_threshold(weight, t(0.5)))
+
+
 def test_the_cube_root_of_compiled_code():
     u = torch.cat([2.0**-24 * torch.arange(1, 4097), torch.logspace(-7, 0, 100_000), 1 - torch.logspace(-7, 0, 1000)])
     x = ((u - 3) * u + 3) * u  # what it is asked for: from 2^-24 to 1
