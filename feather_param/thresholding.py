@@ -84,7 +84,7 @@ def _factor(u: Tensor, p: float) -> Tensor:
         return torch.sub(2.0, u).mul_(u).sqrt_()
     if p == 3.0:
         cube = torch.sub(u, 3.0).mul_(u).add_(3.0).mul_(u)
-        # Where nothing fuses, a power is faster; nor do exports, and vmap before torch 2.12, know a number's bits.
+        # Where nothing fuses, a power is faster; nor do ONNX, and vmap of torch 2.11, know a number's bits.
         fused = torch.compiler.is_dynamo_compiling() and cube.dtype == torch.float32 and not _transformed()
         return _cube_root(cube) if fused else cube.pow_(1.0 / 3.0)
     return u.neg_().log1p_().mul_(p).expm1_().neg_().pow_(1.0 / p)
