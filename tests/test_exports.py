@@ -215,7 +215,17 @@ def test_exports_of_a_sparsified_model_carry_dense_weights():
     feather_param.sparsify(model, final_rate=RATE, total_steps=1)
     program = torch.export.export(model, (torch.zeros(2, 16),), strict=False)
     assert twins.count_zeros(matrices(t.detach() for t in program.state_dict.values())) == 0
-    called = {node.target for node in program.graph.nodes}
-    assert torch.ops.aten.view.dtype not in called  # a number's bits, for which ONNX has no operation
     with pytest.raises((RuntimeError, ValueError)):
         torch.jit.script(model)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_operator_has_no_operation_that_onnx_lacks(strict):
+    class Product(nn.Module):
+        def forward(self, x, weight):
+            return x @ feather_param.parametrizations.feather_threshold(weight, torch.tensor(0.5))
+
+    program = torch.export.export(Product(), (torch.zeros(2, 16), torch.ones(16, 16)), strict=strict)
+    called = {node.target for node in program.run_decompositions().graph.nodes}
+    assert torch.ops.aten.pow.Tensor_Scalar in called
+    assert torch.ops.aten.view.dtype not in called  # a number's bits

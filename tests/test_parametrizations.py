@@ -105,6 +105,18 @@ def test_zero_threshold_is_the_identity(operator, p, dtype):
     assert torch.equal(operator(weight, t(0.0), p=p), weight)
 
 
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+def test_compiled_whatever_the_default_dtype(default):
+    weight = normal(1000)
+    expected = compiled(weight, t(0.5), 3.0)
+    torch.set_default_dtype(default)
+    try:
+        got = compiled(weight, torch.tensor(0.5, dtype=torch.float32), 3.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="torch cannot compile a transform of such a function there")
 def test_compiled_under_vmap():
     weight = normal(3, 50)
