@@ -2,14 +2,14 @@
 
 from feather_param import parametrizations as parametrizations
 from feather_param import schedules as schedules
+from feather_param.api import baked_state_dict as baked_state_dict
+from feather_param.api import desparsify as desparsify
+from feather_param.api import sparsify as sparsify
 from feather_param.controller import Controller as Controller
 from feather_param.files import load_sparse as load_sparse
 from feather_param.files import save_sparse as save_sparse
 from feather_param.inference import to_sparse_inference as to_sparse_inference
 from feather_param.planning import plan as plan
-from feather_param.verbs import baked_state_dict as baked_state_dict
-from feather_param.verbs import desparsify as desparsify
-from feather_param.verbs import sparsify as sparsify
 
 __all__ = [
     "Controller",

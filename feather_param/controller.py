@@ -1,116 +1,128 @@
-"""The one object with state: it moves the threshold of a model's weights from step to step."""
+"""The controller: the only one that moves the sparsity of a model from step to step."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
 
-from feather_param import checks, settings
-from feather_param.allocation import Budget, allocate, count_zeros
-from feather_param.baking import bake, freeze, hold, remove, survivors
-from feather_param.checkpoints import accept_dense
-from feather_param.groups import SharedThreshold
+from feather_param.allocations import count_zeros
+from feather_param.checks import integer
+from feather_param.core.attach import attach, links, remove_parametrizations, require_attached
+from feather_param.core.baking import bake
+from feather_param.core.config import Config
+from feather_param.core.freezing import freeze, hold
+from feather_param.core.optimizer import Follower, Movement, checked_optimizer
 from feather_param.late_nan import LateNaN
-from feather_param.optimizers import check_optimizer, follow
-from feather_param.parametrizations import FeatherParametrization
-from feather_param.recurrent import drop_weights_after_forward
+from feather_param.parametrizations import SharedSparsity
 from feather_param.report import Report, rows
-from feather_param.schedules import Schedule
-from feather_param.selection import Selection, require_tied, sparsified
-from feather_param.shards import held_here, is_sharded
-from feather_param.thresholds import PruneCount, kth_magnitude
+from feather_param.selection import Selection, sparsified
+from feather_param.thresholds import PruneCount
 from feather_param.warning import warn, warn_of_dead, warn_of_early
 
 __all__ = ["Controller"]
+
+_VERSION = 1  # of a saved state
 
 
 class Controller:
     """The sparsity of one model over time. Made by `sparsify`; call `step` after each optimizer step.
 
-    Attributes:
-        threshold: the current threshold, a 0-dim float32 tensor.
-        rate: the scheduled rate at the current step, a fraction of all prunable weights.
-        step_count: number of optimizer steps seen.
+    Its position in the schedule is part of the model's ``state_dict``: a model that loads an older state, of whatever
+    tool, goes back to the step at which it was saved.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        selection: Selection,
-        budget: Budget,
-        *,
-        final_rate: float,
-        total_steps: int,
-        start_step: int,
-        end_step: int,
-        schedule: Schedule,
-        p: float,
-        theta: float | checks.Theta,
-    ) -> None:
-        self.step_count = 0
-        self._frozen_step: int | None = None
-        self._schedule = schedule
-        self._span = (start_step, end_step)
-        self._skipped = selection.skipped
+    def __init__(self, model: nn.Module, config: Config, selection: Selection) -> None:
         self._model = model
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._hooks: tuple[RemovableHandle, ...] = ()  # those that we gave it
-        self._warned = False
-        self._weights = selection.weights
-        self._budget = budget
-        weights = self._dense()
-        self._settings = settings.describe(
-            weights,
-            budget,
-            final_rate=final_rate,
-            total_steps=total_steps,
-            start_step=start_step,
-            end_step=end_step,
-            schedule=schedule,
-            p=p,
-            theta=theta,
-        )
+        self._skipped = selection.skipped
+        self._shared = SharedSparsity(config, config.budget(selection.sizes))
+        self._shapes = {weight.name: list(weight.sites[0].dense().shape) for weight in selection.weights}
+        self._follower: Follower | None = None
         self._late_nan = LateNaN()
-        pruned = self._target()
-        shares = allocate(weights, pruned, budget.caps)  # raises while the model is untouched
-        self._shared = SharedThreshold(budget.total, next(iter(weights.values())).device, budget.caps)
-        self._shared.aim = budget.zeros(final_rate)
-        self._theta = theta if callable(theta) else None
+        self._movement = Movement()
+        self._warned = self._tied = False
+        attach(self._shared, selection.weights)
         try:
-            self._register(p, None if callable(theta) else theta)
-        except BaseException:  # of a module that takes no parametrization: leave the others as they were
-            remove([site for weight in self._weights for site in weight.sites if site.feather is not None])
+            self._shared.move(0)
+        except BaseException:
+            for weight in selection.weights:
+                for site in weight.sites:
+                    remove_parametrizations(site.module, site.tensor)
             raise
-        self._shared.take(shares, pruned)
-        if callable(theta):
-            self._shared.scale_gradient(checks.slope_at(theta, self.rate))
+        self._links = links(model)
 
-    def _register(self, p: float, theta: float | None) -> None:
-        orders = {site.module: tuple(site.module._parameters) for weight in self._weights for site in weight.sites}
-        owner = True
-        for weight in self._weights:
-            first: FeatherParametrization | None = None
-            for site in weight.sites:
-                feather = FeatherParametrization(
-                    self._shared, owner=owner, p=p, theta=theta, parameter_order=orders[site.module]
-                )
-                owner = False
-                # unsafe: the check would run the operator, and our shapes and dtypes are right by construction.
-                parametrize.register_parametrization(site.module, site.tensor, feather, unsafe=True)
-                site.module.parametrizations.train(site.module.training)  # type: ignore[union-attr, operator]
-                accept_dense(site.module)
-                drop_weights_after_forward(site.module)
-                if first is None:
-                    first = feather
-                    feather.join(weight.name, site.parametrizations)
-                else:
-                    feather.tie(first)
+    @property
+    def step_count(self) -> int:
+        """Number of optimizer steps seen."""
+        return self._shared.position.step
+
+    @property
+    def rate(self) -> float:
+        """The scheduled rate at the current step, a fraction of all prunable weights."""
+        position = self._shared.position
+        return self._shared.config.rate(position.step if position.frozen_step is None else position.frozen_step)
+
+    @property
+    def threshold(self) -> Tensor:
+        """The current threshold: a 0-dim tensor, float64 if a weight is, else float32.
+
+        Weights at their guard (``max_rate_per_layer``, ``min_nonzero_per_layer``) have smaller ones. Once frozen, it
+        stays as it was.
+        """
+        self._shared.keep_up()
+        first, *others = (group.threshold for group in self._shared.position.groups if group.names)
+        return reduce(torch.maximum, (threshold.to(first.device) for threshold in others), first).detach().clone()
+
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage] # it may be called in a compiled training step
+    def step(self) -> None:
+        """Note that one optimizer step has been made: advance the schedule, refresh the threshold.
+
+        Past ``total_steps`` the rate stays at ``final_rate``.
+
+        Raises:
+            RuntimeError: the model has been desparsified, a layer of it was replaced, or the controller follows an
+                optimizer, whose steps count.
+            ValueError: a weight holds NaN or infinity (named in the message), or tied weights no longer are; the
+                controller has not advanced. On a GPU the first is noticed one or two steps late, because no step
+                waits for the device, unless there are guards or the weights are sharded.
+        """
+        self._require("step()")
+        if self._follower is not None:
+            raise RuntimeError(
+                "expected step() not to be called: sparsify got optimizer= (or follow() was called), and each step of "
+                "that optimizer already advances this controller; drop one of the two"
+            )
+        self._advance()
+
+    def refresh(self) -> None:
+        """Take the thresholds anew, from the weights as they are now: somebody else has written to them.
+
+        Seldom needed: forward passes, reports and `desparsify` see by themselves that the weights of a model were loaded,
+        swapped or scaled, and ``train()`` and ``eval()`` have them look for writes through ``.data``. It is needed before
+        an evaluation where nothing tells of a write: under FSDP2 (all processes call this), in compiled models, and for
+        writes past torch or through ``.data`` without a call of ``eval()``. The schedule stands.
+
+        Raises:
+            RuntimeError: the model has been desparsified, or a layer of it was replaced.
+            ValueError: a weight holds NaN or infinity.
+
+        Example:
+            >>> model = nn.Linear(4, 4)
+            >>> controller = feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0)
+            >>> model.parametrizations.weight.original.data.mul_(2.0)  # doctest: +ELLIPSIS
+            tensor(...)
+            >>> controller.refresh()
+            >>> int((model.weight == 0).sum())
+            8
+        """
+        self._require("refresh()")
+        self._shared.refresh()
+        if self._shared.frozen:
+            hold(self._shared)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Let each step of an optimizer make this controller's, so that `step` need not be called.
@@ -148,37 +160,19 @@ class Controller:
             >>> controller.step_count
             1
         """
-        self._require_active("follow()")
-        check_optimizer(optimizer, self._weights)
-        self._attach(optimizer)
+        self._require("follow()")
+        self._follow(checked_optimizer(optimizer, sparsified(self._model)))
 
-    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
-        # A hook cannot remove itself while torch goes through them, so the next controller removes those of the last.
-        for hook in list(getattr(optimizer, "_optimizer_step_post_hooks", {}).values()):
-            other = getattr(hook, "__self__", None)
-            if isinstance(other, Controller) and not other._active:
-                other._detach()
-        self._detach()
-        self._optimizer = optimizer
-        self._hooks = follow(optimizer, self._model, self._after_step)
+    def _follow(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._follower is not None:
+            self._follower.detach()
+        self._follower = Follower(optimizer, self._model, self._after_step, lambda: bool(self._shared.places))
 
-    def _detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._optimizer, self._hooks = None, ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
-        twin = Controller.__new__(Controller)
-        memo[id(self)] = twin
-        here = {"_optimizer": None, "_hooks": (), "_late_nan": LateNaN()}  # of this one's optimizer and GPU
-        own = {name: value for name, value in vars(self).items() if name not in here}
-        vars(twin).update(copy.deepcopy(own, memo), **here)
-        return twin
-
-    def _after_step(self, *_: Any) -> None:
-        if self._active:
+    def _after_step(self) -> None:
+        if self._shared.places:
+            self._require("step()")
             self._advance()
-        elif not self._warned and not any(site.feather for weight in self._weights for site in weight.sites):
+        elif not self._warned and not sparsified(self._model):
             self._warned = True
             warn(
                 "this optimizer has just stepped a model that was desparsified: momentum and weight decay bring "
@@ -186,80 +180,41 @@ class Controller:
                 "or stop training before desparsify"
             )
 
-    @property
-    def threshold(self) -> Tensor:
-        if self._shared.stale:
-            self._shared.catch_up()
-        return self._shared.threshold.detach().clone()
-
-    @property
-    def rate(self) -> float:
-        start, end = self._span
-        step = self.step_count if self._frozen_step is None else self._frozen_step
-        if step < start:
-            return 0.0
-        if step >= end:
-            return self._settings["final_rate"]
-        return self._settings["final_rate"] * checks.fraction(self._schedule, (step - start) / (end - start))
-
-    def step(self) -> None:
-        """Note that one optimizer step has been made: advance the schedule, refresh the threshold.
-
-        Past ``total_steps`` the rate stays at ``final_rate``.
-
-        Raises:
-            RuntimeError: the model has been desparsified, or the controller follows an optimizer, whose steps count.
-            ValueError: a weight holds NaN or infinity (named in the message), or tied weights no longer are; the
-                controller has not advanced. On a GPU the first is noticed one or two steps late, because no step
-                waits for the device, unless there are guards or the weights are sharded.
-        """
-        self._require_active("step()")
-        if self._optimizer is not None:
-            raise RuntimeError(
-                "expected step() not to be called: sparsify got optimizer= (or follow() was called), and each step of "
-                "that optimizer already advances this controller; drop one of the two"
-            )
-        self._advance()
-
     def _advance(self) -> None:
-        self._require_active("step()")
-        require_tied([weight for weight in self._weights if len(weight.sites) > 1])
-        self.step_count += 1
-        try:
-            self._refresh()
-        except BaseException:  # of a schedule, too
-            self.step_count -= 1
-            raise
-        if self.step_count == self._span[1] and self.threshold.device.type == "cpu" and not self._shared.frozen:
-            self.report()  # the rate is final now: warn of layers that died
-
-    def _refresh(self) -> None:
-        weights = self._dense()
-        self._late_nan.refuse(weights)
-        if self._shared.frozen:
-            parts, add_up = held_here(weights)
-            threshold = kth_magnitude(parts, 0, add_up)  # zero; or, where a weight is not finite, an error or NaN
-            hold(self._weights)
+        shared = self._shared
+        self._late_nan.refuse(shared.weights)
+        self._movement.look(shared)
+        before = shared.position.groups
+        zeros = shared.position.zeros
+        if shared.frozen:
+            threshold = hold(shared)
+            shared.position.step += 1
         else:
-            self._move(weights)
-            threshold = self._shared.threshold
-        self._late_nan.look(threshold, sharded=any(map(is_sharded, weights.values())))
+            shared.move(shared.position.step + 1)
+            threshold = shared.position.groups[0].threshold
+        self._late_nan.look(threshold, sharded=shared.sharded)
+        if threshold.device.type != "cpu" or shared.frozen:
+            return
+        if self.step_count == shared.config.end_step:
+            self.report()  # the rate is final now: warn of layers that died
+        elif zeros < shared.position.zeros and threshold and torch.equal(threshold, before[0].threshold):
+            self._warn_of_ties()
 
-    def _move(self, weights: Mapping[str, Tensor]) -> None:
-        """Set threshold and theta for the step that has come; on an error neither."""
-        theta = None if self._theta is None else checks.slope_at(self._theta, self.rate)
-        self._shared.refresh(self._target(), weights)
-        if theta is not None:
-            self._shared.scale_gradient(theta)
+    def _warn_of_ties(self) -> None:
+        """Warn once if nothing is left where more zeros came and the threshold stayed: many weights equal it."""
+        report = self._report()
+        if not self._tied and (tied := [row.name for row in report.rows if row.ties and row.name in report.dead]):
+            self._tied = True
+            warn_of_dead(tied, tied)
 
     def freeze(self) -> None:
         """Hold the zeros as they are now while training goes on: the schedule stops, and a mask stands for magnitudes.
 
         The dense weights are overwritten by what the forward pass sees, so that the network stays the same; from then
         on pruned weights get no gradient, and neither momentum nor weight decay brings them back. The masks take
-        one byte a weight, and no place in the ``state_dict``, whose weights have the zeros. A copy made before goes on
-        by magnitude. Loading an unfrozen checkpoint keeps the masks, until the state of its controller is loaded too.
-        Warns where there are no zeros yet.
+        one byte a weight, and no entry in the ``state_dict``, whose weights have the zeros. A copy made before goes on
+        by magnitude. Loading a state from before the freeze, of the model or the controller, thaws the model; loading a
+        plain model's weights keeps the masks. Warns where there are no zeros yet.
 
         Raises:
             RuntimeError: the model has been desparsified.
@@ -275,12 +230,11 @@ class Controller:
             >>> controller.report().zeros
             8
         """
-        self._require_active("freeze()")
+        self._require("freeze()")
         if not self._shared.frozen:
-            if not self._target():
+            if not self._shared.position.zeros:
                 warn_of_early("freeze()", 0, self._shared.aim)
-            freeze(self._weights)
-            self._frozen_step = self.step_count
+            freeze(self._shared)
 
     def report(self) -> Report:
         """Report what `desparsify` would leave at this moment, per weight and in all.
@@ -290,42 +244,55 @@ class Controller:
         Raises:
             RuntimeError: the model has been desparsified.
         """
-        self._require_active("report()")
-        weights = self._dense()
-        if self._shared.frozen:
-            counts = {name: PruneCount(int((~mask).sum()), 0) for name, mask in self._shared.masks().items()}
-        else:
-            counts = count_zeros(weights, allocate(weights, int(self._shared.pruned), self._budget.caps))
-        report = Report(rows(weights, counts), dict(self._skipped))
-        warn_of_dead(report.dead)
+        self._require("report()")
+        report = self._report()
+        warn_of_dead(report.dead, [row.name for row in report.rows if row.ties])
         return report
 
-    def survivors(self) -> dict[str, Tensor]:
+    def _report(self) -> Report:
+        shared = self._shared
+        shared.refresh()
+        if shared.frozen:
+            counts = {name: PruneCount(int((~mask).sum()), 0) for name, mask in shared.masks().items()}
+        else:
+            counts = count_zeros(shared.weights(), shared.position.groups)
+        return Report(rows(shared.weights(), counts), dict(self._skipped))
+
+    def masks(self) -> dict[str, Tensor]:
         """Return which elements of each weight `desparsify` would leave at this moment: bool tensors, by name.
 
         Raises:
-            RuntimeError: the model has been desparsified.
+            RuntimeError: the model has been desparsified, or a layer of it was replaced.
             ValueError: a weight holds NaN or infinity.
 
         Example:
             >>> layer = nn.Linear(2, 2)
             >>> layer.weight = nn.Parameter(torch.tensor([[1.0, -2.0], [-4.0, 3.0]]))
-            >>> feather_param.sparsify(layer, final_rate=0.5, total_steps=1, end_step=0).survivors()["weight"]
+            >>> feather_param.sparsify(layer, final_rate=0.5, total_steps=1, end_step=0).masks()["weight"]
             tensor([[False, False],
                     [ True,  True]])
         """
-        self._require_active("survivors()")
-        return survivors(self._weights)
+        self._require("masks()")
+        self._shared.refresh()
+        return self._shared.masks()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume, in plain Python values; loads with ``weights_only=True``."""
-        return {**self._settings, "step_count": self.step_count, "frozen_step": self._frozen_step}
+        """Return settings and position, in plain Python values; loads with ``weights_only=True``."""
+        position = self._shared.position
+        return {
+            "version": _VERSION,
+            **self._shared.config.plain,
+            "weights": self._shapes,
+            "step_count": position.step,
+            "frozen_step": position.frozen_step,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from where a controller of the same model and the same settings was saved.
 
-        Load the model's state_dict as well, before or after: the threshold travels there, and the zeros of a frozen
-        model's weights, which tell its masks.
+        A model's own state_dict holds its position, so this is needed only where that was not loaded; it checks that the
+        settings are the same. Load the model as well, before or after: the zeros of a frozen model's weights tell its
+        masks.
 
         Args:
             state_dict: what `state_dict` returned.
@@ -334,54 +301,50 @@ class Controller:
             ValueError: it is from another version, model or setting; the controller is then untouched.
             RuntimeError: the model has been desparsified.
         """
-        self._require_active("load_state_dict()")
-        settings.require_same(self._settings, state_dict)
-        step_count = checks.integer("step_count", state_dict["step_count"], 0)
-        frozen_step = state_dict["frozen_step"]
-        if frozen_step is not None:
-            frozen_step = checks.integer("frozen_step", frozen_step, 0)
-        before = self.step_count, self._frozen_step
-        self.step_count, self._frozen_step = step_count, frozen_step
-        if frozen_step is not None and self._shared.frozen:  # the masks are there already
-            return
-        try:
-            if frozen_step is not None and self._shared.rests:  # the model was loaded before
-                for member in self._shared.members.values():
-                    member.find_mask()
-            else:
-                self._move(self._dense())
-                if frozen_step is not None:
-                    freeze(self._weights)  # until the model is loaded
-        except BaseException:
-            self.step_count, self._frozen_step = before
-            raise
-        if frozen_step is None:
-            for member in self._shared.members.values():
-                member.mask = None
+        self._require("load_state_dict()")
+        if not isinstance(state_dict, Mapping) or not {"version", "step_count", "frozen_step"} <= state_dict.keys():
+            raise ValueError("expected the state_dict of a feather_param Controller, got something else")
+        if state_dict["version"] != _VERSION:
+            raise ValueError(
+                f"expected a controller state of version {_VERSION}, got {state_dict['version']}; "
+                "load it with the feather_param release that wrote it"
+            )
+        self._shared.config.require_same(state_dict)
+        if state_dict.get("weights") != self._shapes:
+            difference = _difference(self._shapes, state_dict.get("weights"))
+            raise ValueError(f"expected a controller state of this model, got another's: {difference}")
+        step, frozen = integer("step_count", state_dict["step_count"], 0), state_dict["frozen_step"]
+        self._shared.move(step, None if frozen is None else integer("frozen_step", frozen, 0))
         self._late_nan = LateNaN()
 
     def desparsify(self) -> None:
         """Bake exact zeros into the model's weights and give it back its plain layers; see `desparsify`."""
-        self._require_active("desparsify()")
-        bake(sparsified(self._model))  # not `self._weights`: they may belong to a layer that was replaced
+        if not self._shared.places:
+            self._require("desparsify()")
+        bake(sparsified(self._model))
 
-    def _dense(self) -> dict[str, Tensor]:
-        return {weight.name: weight.sites[0].dense() for weight in self._weights}
+    def _require(self, call: str) -> None:
+        require_attached(call, self._model, self._shared, self._links)
 
-    def _target(self) -> int:
-        return self._budget.zeros(self.rate)
-
-    @property
-    def _active(self) -> bool:
-        feather = self._weights[0].sites[0].feather  # another's, where the model was sparsified anew
-        return feather is not None and feather.shared is self._shared
-
-    def _require_active(self, call: str) -> None:
-        if not self._active:
-            raise RuntimeError(f"expected {call} before desparsify, got it after: the model is plain again")
+    def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
+        twin = Controller.__new__(Controller)
+        memo[id(self)] = twin
+        here = {"_follower": None, "_late_nan": LateNaN()}  # of this one's optimizer and GPU
+        own = {name: value for name, value in vars(self).items() if name not in here}
+        vars(twin).update(copy.deepcopy(own, memo), **here)
+        twin._shared.source = None  # no mere copy: it has a controller of its own
+        return twin
 
     def __repr__(self) -> str:
-        rate = f"rate={self.rate:.4f} of {self._settings['final_rate']}"
-        step = f"step {self.step_count} of {self._settings['total_steps']}"
-        frozen = ", frozen" if self._frozen_step is not None else ""
-        return f"Controller({rate}, {step}, {self._budget.total:,} weights{frozen})"
+        config, budget = self._shared.config, self._shared.budget
+        rate = f"rate={self.rate:.4f} of {config.final_rate}"
+        frozen = ", frozen" if self._shared.frozen else ""
+        return f"Controller({rate}, step {self.step_count} of {config.total_steps}, {budget.total:,} weights{frozen})"
+
+
+def _difference(ours: Mapping[str, list[int]], theirs: Any) -> str:
+    theirs = theirs if isinstance(theirs, Mapping) else {}
+    for name, shape in ours.items():
+        if theirs.get(name) != shape:
+            return f"{name} has shape {tuple(shape)} here and {tuple(theirs.get(name) or ()) or 'no entry'} there"
+    return f"it also has {next(name for name in theirs if name not in ours)}"

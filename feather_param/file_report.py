@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from feather_param.checkpoints import of_sparsified
+from feather_param.core.state_dict import of_sparsified
 from feather_param.reading import Checkpoint
 from feather_param.report import Report, Row
 from feather_param.sizes import untied

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from feather_param.checkpoints import of_sparsified
+from feather_param.api import baked_state_dict
 from feather_param.container import Place, parse, read_header, replacing, write
+from feather_param.core.state_dict import of_sparsified
 from feather_param.packing import LARGEST, Bytes, crc, pack, unpack
 from feather_param.selection import sparsified
 from feather_param.shards import is_sharded
-from feather_param.verbs import baked_state_dict
 from feather_param.warning import warn
 
 __all__ = ["load_sparse", "save_sparse"]

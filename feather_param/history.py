@@ -116,7 +116,7 @@ class History:
             ValueError: a weight holds NaN or infinity.
         """
         controller = self._controller
-        masks = controller.survivors()
+        masks = controller.masks()
         packed = {name: _pack(mask) for name, mask in masks.items()}
         layers: list[LayerLook] = []
         for name, now in packed.items():

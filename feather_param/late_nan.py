@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -26,14 +26,14 @@ class LateNaN:
         self._seen: Tensor | None = None
         self._written: torch.cuda.Event | None = None
 
-    def refuse(self, weights: Mapping[str, Tensor]) -> None:
+    def refuse(self, weights: Callable[[], Mapping[str, Tensor]]) -> None:
         """Raise the ValueError that names the weights with NaN or infinity, if the threshold was seen to be NaN."""
         if self._seen is None:
             return
         if self._written is not None:
             self._written.synchronize()
         if math.isnan(self._seen):
-            parts, add_up = held_here(weights)
+            parts, add_up = held_here(weights())
             refuse_non_finite(parts, elsewhere=add_up is not None)
 
     def look(self, threshold: Tensor, sharded: bool) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from feather_param.baking import survivors
+from feather_param.core.baking import final_masks
 from feather_param.selection import names_of, sparsified
+from feather_param.sites import parametrizations_of
 from feather_param.tables import aligned, grouped
 
 __all__ = ["LayerMultiplyAdds", "MultiplyAdds", "multiply_adds"]
@@ -128,11 +129,7 @@ def multiply_adds(model: nn.Module, example_input: Any) -> MultiplyAdds:
 
 
 def _counted(model: nn.Module, uses: Mapping[nn.Module, int]) -> MultiplyAdds:
-    weights = sparsified(model)
-    left = survivors(weights)
-    nonzeros: dict[tuple[nn.Module, str], int] = {
-        (site.module, site.tensor): int(left[weight.member.name].sum()) for weight in weights for site in weight.sites
-    }
+    nonzeros = {place: int(mask.sum()) for place, mask in final_masks(sparsified(model)).items()}
     rows: list[LayerMultiplyAdds] = []
     uncounted: dict[str, str] = {}
     for module, (name, *_) in names_of(model).items():
@@ -154,7 +151,7 @@ def _counted(model: nn.Module, uses: Mapping[nn.Module, int]) -> MultiplyAdds:
 def _matrices(module: nn.Module) -> list[str]:
     """Return the names of a module's own parameters of two or more dimensions, parametrized or not."""
     plain = [name for name, value in module._parameters.items() if value is not None and value.dim() >= 2]
-    return plain + (list(module.parametrizations) if parametrize.is_parametrized(module) else [])  # type: ignore[arg-type]
+    return [*plain, *parametrizations_of(module)]
 
 
 def _applications(module: nn.Module, given: Tensor, output: Tensor) -> int:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from feather_param import checks
-from feather_param.allocation import Budget, allocate, count_zeros
-from feather_param.baking import check_other_parametrizations
+from feather_param.allocations import count_zeros
+from feather_param.core.baking import check_other_parametrizations
+from feather_param.core.config import Config
 from feather_param.selection import Filter, select
 from feather_param.tables import aligned, grouped
 from feather_param.thresholds import require_finite
@@ -103,20 +103,19 @@ def plan(
         >>> found.zeros, found.most, found.reachable, found.largest_rate
         (152, 143, False, 0.89375)
     """
-    final_rate = checks.model_and_rate(model, final_rate)
-    min_params, max_rate, min_nonzero = checks.guards(min_params, max_rate_per_layer, min_nonzero_per_layer)
+    config = Config(final_rate, max_rate_per_layer=max_rate_per_layer, min_nonzero_per_layer=min_nonzero_per_layer)
     selection = select(model, include, exclude, min_params)
     check_other_parametrizations(selection.weights)
-    budget = Budget(selection.sizes, max_rate, min_nonzero)
-    k = budget.zeros(final_rate)
+    budget = config.budget(selection.sizes)
+    k = budget.zeros(config.final_rate)
     weights = selection.dense()
     require_finite(weights, new=True)
     zeros: dict[str, int | None] = dict.fromkeys(weights)
     if k <= budget.most and not any(weight.is_meta for weight in weights.values()):
-        counts = count_zeros(weights, allocate(weights, k, budget.caps))
+        counts = count_zeros(weights, config.allocation(weights, k, budget.guards))
         zeros = {name: count.zeros for name, count in counts.items()}
     rows = tuple(
-        PlannedWeight(name, tuple(weight.shape), weight.numel(), budget.caps.get(name, weight.numel()), zeros[name])
+        PlannedWeight(name, tuple(weight.shape), weight.numel(), budget.guards.get(name, weight.numel()), zeros[name])
         for name, weight in weights.items()
     )
     return Plan(rows, budget.total, k, budget.most, selection.skipped)

@@ -15,13 +15,24 @@ __all__ = ["Report", "Row", "rows"]
 
 @dataclass(frozen=True)
 class Row:
-    """One prunable weight: its size, its zeros, and its share of all the weights that survive."""
+    """One prunable weight.
+
+    Attributes:
+        name: its name.
+        shape: its shape.
+        total: number of elements.
+        zeros: number of those that are zero.
+        survivor_share: its share of all the elements that survive.
+        ties: elements that equal the threshold and are not zero: they are kept as the smallest number of the dtype, so
+            that the number of zeros is exact, but they count for nothing and do not survive.
+    """
 
     name: str
     shape: tuple[int, ...]
     total: int
     zeros: int
     survivor_share: float
+    ties: int = 0
 
     @property
     def rate(self) -> float:
@@ -65,7 +76,7 @@ class Report:
     @property
     def dead(self) -> tuple[str, ...]:
         """Names of the weights of which nothing survives."""
-        return tuple(row.name for row in self.rows if 0 < row.total == row.zeros)
+        return tuple(row.name for row in self.rows if 0 < row.total == row.zeros + row.ties)
 
     def __str__(self) -> str:
         cells = [("weight", "shape", "total", "zeros", "rate", "of all survivors")]
@@ -75,20 +86,27 @@ class Report:
             cells.append((row.name, shape, f"{row.total:,}", f"{row.zeros:,}", f"{row.rate:.3%}", share))
         cells.append(("all", "", f"{self.total:,}", f"{self.zeros:,}", f"{self.rate:.3%}", "100.00%"))
         lines = aligned(cells)
+        lines += [
+            f"ties: {row.ties:,} of the elements of {row.name} that are not zero equal the threshold and count for nothing"
+            for row in self.rows
+            if row.ties
+        ]
         lines += [f"dense: {line}" for line in grouped(self.skipped)]
         return "\n".join(lines)
 
 
 def rows(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]) -> tuple[Row, ...]:
     """Return a row for each weight, given how many of its elements are pruned."""
-    survivors = sum(weight.numel() - counts[name].zeros for name, weight in weights.items())
+    left = {name: weight.numel() - counts[name].zeros - counts[name].kept_ties for name, weight in weights.items()}
+    all_left = max(1, sum(left.values()))
     return tuple(
         Row(
             name,
             tuple(weight.shape),
             weight.numel(),
             counts[name].zeros,
-            (weight.numel() - counts[name].zeros) / max(1, survivors),
+            left[name] / all_left,
+            counts[name].kept_ties,
         )
         for name, weight in weights.items()
     )

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
-from feather_param.parametrizations import FeatherParametrization
+from feather_param.checks import integer
 from feather_param.patterns import Filter, Rule
 from feather_param.shards import is_sharded
-from feather_param.sites import Site, Weight, is_matrix, names_of, sites_of
+from feather_param.sites import Site, Weight, is_matrix, names_of, parametrizations_of, sites_of
 from feather_param.tables import grouped
 
-__all__ = ["Filter", "Selection", "Site", "Weight", "names_of", "require_tied", "select", "sparsified"]
+__all__ = ["Filter", "Selection", "Site", "Weight", "names_of", "select", "sparsified"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ def select(
 ) -> Selection:
     """Choose the weights of a model to prune.
 
-    By default these are the weights of all Linear, Conv and ConvTranspose layers and their subclasses. A pattern
+    By default these are the weights of all Linear, Conv and ConvTranspose layers and their subclasses, and the input
+    projections of ``nn.MultiheadAttention``. A pattern
     is matched against the module's name and the weight's (``"layer1.*"``, ``"*.conv1.weight"``); one whose
     last part is about a tensor (``"*.c_attn.weight"``, ``"lstm.weight_*"``) selects it in any kind of module, if it
     has two dimensions or more.
@@ -55,8 +55,10 @@ def select(
     Raises:
         ValueError: a filter or one of its patterns matches nothing, nothing is left to prune, a weight cannot be
             pruned, or ``include`` names only some of the layers that share a weight.
-        TypeError: a filter is neither patterns nor a callable.
+        TypeError: the model is no nn.Module, or a filter is neither patterns nor a callable.
     """
+    _check_model(model)
+    min_params = integer("min_params", min_params, 0)
     if already := sparsified(model):
         raise ValueError(
             f"expected a plain model, got one that is already sparsified (at {already[0].name}); "
@@ -124,16 +126,20 @@ def sparsified(model: nn.Module) -> tuple[Weight, ...]:
     return tuple(Weight(tuple(sites)) for sites in by_parameter.values())
 
 
-def require_tied(weights: Sequence[Weight]) -> None:
-    """Refuse weights that were tied when they were sparsified and no longer are."""
-    found: dict[FeatherParametrization, Site] = {}
-    for weight in weights:
-        for site in weight.sites:
-            other = found.setdefault(weight.member if site.feather is None else site.feather.member, site)
-            if other.key != site.key:
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"expected a model of plain modules, got {type(module).__name__} at {name or 'the root'}; "
+                "sparsify before scripting, and script after desparsify"
+            )
+        for cls in type(module).__mro__:
+            if cls.__module__.startswith(("torch.distributed.fsdp", "torch.nn.parallel.distributed")):
                 raise ValueError(
-                    f"expected {other.name} and {site.name} to share one Parameter, as when they were sparsified, got "
-                    "two: load_state_dict(assign=True) unties weights; tie them again, or load without assign"
+                    f"expected a model that is not yet wrapped, got {cls.__name__} at {name or 'the root'}; "
+                    "the order is: sparsify(model), then DDP or fully_shard, then the optimizer"
                 )
 
 
@@ -143,7 +149,7 @@ def _check(site: Site) -> None:
     if parameter is not None and is_lazy(parameter):
         raise ValueError(f"expected initialised weights, got a lazy one at {site.name}; run one batch first")
     if not isinstance(parameter, Tensor) or not isinstance(parameter, nn.Parameter):
-        if parametrize.is_parametrized(site.module, site.tensor):
+        if site.tensor in parametrizations_of(site.module):
             return
         found = type(getattr(site.module, site.tensor, None)).__name__
         raise ValueError(

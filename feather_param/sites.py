@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from feather_param.parametrizations import FeatherParametrization, originals
+from feather_param.parametrizations import FeatherParametrization, Place
 
-__all__ = ["LAYERS", "Site", "Weight", "full_name", "is_matrix", "names_of", "sites_of"]
+__all__ = ["LAYERS", "Site", "Weight", "full_name", "is_matrix", "names_of", "parametrizations_of", "sites_of"]
 
 LAYERS = (
     nn.Linear,
@@ -22,6 +23,9 @@ LAYERS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+
+# The input projections of `nn.MultiheadAttention`: three Linear layers in all but class, in one tensor or three.
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,14 @@ class Site:
     @property
     def by_default(self) -> bool:
         """Whether this is pruned unless something is said of it; other weights join by their own names."""
+        if isinstance(self.module, nn.MultiheadAttention):
+            return self.tensor in _PROJECTIONS and bool(self.originals)
         return self.tensor == "weight" and isinstance(self.module, LAYERS)
 
     @property
     def parameter(self) -> Tensor | None:
         """The dense weight, or None where it is not a plain (or plainly parametrized) parameter."""
-        if parametrize.is_parametrized(self.module, self.tensor):
+        if self.tensor in parametrizations_of(self.module):
             return getattr(self.parametrizations, "original", None)
         return self.module._parameters.get(self.tensor)
 
@@ -49,27 +55,24 @@ class Site:
         """The parameters that the weight is made from: itself, or what other parametrizations take."""
         if self.parameter is not None:
             return [self.parameter]
-        if parametrize.is_parametrized(self.module, self.tensor):
-            return list(originals(self.parametrizations))
+        if self.tensor in parametrizations_of(self.module):
+            return Place(self.name, self.name, self.parametrizations).originals
         return []
 
     @property
     def parametrizations(self) -> parametrize.ParametrizationList:
         """The parametrizations of this tensor, ours among them once the model is sparsified."""
-        plist = self.module.parametrizations[self.tensor]  # type: ignore[index]
-        assert isinstance(plist, parametrize.ParametrizationList)
-        return plist
+        return parametrizations_of(self.module)[self.tensor]
 
     @property
     def feather(self) -> FeatherParametrization | None:
         """Our parametrization of this tensor, if it has one."""
-        if not parametrize.is_parametrized(self.module, self.tensor):
-            return None
-        return next((p for p in self.parametrizations if isinstance(p, FeatherParametrization)), None)
+        place = parametrizations_of(self.module).get(self.tensor, ())
+        return next((each for each in place if isinstance(each, FeatherParametrization)), None)
 
     def dense(self) -> Tensor:
         """Return the weight that our parametrization sees: past those registered before it."""
-        return getattr(self.module, self.tensor) if self.feather is None else self.feather.dense()
+        return getattr(self.module, self.tensor) if self.feather is None else self.feather.shared.dense(self.feather)
 
     @property
     def key(self) -> int:
@@ -91,13 +94,11 @@ class Weight:
     def numel(self) -> int:
         return self.sites[0].dense().numel()
 
-    @property
-    def member(self) -> FeatherParametrization:
-        """What stands for this weight in its group, once the model is sparsified."""
-        feather = self.sites[0].feather
-        if feather is None:
-            raise RuntimeError(f"expected a sparsified weight, got the plain {self.name}")
-        return feather.member
+
+def parametrizations_of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """Return a module's own parametrizations by tensor; a wrapper may hand out those of the module inside."""
+    found: Any = module._modules.get("parametrizations")
+    return found._modules if isinstance(found, nn.ModuleDict) else {}
 
 
 def sites_of(model: nn.Module) -> Iterator[tuple[Site, list[str]]]:
@@ -108,8 +109,7 @@ def sites_of(model: nn.Module) -> Iterator[tuple[Site, list[str]]]:
         tensors = dict.fromkeys(module._parameters)
         if isinstance(module, LAYERS):
             tensors["weight"] = None  # also where a hook or a quantiser made it something else: `select` tells
-        if parametrize.is_parametrized(module):
-            tensors.update(dict.fromkeys(module.parametrizations))  # type: ignore[arg-type]
+        tensors.update(dict.fromkeys(parametrizations_of(module)))
         for tensor in tensors:
             yield Site(full_name(aliases[0], tensor), module, tensor), aliases
 

@@ -25,7 +25,7 @@ __all__ = ["serves", "shrink"]
 _CHUNK = 1 << 17
 
 Bits = NDArray[np.signedinteger[Any]]
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 
 def serves(weight: Tensor) -> bool:
@@ -34,16 +34,16 @@ def serves(weight: Tensor) -> bool:
 
 
 def shrink(weight: Tensor, threshold: Tensor, p: float, out: Tensor, pruned: Tensor | None) -> None:
-    """Compute the operator, in float32, and the mask of what it sets to zero.
+    """Compute the operator, in float32 at least, and the mask of what it sets to zero.
 
     Args:
-        weight: float32, float16 or bfloat16, on the CPU, of any strides without gaps.
-        threshold: 0-dim float32.
+        weight: float64, float32, float16 or bfloat16, on the CPU, of any strides without gaps.
+        threshold: 0-dim.
         p: exponent.
         out: where the result goes, of the weight's dtype and strides.
         pruned: where the mask goes, bool, of the weight's strides; or None.
     """
-    t = np.float32(threshold.item())
+    t = (np.float64 if weight.dtype == torch.float64 else np.float32)(threshold.item())
     # Numpy sees what is ours only: a storage that it has seen cannot be resized any more, as FSDP does with weights.
     torch.hardshrink(weight, _largest_pruned(t, weight.dtype), out=out)  # a NaN is kept: it must stay visible
     if math.isnan(t):  # a sick weight elsewhere: prune nothing, and let it be seen
@@ -61,10 +61,10 @@ def shrink(weight: Tensor, threshold: Tensor, p: float, out: Tensor, pruned: Ten
                 part = slice(start, start + _CHUNK)
                 _move(bits[part], t, p, weight.dtype, None if mask is None else mask[part])
 
-    in_threads(work, bits.size if weight.dtype == torch.float32 else 0)  # 16 bits are converted by torch
+    in_threads(work, bits.size if weight.element_size() >= 4 else 0)  # 16 bits are converted by torch
 
 
-def _largest_pruned(threshold: np.float32, dtype: torch.dtype) -> float:
+def _largest_pruned(threshold: np.floating[Any], dtype: torch.dtype) -> float:
     """Return the largest number of a dtype up to the threshold: it cuts the numbers of that dtype at the same place."""
     if dtype == torch.bfloat16:
         return float((threshold.view(np.int32) & -(1 << 16)).view(np.float32))
@@ -75,7 +75,7 @@ def _largest_pruned(threshold: np.float32, dtype: torch.dtype) -> float:
     return float(threshold)
 
 
-def _move(bits: Bits, t: np.float32, p: float, dtype: torch.dtype, pruned: NDArray[np.bool_] | None) -> None:
+def _move(bits: Bits, t: np.floating[Any], p: float, dtype: torch.dtype, pruned: NDArray[np.bool_] | None) -> None:
     """Replace what is not zero by P(w), and write the mask of what is."""
     kept = bits != 0
     if pruned is not None:
@@ -84,15 +84,15 @@ def _move(bits: Bits, t: np.float32, p: float, dtype: torch.dtype, pruned: NDArr
         return
     index = np.flatnonzero(kept)
     survivors = bits[index]
-    if dtype == torch.float32:
-        moved = _moved(survivors.view(np.float32), t, p).view(bits.dtype)
+    if dtype in (torch.float32, torch.float64):
+        moved = _moved(survivors.view(t.dtype), t, p).view(bits.dtype)
     else:  # by torch, for numpy has no bfloat16
         wide = torch.from_numpy(survivors).view(dtype).float().numpy()
         moved = torch.from_numpy(_moved(wide, t, p)).to(dtype).view(INTEGER[dtype]).numpy()
     bits[index] = moved
 
 
-def _moved(survivors: Floats, t: np.float32, p: float) -> Floats:
+def _moved(survivors: Floats, t: np.floating[Any], p: float) -> Floats:
     """Return P(w) of what is not pruned."""
     magnitude = np.abs(survivors)
     u = magnitude - t

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from feather_param import survivors
 from feather_param.thresholds import flat, kernels
 
-__all__ = ["feather_threshold", "smallest_kept"]
+__all__ = ["concrete", "feather_threshold", "smallest_kept"]
 
 # With fewer elements than this, the gradient is not worth cutting into parts (`benchmarks.operator`).
 _SMALL = 1 << 18
@@ -26,14 +26,14 @@ def feather_threshold(weight: Tensor, threshold: Tensor, theta: float | Tensor =
         P(w) = \operatorname{sign}(w) \, (|w|^p - t^p)^{1/p} \text{ where } |w| > t, \text{ else } 0
 
     The gradient is straight-through: 1 where :math:`|w| > t`, ``theta`` elsewhere; ``threshold`` gets none.
-    Magnitudes are compared as float32, whatever the weight's dtype.
+    Magnitudes are compared in float32, those of a float64 weight in float64.
     ``p = 1`` is soft thresholding, ``p = math.inf`` hard thresholding; a zero threshold is the identity.
     It is computed as :math:`w (1 - (1 - u)^p)^{1/p}` with :math:`u = (|w| - t) / |w|`, in float32 at
     least: :math:`|w| - t` is exact near the threshold, where the equation as written cancels.
 
     Args:
         weight: the weight, of any shape and floating dtype.
-        threshold: the threshold t >= 0, a 0-dim float32 tensor.
+        threshold: the threshold t >= 0, a 0-dim tensor; float32, or float64 where the weight is.
         theta: scale of the gradient of the pruned weights; a 0-dim tensor may change between steps without a
             recompilation.
         p: exponent, a number >= 1 or ``math.inf``.
@@ -59,7 +59,7 @@ def _shrink(weight: Tensor, threshold: Tensor, p: float) -> tuple[Tensor, Tensor
     if weight.dtype in (torch.float16, torch.bfloat16):
         weight = weight.float()
     magnitude = weight.abs()
-    pruned = magnitude.float() <= threshold  # a NaN is not pruned: it must stay visible
+    pruned = magnitude <= threshold  # a NaN is not pruned: it must stay visible
     if p == math.inf:
         return torch.where(pruned, 0.0, weight), pruned
     u = (magnitude - threshold).div_(magnitude)
@@ -150,7 +150,7 @@ def smallest_kept(dtype: torch.dtype) -> float:
     return info.smallest_normal * info.eps if dtype == torch.float16 else info.smallest_normal
 
 
-def _concrete(tensor: Tensor) -> bool:
+def concrete(tensor: Tensor) -> bool:
     """Return whether values can be looked at here and now: no subclass, no transform, nothing that traces."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
@@ -164,7 +164,7 @@ def _concrete(tensor: Tensor) -> bool:
 
 def _compute(weight: Tensor, threshold: Tensor, p: float, with_mask: bool) -> tuple[Tensor, Tensor | None]:
     """Return what `_shrink` does, in the weight's dtype, by the fastest way there is."""
-    if _concrete(weight):
+    if concrete(weight):
         if weight.device.type == "cpu" and survivors.serves(weight):
             return _shrink_on_cpu(weight, threshold, p, with_mask)
         if weight.device.type == "cuda" and (gpu := kernels(weight.device)) and gpu.serves(weight, p):
@@ -199,7 +199,7 @@ def _scaled_in_parts(grad: Tensor, pruned: Tensor, theta: float | Tensor) -> Ten
     Not of one that is differentiated or transformed itself.
     """
     large = grad.device.type == "cpu" and grad.numel() > _SMALL and grad.stride() == pruned.stride()
-    if not large or torch.is_grad_enabled() or not _concrete(grad):
+    if not large or torch.is_grad_enabled() or not concrete(grad):
         return _scaled(grad, pruned, theta)
     out = torch.empty_like(grad)
     for part, mask, new in zip(*(flat(tensor).split(_SMALL) for tensor in (grad, pruned, out)), strict=True):

@@ -1,6 +1,6 @@
 """Exact order statistics of the magnitudes of many tensors together.
 
-A magnitude is ``|w|`` as float32, the precision in which the operator compares (a float64 weight is rounded).
+A magnitude is ``|w|`` in the precision in which the operator compares: float64 if a weight has it, else float32.
 Non-negative floats order like their bit patterns read as integers, so magnitudes are ranked as integers.
 """
 
@@ -39,8 +39,18 @@ Sum = Callable[[Tensor], Tensor]
 """Adds up a tensor of counts over the processes that hold the parts of the weights."""
 
 # The integers that hold a dtype's bits.
-INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-_INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # only NaNs lie above
+INTEGER = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+_INFINITY = {  # only NaNs lie above
+    torch.float64: 0x7FF0000000000000,
+    torch.float32: 0x7F800000,
+    torch.bfloat16: 0x7F80,
+    torch.float16: 0x7C00,
+}
 
 # Elements that a thread handles at a time: what it makes of them stays in the cache.
 _CHUNK = 1 << 18
@@ -64,7 +74,7 @@ def kth_magnitude(weights: Mapping[str, Tensor], k: int, add_up: Sum | None = No
             on a GPU with triton, else 32 times one. All get the same result, or the same error.
 
     Returns:
-        A 0-dim float32 tensor on the device of the first weight.
+        A 0-dim tensor on the device of the first weight; float64 if a weight is, else float32.
 
     Raises:
         ValueError: a weight on a CPU holds NaN or infinity; the message names it, if it is this process's.
@@ -81,7 +91,8 @@ def kth_magnitude(weights: Mapping[str, Tensor], k: int, add_up: Sum | None = No
     if on_cpu and add_up is None:
         kth, finite = _kth_by_bracket(tensors, k)
     else:
-        count = _kth_by_digits if tensors[0].is_cuda and kernels(tensors[0].device) else _kth_by_bits
+        by_digits = tensors[0].is_cuda and _ranked(tensors) != torch.float64 and kernels(tensors[0].device)
+        count = _kth_by_digits if by_digits else _kth_by_bits
         kth = count(tensors, k, add_up or (lambda counts: counts))
         finite = not on_cpu or not kth.isnan()
     if not finite:
@@ -109,7 +120,7 @@ def refuse_non_finite(weights: Mapping[str, Tensor], elsewhere: bool = False, ne
         elsewhere: whether another process may hold them.
         new: whether these weights have yet to be trained, and no training can be to blame.
     """
-    names = [name for name, weight in weights.items() if not weight.detach().float().isfinite().all()]
+    names = [name for name, weight in weights.items() if not weight.detach().isfinite().all()]
     if names or elsewhere:
         found = ", ".join(names) or "a part that another process holds"
         advice = (
@@ -121,6 +132,19 @@ def refuse_non_finite(weights: Mapping[str, Tensor], elsewhere: bool = False, ne
         raise ValueError(f"expected finite weights, got NaN or infinity in {found}; {advice}")
 
 
+def _ranked(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype in which magnitudes are ranked: that of all the tensors, or one that holds them all."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) == 1 and dtypes <= INTEGER.keys():
+        return dtypes.pop()
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _as_threshold(kth: Tensor) -> Tensor:
+    """Return a magnitude in the precision of a threshold."""
+    return kth if kth.dtype == torch.float64 else kth.float()
+
+
 def flat(tensor: Tensor) -> Tensor:
     """Return a tensor's elements in the order of its memory, as a view where there are no gaps in it."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
@@ -129,8 +153,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 def _kth_by_bracket(tensors: Sequence[Tensor], k: int) -> tuple[Tensor, bool]:
     """Return the k-th smallest magnitude on the CPU, and whether all are finite (if not, it means nothing)."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= INTEGER.keys() else torch.float32
+    dtype = _ranked(tensors)
     bits: list[Bits] = [flat(tensor.to("cpu", dtype)).view(INTEGER[dtype]).numpy() for tensor in tensors]
     total = sum(part.size for part in bits)
     low, high = (0, -1) if k == 0 else (0, _INFINITY[dtype]) if total <= 4 * _SAMPLE else _bracket(bits, k, total)
@@ -138,16 +161,16 @@ def _kth_by_bracket(tensors: Sequence[Tensor], k: int) -> tuple[Tensor, bool]:
     scans = in_threads(lambda i, threads: _scan(chunks[i::threads], low, high), total)
     finite = max(largest for *_, largest in scans) < _INFINITY[dtype]
     if k == 0:
-        return torch.zeros((), dtype=torch.float32), finite
+        return _as_threshold(torch.zeros((), dtype=dtype)), finite
     below = sum(scan[0] for scan in scans)
     if low == high and below < k <= below + sum(scan[1] for scan in scans):  # ties all over, or many zeros
-        return torch.from_numpy(np.full(1, low, bits[0].dtype)).view(dtype).float()[0], finite
+        return _as_threshold(torch.from_numpy(np.full(1, low, bits[0].dtype)).view(dtype)[0]), finite
     parts = [part for _, _, inner, _ in scans for part in inner]
     inside = np.concatenate(parts) if parts else bits[0][:0]
     if not below < k <= below + inside.size:
         below, inside = 0, np.concatenate(bits) & _magnitude(bits[0])
     inside.partition(k - below - 1)
-    return torch.from_numpy(inside[k - below - 1 : k - below]).view(dtype).float()[0], finite
+    return _as_threshold(torch.from_numpy(inside[k - below - 1 : k - below]).view(dtype)[0]), finite
 
 
 def _magnitude(bits: Bits) -> int:
@@ -223,8 +246,7 @@ def _kth_by_digits(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
     A histogram of the first digits tells the first digit, one of those that begin with it the second, and so on.
     """
     device = tensors[0].device
-    dtypes = {tensor.dtype for tensor in tensors}
-    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= INTEGER.keys() else torch.float32
+    dtype = _ranked(tensors)
     values = torch.cat([flat(tensor.to(device, dtype)) for tensor in tensors])
     prefix = torch.zeros((), dtype=torch.int32, device=device)
     rank = torch.full((), k, dtype=torch.int64, device=device)
@@ -248,21 +270,29 @@ def _kth_by_bits(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
     It is the largest number that has fewer than k magnitudes below it, and is built from its highest bit down.
     """
     device = tensors[0].device
-    bits = torch.cat([flat(tensor.to(device, torch.float32)) for tensor in tensors]).abs_().view(torch.int32)
-    kth = torch.zeros((), dtype=torch.int32, device=device)
-    for bit in reversed(range(31 if k else 0)):
+    dtype = torch.float64 if _ranked(tensors) == torch.float64 else torch.float32
+    bits = torch.cat([flat(tensor.to(device, dtype)) for tensor in tensors]).abs_().view(INTEGER[dtype])
+    kth = torch.zeros((), dtype=INTEGER[dtype], device=device)
+    for bit in reversed(range(8 * kth.element_size() - 1 if k else 0)):
         candidate = kth + (1 << bit)
         kth = torch.where(add_up((bits < candidate).sum()) < k, candidate, kth)
-    finite = add_up((bits >= _INFINITY[torch.float32]).sum()) == 0
-    return torch.where(finite, kth.view(torch.float32) if k else 0.0, math.nan)
+    finite = add_up((bits >= _INFINITY[dtype]).sum()) == 0
+    return torch.where(finite, kth.view(dtype), torch.full((), math.nan, dtype=dtype, device=device))
 
 
 @dataclass(frozen=True)
 class PruneCount:
-    """How many weights of one tensor are pruned: its zeros in all, and how many of them lie at the threshold."""
+    """How many elements of one weight are pruned.
+
+    Attributes:
+        zeros: all that are pruned.
+        ties: those of them that equal the threshold.
+        kept_ties: elements that equal the threshold and are not pruned: the operator makes them zero nevertheless.
+    """
 
     zeros: int
     ties: int
+    kept_ties: int = 0
 
 
 def count_pruned(
@@ -281,11 +311,11 @@ def count_pruned(
 
     Example:
         >>> count_pruned({"a": torch.ones(2), "b": torch.ones(2)}, torch.tensor(1.0), 3)
-        {'a': PruneCount(zeros=2, ties=2), 'b': PruneCount(zeros=1, ties=1)}
+        {'a': PruneCount(zeros=2, ties=2, kept_ties=0), 'b': PruneCount(zeros=1, ties=1, kept_ties=1)}
     """
     found: list[Tensor] = []
     for weight in weights.values():
-        magnitude = weight.detach().float().abs()
+        magnitude = weight.detach().abs().to(threshold.dtype)
         t = threshold.to(magnitude.device)
         found += [(magnitude < t).sum(), (magnitude == t).sum()]
     counted = torch.stack([count.to(threshold.device) for count in found]) if found else torch.zeros(0)
@@ -296,5 +326,5 @@ def count_pruned(
     for name in weights:
         ties = max(0, min(equal[name], quota))
         quota -= ties
-        counts[name] = PruneCount(below[name] + ties, ties)
+        counts[name] = PruneCount(below[name] + ties, ties, equal[name] - ties)
     return counts

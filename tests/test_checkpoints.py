@@ -175,8 +175,8 @@ def test_loading_into_a_model_with_guards():
     other.load_state_dict(net(3).state_dict())
     other(X)
     assert twins.count_zeros(other[i].weight for i in (0, 3, 4)) == round(0.9 * N)
-    with pytest.raises(RuntimeError, match=r"Missing key.*ceiling"):
-        other.load_state_dict(at_once(1)[0].state_dict())
+    other.load_state_dict(at_once(1)[0].state_dict())  # of a model without guards: thresholds are not saved
+    assert twins.count_zeros(other[i].weight for i in (0, 3, 4)) == round(0.9 * N)
 
 
 def test_assign_that_unties_weights_is_told():
@@ -213,8 +213,6 @@ def test_after_a_dense_checkpoint_everything_is_up_to_date_at_once():
 def test_a_part_of_a_dense_checkpoint():
     model, controller = at_once()
     model.load_state_dict({"3.weight": 10 * net(1)[3].weight.detach()}, strict=False)
-    saved = model.state_dict()
-    assert float(saved["0.parametrizations.weight.0.shared.threshold"]) == float(controller.threshold)
     assert float(controller.threshold) == twins.threshold(dense(model), round(0.9 * N))
 
 
@@ -276,7 +274,7 @@ def test_resume_at_any_step_equals_the_uninterrupted_run(guards, freeze_at, stop
         assert mine[0] == theirs[0]
         assert torch.equal(mine[1], theirs[1]), mine[0]
     feather_param.desparsify(second[0])
-    assert twins.count_zeros(twins.prunable(second[0])) == second[2]._target()
+    assert twins.count_zeros(twins.prunable(second[0])) == round(second[2].rate * N)
 
 
 def test_the_report_is_of_what_was_loaded():
@@ -289,7 +287,8 @@ def test_the_report_is_of_what_was_loaded():
     assert controller.report().zeros > zeros
     model.load_state_dict(best)
     assert controller.report().zeros == zeros
-    feather_param.desparsify(model)
+    with pytest.warns(UserWarning, match=rf"after the {round(0.9 * N):,} zeros of final_rate .* got it at {zeros:,}"):
+        feather_param.desparsify(model)
     assert sum(int((weight == 0).sum()) for weight in twins.prunable(model)) == zeros
 
 

@@ -14,7 +14,7 @@ import torch
 import feather_param
 
 ROOT = Path(__file__).parent.parent
-MODULES = [f"feather_param.{module.name}" for module in pkgutil.iter_modules(feather_param.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(feather_param.__path__, "feather_param.")]
 
 
 @pytest.mark.parametrize("name", MODULES)

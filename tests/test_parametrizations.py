@@ -18,8 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import feather_param
-from feather_param.groups import SharedThreshold
-from feather_param.parametrizations import FeatherParametrization, feather_threshold
+from feather_param.allocations import Budget
+from feather_param.core.config import Config
+from feather_param.parametrizations import FeatherParametrization, SharedSparsity, feather_threshold
 from feather_param.survivors import _CHUNK
 from feather_param.thresholding import _SMALL, _cube_root
 from tests import twins
@@ -343,32 +344,29 @@ def test_compiled_agrees_with_eager_in_one_graph(theta, p):
 
 def sparse_linear(threshold: float = 0.5) -> nn.Module:
     layer = nn.Linear(4, 3)
-    shared = SharedThreshold(12)
-    shared.set(t(threshold), 6)
-    parametrize.register_parametrization(layer, "weight", FeatherParametrization(shared))
+    feather = FeatherParametrization(SharedSparsity(Config(final_rate=0.5), Budget({"weight": 12})))
+    feather.threshold.fill_(threshold)
+    parametrize.register_parametrization(layer, "weight", feather)
     return layer
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_threshold_keeps_fp32_through_dtype_casts(dtype):
+def test_the_threshold_keeps_its_precision_through_dtype_casts(dtype):
     layer = sparse_linear(1 / 3).to(dtype)
-    shared = layer.parametrizations.weight[0].shared
-    assert shared.threshold.dtype == torch.float32
-    assert shared.threshold == t(1 / 3)
-    assert shared.pruned.dtype == torch.int64
+    assert layer.parametrizations.weight[0].threshold == t(1 / 3)
     assert layer.weight.dtype == dtype
 
 
 def test_the_threshold_follows_devices():
     layer = sparse_linear().to("meta")
-    assert layer.parametrizations.weight[0].shared.threshold.device.type == "meta"
+    assert layer.parametrizations.weight[0].threshold.device.type == "meta"
 
 
 def test_a_deepcopy_has_its_own_threshold():
     layer = sparse_linear()
     twin = copy.deepcopy(layer)
-    layer.parametrizations.weight[0].shared.set(t(9.0), 12)
-    assert twin.parametrizations.weight[0].shared.threshold == 0.5
+    layer.parametrizations.weight[0].threshold.fill_(9.0)
+    assert twin.parametrizations.weight[0].threshold == 0.5
     assert (layer.weight == 0).all()
     assert not (twin.weight == 0).all() or (twin.parametrizations.weight.original.abs() <= 0.5).all()
 

@@ -181,7 +181,7 @@ def fsdp(rank: int, world: int, folder: Path, *, guards: dict) -> None:
         with torch.no_grad():
             for mine, theirs in zip(alone.parameters(), model.parameters(), strict=True):
                 mine.copy_(theirs.full_tensor())
-        judge._shared.refresh(judge._target())
+        judge.refresh()
         assert torch.equal(controller.threshold, judge.threshold)
         for a, b in zip(controller.report().rows, judge.report().rows, strict=True):
             assert (a.name, a.total, a.zeros, a.survivor_share) == (b.name, b.total, b.zeros, b.survivor_share)

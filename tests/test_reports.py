@@ -137,7 +137,7 @@ def test_history_ends_with_desparsify():
     history = History(controller)
     train(model, loss, controller, range(12), optimizer)
     feather_param.desparsify(model)
-    with pytest.raises(RuntimeError, match=r"expected survivors\(\) before desparsify"):
+    with pytest.raises(RuntimeError, match=r"expected masks\(\) before desparsify"):
         history.look()
     assert len(history.looks) == 1
 

@@ -34,7 +34,7 @@ def test_kth_and_counts_equal_sorting(tensors, share):
     total = sum(weight.numel() for weight in weights.values())
     k = round(share * total)
     threshold = kth_magnitude(weights, k)
-    assert threshold.dtype == torch.float32
+    assert threshold.dtype == (torch.float64 if any(dtype == torch.float64 for _, dtype in tensors) else torch.float32)
     assert threshold.shape == ()
     assert float(threshold) == twins.threshold(weights.values(), k)
     counts = count_pruned(weights, threshold, k)
@@ -63,7 +63,8 @@ def test_kth_of_many(values, dtype, share):
     weight = values(5 * _SAMPLE + 3).to(dtype)
     weights = {"a": weight[: _SAMPLE + 1], "b": weight[_SAMPLE + 1 :].view(2, -1)}
     k = round(share * weight.numel())
-    expected = weight.float().abs().sort().values[k - 1] if k else torch.tensor(0.0)
+    precise = weight if dtype == torch.float64 else weight.float()
+    expected = precise.abs().sort().values[k - 1] if k else torch.zeros((), dtype=precise.dtype)
     assert torch.equal(kth_magnitude(weights, k), expected)
 
 
@@ -103,7 +104,7 @@ def test_counting_bit_by_bit_equals_the_bracket(dtype):
     tensors = [torch.randn(40, 5).to(dtype), torch.zeros(7, dtype=dtype), torch.empty(0, dtype=dtype)]
     for k in (0, 1, 7, 8, 100, 206, 207):
         kth = _kth_by_bits(tensors, k, torch.clone)
-        assert kth.dtype == torch.float32
+        assert kth.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert float(kth) == twins.threshold(tensors, k)
     tensors[0][0, 0] = math.inf
     assert _kth_by_bits(tensors, 100, torch.clone).isnan()
@@ -128,9 +129,11 @@ def test_subnormal_magnitudes_are_told_apart():
     assert torch.equal(kth_magnitude({"w": tiny}, 3), tiny[2])
 
 
-def test_a_float64_weight_ranks_as_float32():
-    weights = {"w": torch.tensor([1.0, 1.0 + 1e-12, 2.0], dtype=torch.float64)}
-    assert count_pruned(weights, kth_magnitude(weights, 1), 1) == {"w": PruneCount(1, 1)}
+def test_a_float64_weight_ranks_as_float64():
+    weights = {"w": torch.tensor([1.0 + 1e-12, 1.0, 1e300, 1e-300], dtype=torch.float64)}
+    for k, t in enumerate([0.0, 1e-300, 1.0, 1.0 + 1e-12, 1e300]):
+        assert float(kth_magnitude(weights, k)) == t
+        assert count_pruned(weights, kth_magnitude(weights, k), k)["w"].zeros == k
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -math.nan])

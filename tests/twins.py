@@ -39,7 +39,7 @@ def slope(weight: Tensor, threshold: float, theta: float) -> Tensor:
 
 
 def magnitudes(weights: Iterable[Tensor]) -> list[float]:
-    return [abs(value) for weight in weights for value in weight.detach().float().flatten().tolist()]
+    return [abs(value) for weight in weights for value in weight.detach().double().flatten().tolist()]
 
 
 def threshold(weights: Iterable[Tensor], k: int) -> float:

@@ -10,7 +10,7 @@ from torch import nn
 
 import feather_param
 from feather_param import schedules
-from feather_param.allocation import Budget, allocate, count_zeros
+from feather_param.allocations import Budget, count_zeros, global_magnitude
 from tests import twins
 from tests.training import train
 
@@ -31,16 +31,16 @@ def test_it_is_the_greedy_rule(tensors, data):
     }
     most = sum(caps.get(name, weight.numel()) for name, weight in weights.items())
     k = data.draw(st.integers(0, most))
-    shares = allocate(weights, k, caps)
-    counts = count_zeros(weights, shares)
+    groups = global_magnitude(weights, k, caps)
+    counts = count_zeros(weights, groups)
     natural = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     expected = natural if sum(natural.values()) > k else twins.greedy(weights, k, caps)
     assert {name: count.zeros for name, count in counts.items()} == expected
-    assert sum(share.pruned for share in shares) == k
-    for share in shares:  # what evaluation cuts is what is counted, but for ties
-        for name in share.names:
-            below = int((weights[name].abs() < share.threshold).sum())
-            assert below <= counts[name].zeros <= int((weights[name].abs() <= share.threshold).sum())
+    assert sum(group.zeros for group in groups) == k
+    for group in groups:  # what evaluation cuts is what is counted, but for ties
+        for name in group.names:
+            below = int((weights[name].abs() < group.threshold).sum())
+            assert below <= counts[name].zeros <= int((weights[name].abs() <= group.threshold).sum())
 
 
 def net() -> nn.Sequential:
@@ -199,6 +199,6 @@ def test_a_plan_refuses_what_sparsify_refuses():
 
 
 def test_caps_are_the_exact_fractions():
-    assert Budget({"a": 100}, max_rate=0.29).caps == {"a": 29}
-    assert Budget({"a": 7, "b": 3}, min_nonzero=5).caps == {"a": 2, "b": 0}
-    assert Budget({"a": 3_000_000_000}, max_rate=0.9999).caps == {"a": 2_999_700_000}
+    assert Budget({"a": 100}, max_rate=0.29).guards == {"a": 29}
+    assert Budget({"a": 7, "b": 3}, min_nonzero=5).guards == {"a": 2, "b": 0}
+    assert Budget({"a": 3_000_000_000}, max_rate=0.9999).guards == {"a": 2_999_700_000}

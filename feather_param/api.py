@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from feather_param import checks, schedules
-from feather_param.allocation import Budget
-from feather_param.baking import bake, baked, check_other_parametrizations
+from feather_param import schedules
 from feather_param.controller import Controller
-from feather_param.optimizers import check_optimizer
+from feather_param.core.baking import bake, baked, check_other_parametrizations
+from feather_param.core.config import Config, Theta
+from feather_param.core.optimizer import checked_optimizer
 from feather_param.schedules import Schedule
-from feather_param.selection import Filter, Weight, select, sparsified
+from feather_param.selection import Filter, Selection, Weight, select, sparsified
 from feather_param.thresholds import require_finite
+from feather_param.warning import warn
 
 __all__ = ["baked_state_dict", "desparsify", "sparsify"]
 
@@ -26,7 +27,7 @@ def sparsify(
     end_step: int | None = None,
     schedule: Schedule = schedules.cubic,
     p: float = 3.0,
-    theta: float | checks.Theta | None = None,
+    theta: float | Theta | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
     min_params: int = 0,
@@ -84,32 +85,8 @@ def sparsify(
         >>> sum(int((layer.weight == 0).sum()) for layer in model if isinstance(layer, nn.Linear))
         120
     """
-    final_rate = checks.model_and_rate(model, final_rate)
-    total_steps = checks.integer("total_steps", total_steps, 1)
-    start_step = checks.integer("start_step", start_step, 0)
-    end_step = total_steps // 2 if end_step is None else checks.integer("end_step", end_step, 0)
-    if not start_step <= end_step <= total_steps:
-        raise ValueError(
-            "expected start_step <= end_step <= total_steps, "
-            f"got {start_step}, {end_step} and {total_steps}; end_step is total_steps // 2 unless given"
-        )
-    if not callable(schedule):
-        raise TypeError(f"expected schedule to be a callable of progress, got {type(schedule).__name__}")
-    for progress in (0.0, 0.5, 1.0):
-        checks.fraction(schedule, progress)
-    p, theta = checks.exponent(p), checks.slope(theta, final_rate)
-    min_params, max_rate, min_nonzero = checks.guards(min_params, max_rate_per_layer, min_nonzero_per_layer)
     selection = select(model, include, exclude, min_params)
-    budget = Budget(selection.sizes, max_rate, min_nonzero)
-    budget.require(final_rate)
-    check_other_parametrizations(selection.weights)
-    require_finite(selection.dense(), new=True)
-    if optimizer is not None:
-        check_optimizer(optimizer, selection.weights)
-    controller = Controller(
-        model,
-        selection,
-        budget,
+    config = Config(
         final_rate=final_rate,
         total_steps=total_steps,
         start_step=start_step,
@@ -117,9 +94,18 @@ def sparsify(
         schedule=schedule,
         p=p,
         theta=theta,
+        max_rate_per_layer=max_rate_per_layer,
+        min_nonzero_per_layer=min_nonzero_per_layer,
     )
-    if optimizer is not None:
-        controller._attach(optimizer)
+    config.budget(selection.sizes).require(config.final_rate)
+    check_other_parametrizations(selection.weights)
+    require_finite(selection.dense(), new=True)
+    followed = None if optimizer is None else checked_optimizer(optimizer, selection.weights)
+    if include is None:
+        _warn_of_left_out(model, selection)
+    controller = Controller(model, config, selection)
+    if followed is not None:
+        controller._follow(followed)
     return controller
 
 
@@ -178,3 +164,22 @@ def _weights_of(model: nn.Module) -> tuple[Weight, ...]:
     if not weights:
         raise ValueError(f"expected a sparsified model, got a plain {type(model).__name__}; call sparsify first")
     return weights
+
+
+def _warn_of_left_out(model: nn.Module, selection: Selection) -> None:
+    """Warn if most of a model's matrix elements stay dense, and nobody asked for it."""
+    taken = {id(original) for weight in selection.weights for original in weight.sites[0].originals}
+    asked = {name for name, reason in selection.skipped.items() if not reason.startswith(("a weight of", "tied to"))}
+    left = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and id(parameter) not in taken and name not in asked
+    }
+    total = sum(selection.sizes.values())
+    if sum(left.values()) > total:
+        largest = max(left, key=lambda name: left[name])
+        warn(
+            f"sparsify takes {total:,} of the {total + sum(left.values()):,} elements of this model's matrices and leaves "
+            f"most of them dense, the largest being {largest} with {left[largest]:,}; name them in include to prune them, "
+            f"or in exclude if they shall stay dense (print(feather_param.plan(...)) lists them)"
+        )

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
+from torch.optim import Optimizer
 
-from feather_param.parametrizations import FeatherParametrization
+from feather_param.core import copies
+from feather_param.parametrizations import FeatherParametrization, SharedSparsity
 from feather_param.selection import Weight
+from feather_param.sites import parametrizations_of
 from feather_param.warning import warn
 
-__all__ = ["check_optimizer", "follow"]
+__all__ = ["Follower", "Movement", "checked_optimizer"]
 
 _KEY = "feather_param"  # of what we add to a saved state, beside torch's "state" and "param_groups"
+
+_TORCHS = Optimizer.__init__.__code__.co_filename  # where the wrapper of `step` is that calls hooks
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and activation checkpointing
 
@@ -25,10 +30,25 @@ Names = list[list[str | None]]
 """For each parameter group, the name of each parameter; None for one that is not the model's."""
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, weights: Sequence[Weight]) -> None:
-    """Refuse an optimizer whose steps would not be steps of this model."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+def checked_optimizer(optimizer: Any, weights: Sequence[Weight]) -> Optimizer:
+    """Return the optimizer that makes the steps: the one inside, of one that wraps it (accelerate's, Lookahead).
+
+    Raises:
+        TypeError: it is no optimizer, or a wrapper that does not show which one it wraps.
+        ValueError: its steps would not be steps of this model.
+    """
+    outer = type(optimizer).__name__
+    # torch calls the hooks of an optimizer from `step`, which the constructor of `Optimizer` sees to.
+    while not (hasattr(optimizer, "_optimizer_step_post_hooks") and getattr(type(optimizer).step, "hooked", False)):
+        inside = [each for each in vars(optimizer).values() if isinstance(each, Optimizer)] if _steps(optimizer) else []
+        if not inside and not isinstance(optimizer, Optimizer):
+            raise TypeError(f"expected optimizer to be a torch.optim.Optimizer, got {outer}")
+        if len(inside) != 1:
+            raise TypeError(
+                f"expected an optimizer whose step() calls hooks, got {outer}, which does not call the constructor of "
+                "torch.optim.Optimizer; pass the optimizer that it wraps, or call controller.step() yourself"
+            )
+        (optimizer,) = inside
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     strangers = [
         weight.name for weight in weights if not any(id(original) in trained for original in weight.sites[0].originals)
@@ -43,22 +63,113 @@ def check_optimizer(optimizer: torch.optim.Optimizer, weights: Sequence[Weight])
             f"this optimizer does not train {', '.join(strangers)}, which will be pruned nevertheless; "
             "leave them dense with exclude, unless another optimizer trains them"
         )
+    return optimizer
 
 
-def follow(
-    optimizer: torch.optim.Optimizer, model: nn.Module, after_step: Callable[..., None]
-) -> tuple[RemovableHandle, ...]:
-    """Call something after every step of an optimizer of a sparsified model, and keep its saved states in order.
+def _steps(thing: Any) -> bool:
+    return hasattr(thing, "__dict__") and callable(getattr(thing, "step", None))
 
-    Returns:
-        The handles of the hooks, to remove them.
+
+class Follower:
+    """Calls something after every step of an optimizer of a sparsified model, and keeps its saved states in order.
+
+    The ``step`` of a subclass may call that of its base class, and torch may call the hooks in both (it patches a class
+    when its first instance is made): what counts is the outermost call.
+
+    Args:
+        optimizer: what `checked_optimizer` returned.
+        model: the sparsified model.
+        after_step: what to call.
+        active: whether the calls still matter. A hook cannot remove itself while torch goes through them, so the next
+            follower of an optimizer removes those of the last one.
     """
-    order = _Order(model)
-    return (
-        optimizer.register_step_post_hook(after_step),
-        optimizer.register_state_dict_post_hook(order.write),
-        optimizer.register_load_state_dict_pre_hook(order.restore),
-    )
+
+    def __init__(
+        self, optimizer: Optimizer, model: nn.Module, after_step: Callable[[], None], active: Callable[[], bool]
+    ) -> None:
+        for hook in list(optimizer._optimizer_step_post_hooks.values()):
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, Follower) and not other._active():
+                other.detach()
+        self._after_step, self._active = after_step, active
+        self._depth = 0
+        self._outermost: FrameType | None = None
+        order = _Order(model)
+        self._handles = (
+            optimizer.register_step_pre_hook(self._enter),
+            optimizer.register_step_post_hook(self._leave),
+            optimizer.register_state_dict_post_hook(order.write),
+            optimizer.register_load_state_dict_pre_hook(order.restore),
+        )
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+    def _enter(self, *_: Any) -> None:
+        if not self._depth or not _runs(self._outermost):  # a call that raised never comes to an end
+            self._depth, self._outermost = 0, _step_frame()
+        self._depth += 1
+
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+    def _leave(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth <= 0:
+            self._depth, self._outermost = 0, None
+            self._after_step()
+
+
+def _step_frame() -> FrameType | None:
+    """Return the frame of torch's wrapper of ``step``, which has called a hook."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != _TORCHS:
+        frame = frame.f_back
+    return frame
+
+
+def _runs(wanted: FrameType | None) -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame is not wanted:
+        frame = frame.f_back
+    return frame is not None
+
+
+class Movement:
+    """Whether training moves the weights at all: looked at in the first steps, until it does."""
+
+    _STEPS = 10
+
+    def __init__(self) -> None:
+        self._still: int | None = 0  # steps without a move; None: they move, or nobody can tell
+        self._bits: list[copies.Bits | None] = []
+
+    def look(self, shared: SharedSparsity) -> None:
+        """Warn at the tenth step if no weight that takes gradients has moved since the first."""
+        if self._still is None:
+            return
+        trained = {f: p.originals for f, p in shared.places.items() if any(o.requires_grad for o in p.originals)}
+        before = {feather: feather.seen for feather in trained}
+        moves = any(
+            seen is not None and 0 <= seen.version != copies.seen(trained[f]).version for f, seen in before.items()
+        )
+        if moves or shared.sharded or not trained:
+            self._still = None
+            return
+        # Some optimizers write without a new version (fused ones, `.data`): the values tell.
+        if not self._still:
+            self._bits = [copies.bits(originals) for originals in trained.values()]
+        self._still += 1
+        if self._still > self._STEPS:
+            now = [copies.bits(originals) for originals in trained.values()]
+            if not any(old is None or old.differ(new) for old, new in zip(self._bits, now, strict=False)):
+                warn(
+                    f"none of the {len(trained)} prunable weights has moved in {self._STEPS} steps: the optimizer does "
+                    "not hold them; while sparsified, layer.weight is no Parameter, so build parameter groups from "
+                    "model.named_parameters(), or before sparsify"
+                )
+            self._still, self._bits = None, []
 
 
 # Note [The order of an optimizer's state]
@@ -81,11 +192,11 @@ class _Order:
         sparse = [names[id(parameter)] for parameter in model.parameters()]
         self._sides = (plain, sparse)
 
-    def write(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    def write(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Add the names of the parameters to a state."""
         state_dict.setdefault(_KEY, []).append(self._of(optimizer))  # a list: several controllers may follow
 
-    def restore(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    def restore(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Bring a state into the order of this optimizer, or refuse it."""
         groups = state_dict["param_groups"]
         ids = [list(group["params"]) for group in groups]
@@ -117,12 +228,12 @@ class _Order:
             names.setdefault(id(parameter), name)  # the first name of a tied one
         return names
 
-    def _of(self, optimizer: torch.optim.Optimizer) -> Names:
+    def _of(self, optimizer: Optimizer) -> Names:
         names = self._names()
         return [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
 
     def _by_shape(
-        self, optimizer: torch.optim.Optimizer, own: Names, ids: list[list[Any]], states: dict[Any, Any]
+        self, optimizer: Optimizer, own: Names, ids: list[list[Any]], states: dict[Any, Any]
     ) -> list[list[int]]:
         """Return where each parameter's state stands, the order in which a state without names makes sense."""
         sides = [_arranged(own, side) for side in self._sides]
@@ -168,20 +279,17 @@ def _plain(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tup
     seen.add(module)
     moved: dict[str, Any] = {}  # what registering our parametrization moved
     order: tuple[str, ...] = ()
-    for tensor, place in _parametrized(module):
-        feather = next((each for each in place if isinstance(each, FeatherParametrization)), None)
-        if feather is not None and tensor in feather.parameter_order:
-            moved[tensor], order = place, feather.parameter_order
+    for tensor, parametrizations in parametrizations_of(module).items():
+        feather = next((each for each in parametrizations if isinstance(each, FeatherParametrization)), None)
+        place = feather and feather.shared.places.get(feather)
+        if place and tensor in place.parameter_order:
+            moved[tensor], order = parametrizations, place.parameter_order
     for tensor in dict.fromkeys((*order, *module._parameters)):
         parameter = moved[tensor].original if tensor in moved else module._parameters.get(tensor)
         if parameter is not None:
             yield _plain_name(prefix + tensor), parameter
     for name, child in module.named_children():  # what was moved comes once more, under its present name
         yield from _plain(child, f"{prefix}{name}.", seen)
-
-
-def _parametrized(module: nn.Module) -> list[tuple[str, Any]]:
-    return list(module.parametrizations.items()) if parametrize.is_parametrized(module) else []  # type: ignore
 
 
 def _plain_name(name: str) -> str:

@@ -1,0 +1,196 @@
+"""Our parametrization and what belongs to it: put on a model, and taken off."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from feather_param.core import recurrent
+from feather_param.core.state_dict import accept_dense
+from feather_param.parametrizations import FeatherParametrization, Place, SharedSparsity
+from feather_param.selection import Weight, sparsified
+from feather_param.sites import parametrizations_of
+
+__all__ = ["attach", "links", "remove_parametrizations", "require_attached"]
+
+# Note [The class of a parametrized layer]
+# torch gives each parametrized layer a class of its own, which has the weight as a property, and takes it away with the
+# last parametrization. What we need of a layer are methods of that class: they are gone with it, whoever removes the
+# parametrization. Copies of a layer share its class, and so it is never changed after that: where only ours is removed,
+# by `remove_parametrizations`, the layer gets another class. (torch's own function of that name deletes the property
+# from the class, and with it the weight of all copies, and removes every library's parametrization.)
+
+
+def attach(shared: SharedSparsity, weights: Sequence[Weight]) -> None:
+    """Register a `FeatherParametrization` at all places of some weights; on an error none."""
+    sites = [(weight.name, site) for weight in weights for site in weight.sites]
+    before = {site.module: (type(site.module), tuple(site.module._parameters)) for _, site in sites}
+    try:
+        for name, site in sites:
+            layer = site.module
+            _leave_shared_class(layer)
+            feather = FeatherParametrization(shared, owner=not shared.places)
+            # unsafe: the check would run the operator, and our shapes and dtypes are right by construction.
+            parametrize.register_parametrization(layer, site.tensor, feather, unsafe=True)
+            place = parametrizations_of(layer)[site.tensor]
+            feather.first = len(place) == 1
+            shared.places[feather] = Place(name, site.name, place, before[layer][1])
+            layer._modules["parametrizations"].train(layer.training)  # type: ignore[union-attr]
+            _add_methods(layer)
+    except BaseException:
+        for _, site in sites:
+            if site.feather is not None:
+                remove_parametrizations(site.module, site.tensor)
+        for layer, (cls, _) in before.items():
+            layer.__class__ = cls  # of one that took a class, but no parametrization
+        raise
+
+
+def remove_parametrizations(layer: nn.Module, tensor: str) -> None:
+    """Take our parametrization off a tensor of a layer, which keeps its dense weight; see the Note above.
+
+    Like `torch.nn.utils.parametrize.remove_parametrizations`, but other libraries' parametrizations of the layer stay,
+    and copies of the layer stay as they are.
+
+    Args:
+        layer: the layer.
+        tensor: the name of its tensor, ``"weight"`` for most.
+    """
+    places = parametrizations_of(layer)
+    place = places[tensor]
+    feather = _ours(place)
+    assert feather is not None
+    known = feather.shared.places.pop(feather, None)
+    if len(place) > 1:
+        del place[list(place).index(feather)]
+        _leave_class(layer, ())
+        return
+    original = place.original
+    del places[tensor]
+    if places:
+        _leave_class(layer, (tensor,))
+    else:
+        del layer._modules["parametrizations"]
+        layer.__class__ = type(layer).__bases__[0]
+    layer.register_parameter(tensor, original)  # type: ignore[arg-type]
+    parameters = layer._parameters
+    order = [name for name in (known.parameter_order if known else ()) if name in parameters]
+    layer._parameters = {name: parameters[name] for name in dict.fromkeys([*order, *parameters])}
+    if not places:
+        recurrent.plain_again(layer)
+
+
+Link = tuple[nn.Module, str, nn.Module]
+"""A module, the name of a child, and the child."""
+
+
+def links(model: nn.Module) -> list[Link]:
+    """Return the links that lead from a sparsified model to our parametrizations; all hold as long as they are there."""
+    found: dict[tuple[nn.Module, str], nn.Module] = {}
+    for weight in sparsified(model):
+        for site in weight.sites:
+            path = site.name.removesuffix(site.tensor).split(".")[:-1]
+            module = model
+            for name in (*path, "parametrizations", site.tensor):
+                child = module._modules[name]
+                assert child is not None
+                found[module, name] = child
+                module = child
+    return [(module, name, child) for (module, name), child in found.items()]
+
+
+def require_attached(call: str, model: nn.Module, shared: SharedSparsity, known: list[Link]) -> None:
+    """Refuse a call if some of the parametrizations are no longer in the model.
+
+    Args:
+        call: what was called, for the message.
+        model: the model that was sparsified.
+        shared: what its parametrizations share.
+        known: what `links` returned; it is renewed where a part of the model was wrapped since.
+
+    Raises:
+        RuntimeError: a layer was replaced, or somebody took a parametrization off.
+    """
+    if shared.places and all(module._modules.get(name) is child for module, name, child in known):
+        return
+    here = set(model.modules())
+    gone = [place.name for feather, place in shared.places.items() if feather not in here]
+    if len(gone) == len(shared.places):
+        raise RuntimeError(f"expected {call} before desparsify, got it after: the model is plain again")
+    if gone:
+        raise RuntimeError(
+            f"expected {call} on the model that was sparsified, got it without the parametrization of "
+            f"{', '.join(gone)}: the layer was replaced, or the parametrization was removed; put the old layer back, or "
+            "take the others off as well (feather_param.core.attach.remove_parametrizations) and sparsify anew"
+        )
+    known[:] = links(model)
+
+
+def _ours(place: Iterable[nn.Module]) -> FeatherParametrization | None:
+    return next((each for each in place if isinstance(each, FeatherParametrization)), None)
+
+
+_METHODS = "_feather_param_methods"
+_BEFORE = "_feather_param_before"
+
+
+def _own_class(layer: nn.Module) -> type:
+    """Return the class that has our methods; wrappers may have derived another one from it."""
+    return next(cls for cls in type(layer).__mro__ if _METHODS in vars(cls))
+
+
+def _load_from_state_dict(self: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
+    """Let the layer load the entries of a plain one as well."""
+    alone = [name for name, place in parametrizations_of(self).items() if len(place) == 1 and _ours(place)]
+    accept_dense(state_dict, prefix, alone)
+    super(_own_class(self), self)._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Copy the layer as any other: its own method would copy the pruned weight, which is a temporary tensor."""
+    twin = self.__new__(type(self))
+    memo[id(self)] = twin
+    vars(twin).update(copy.deepcopy(vars(self), memo))
+    return twin
+
+
+def _leave_shared_class(layer: nn.Module) -> None:
+    """Give a layer that another library has parametrized a class of its own, and remember that from before."""
+    before = type(layer)
+    if parametrizations_of(layer) and _METHODS not in vars(before):
+        layer.__class__ = _class_like(before)
+        setattr(type(layer), _BEFORE, before)
+
+
+def _add_methods(layer: nn.Module) -> None:
+    cls = type(layer)
+    if _METHODS in vars(cls):  # another tensor of the layer came first
+        return
+    methods: dict[str, Any] = {"_load_from_state_dict": _load_from_state_dict}
+    if "__deepcopy__" not in vars(cls):  # torch adds one, unless the layer has its own
+        methods["__deepcopy__"] = _deepcopy
+    methods |= recurrent.methods(layer, _own_class)
+    setattr(cls, _METHODS, tuple(methods))
+    for name, method in methods.items():
+        setattr(cls, name, method)
+
+
+def _class_like(cls: type, without: Collection[str] = ()) -> type:
+    return type(cls.__name__, cls.__bases__, {key: value for key, value in vars(cls).items() if key not in without})
+
+
+def _leave_class(layer: nn.Module, gone: Collection[str]) -> None:
+    """Give a layer that stays parametrized another class, without some tensors, and without our methods if we are gone."""
+    cls, places = type(layer), parametrizations_of(layer)
+    if any(_ours(place) for place in places.values()):
+        layer.__class__ = _class_like(cls, gone)
+        return
+    before = vars(cls).get(_BEFORE)
+    if before is not None and places.keys() <= vars(before).keys():
+        layer.__class__ = before
+    else:
+        layer.__class__ = _class_like(cls, {*gone, _BEFORE, _METHODS, *vars(cls).get(_METHODS, ())})

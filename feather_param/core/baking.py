@@ -1,0 +1,216 @@
+"""Baking: the masks first, then dense weights with exact zeros in the place of parametrized ones."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from feather_param.core.attach import remove_parametrizations
+from feather_param.parametrizations import SharedSparsity, held, rounded_down
+from feather_param.selection import Weight, names_of
+from feather_param.shards import held_here, is_sharded, whole
+from feather_param.sites import parametrizations_of
+from feather_param.thresholding import feather_threshold, smallest_kept
+from feather_param.thresholds import require_finite
+from feather_param.warning import warn_of_dead, warn_of_early
+
+__all__ = ["bake", "baked", "check_other_parametrizations", "final_masks", "final_values", "refuse_shards", "write"]
+
+
+def bake(weights: Sequence[Weight]) -> None:
+    """Write the exact zeros into the Parameters and remove our parametrizations; on an error nothing changes."""
+    states = _states(weights)
+    for shared in states:
+        refuse_shards(shared)
+    values = {shared: final_values(shared) for shared in states}
+    for shared in states:
+        if shared.source is None and not shared.frozen and shared.position.zeros < shared.aim:
+            warn_of_early("desparsify()", shared.position.zeros, shared.aim)
+    for shared, own in values.items():
+        write(shared, own)
+    for weight in weights:
+        for site in weight.sites:
+            remove_parametrizations(site.module, site.tensor)
+
+
+def baked(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]:
+    """Return the state_dict that `bake` would leave, keys in the plain model's order."""
+    values = {shared: final_values(shared) for shared in _states(weights)}
+    prefixes = names_of(model)
+    owned: dict[str, dict[str, Tensor | None]] = {}  # module prefix -> its tensors, in the plain module's order
+    for weight in weights:
+        for site in weight.sites:
+            if len(site.parametrizations) > 1:
+                raise ValueError(
+                    f"expected {site.name} to carry no parametrization but ours, got another library's too; "
+                    "desparsify a copy.deepcopy(model) and take its state_dict"
+                )
+            assert site.feather is not None
+            shared = site.feather.shared
+            place = shared.places[site.feather]
+            for name in prefixes[site.module]:
+                prefix = f"{name}." if name else ""
+                tensors = owned.setdefault(prefix, dict.fromkeys(place.parameter_order))
+                tensors[site.tensor] = values[shared][place.name]
+    state = model.state_dict()
+    ours = tuple(
+        f"{prefix}parametrizations.{name}."
+        for prefix, tensors in owned.items()
+        for name, value in tensors.items()
+        if value is not None
+    )
+    old = {key: tensor if key.startswith(ours) else whole(tensor) for key, tensor in state.items()}
+    new: OrderedDict[str, Tensor] = OrderedDict()
+    pending = sorted(owned, key=len)
+    for key, tensor in old.items():
+        for prefix in [prefix for prefix in pending if key.startswith(prefix)]:
+            pending.remove(prefix)
+            for name, value in owned[prefix].items():
+                value = old.get(prefix + name) if value is None else value
+                if value is not None:
+                    new[prefix + name] = value
+        if not key.startswith(ours):
+            new.setdefault(key, tensor)
+    metadata = getattr(state, "_metadata", {})
+    new._metadata = {  # type: ignore[attr-defined]
+        key: value for key, value in metadata.items() if "parametrizations" not in key.split(".")
+    }
+    return new
+
+
+def final_masks(weights: Sequence[Weight]) -> dict[tuple[nn.Module, str], Tensor]:
+    """Return which elements `bake` would leave, by the layer and the name of its tensor."""
+    found = {shared: _settled(shared).masks() for shared in _states(weights)}
+    return {
+        (site.module, site.tensor): found[site.feather.shared][site.feather.shared.places[site.feather].name]
+        for weight in weights
+        for site in weight.sites
+        if site.feather is not None
+    }
+
+
+def final_values(shared: SharedSparsity) -> dict[str, Tensor]:
+    """Return what `bake` would leave of each weight, by name; whole, also where it is sharded."""
+    kept = _settled(shared).masks()
+    thresholds = {name: group.threshold for group in shared.position.groups for name in group.names}
+    values: dict[str, Tensor] = {}
+    dead: dict[str, bool] = {}  # and whether something is left by name
+    for name, dense in shared.weights().items():
+        weight = whole(dense.detach())
+        mask, least = kept[name].to(weight.device), smallest_kept(weight.dtype)
+        with torch.no_grad():
+            if shared.frozen:
+                values[name] = held(weight, mask)
+            else:
+                threshold = rounded_down(thresholds[name], weight.dtype).to(weight.device)
+                value = feather_threshold(weight, threshold, p=shared.config.p)
+                # What is kept but came out as zero (a tie, or an underflow) becomes the smallest number there is.
+                value = torch.where(value == 0, weight.sign() * least, value)
+                values[name] = torch.where(mask, value, 0.0)
+            left = mask if shared.frozen else values[name].abs() > least
+            if weight.numel() and shared.position.zeros and not left.any():
+                dead[name] = bool(values[name].any())
+    warn_of_dead(list(dead), [name for name, tied in dead.items() if tied])
+    return values
+
+
+def write(shared: SharedSparsity, values: Mapping[str, Tensor]) -> None:
+    """Write values into the Parameters that weights are computed from; on an error nothing is written."""
+    todo = []
+    for feather, place in reversed(shared.places.items()):  # the first place of a tied weight comes last, and counts
+        if place.name in values:
+            before = list(itertools.takewhile(lambda each, ours=feather: each is not ours, place.parametrizations))
+            _inverted(
+                place.name, place.originals, copy.deepcopy(before), values[place.name]
+            )  # raises, if anything does
+            todo.append((place, before))
+    for place, before in todo:
+        with torch.no_grad():
+            tensors = _inverted(place.name, place.originals, before, values[place.name])
+            for parameter, tensor in zip(place.originals, tensors, strict=True):
+                parameter.copy_(tensor)
+
+
+def refuse_shards(shared: SharedSparsity) -> None:
+    """Refuse weights that are sharded over processes."""
+    for place in shared.places.values():
+        if any(map(is_sharded, place.originals)):
+            raise ValueError(
+                f"expected whole weights, got {place.name} sharded over processes; "
+                "call baked_state_dict(model) on every process, and load what it returns into a plain model"
+            )
+
+
+def check_other_parametrizations(weights: Sequence[Weight]) -> None:
+    """Refuse plain weights of which other libraries' parametrizations could not hold a pruned version."""
+    for weight in weights:
+        site = weight.sites[0]
+        if site.tensor in parametrizations_of(site.module) and not site.originals[0].is_meta:
+            dense = site.dense().detach()
+            value = feather_threshold(dense, dense.abs().float().median())
+            _inverted(site.name, site.originals, copy.deepcopy(list(site.parametrizations)), value)
+
+
+def _states(weights: Sequence[Weight]) -> list[SharedSparsity]:
+    """Return the states that the parametrizations of a model share, one for each part that was sparsified by itself."""
+    found: dict[SharedSparsity, set[str]] = {}
+    for weight in weights:
+        for site in weight.sites:
+            assert site.feather is not None
+            shared = site.feather.shared
+            found.setdefault(shared, set()).add(shared.places[site.feather].name)
+    for shared, names in found.items():
+        here = sum(shared.budget.sizes[name] for name in names)
+        if here != shared.budget.total:
+            raise ValueError(
+                f"expected the whole model that was sparsified, {shared.budget.total} prunable weights, got a part of "
+                f"it with {here}: desparsify the whole (or a copy of it), then take the part; "
+                "if a layer was replaced after sparsify, put the old one back"
+            )
+    return list(found)
+
+
+def _settled(shared: SharedSparsity) -> SharedSparsity:
+    """Refresh a state; NaN and infinity are refused."""
+    parts, add_up = held_here(shared.weights())
+    require_finite(parts, add_up)
+    shared.refresh()
+    return shared
+
+
+def _inverted(name: str, originals: Sequence[Tensor], before: Sequence[nn.Module], value: Tensor) -> list[Tensor]:
+    """Return the originals from which the parametrizations before ours make `value`."""
+    with torch.no_grad():
+        tensors: Any = value
+        for parametrization in reversed(before):
+            tensors = parametrization.right_inverse(tensors)  # type: ignore[operator]
+        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        # A normalisation of nothing but zeros is 0 / 0: there the old direction stays, its length becomes 0.
+        undefined = _through(before, tensors).isnan()
+        tensors = [
+            torch.where(undefined, old, new) if new.shape == undefined.shape else new
+            for old, new in zip(originals, tensors, strict=True)
+        ]
+        made = _through(before, tensors)
+        rounding = 100 * torch.finfo(value.dtype).eps
+        if not (torch.equal(made == 0, value == 0) and torch.allclose(made, value, rtol=rounding, atol=0.0)):
+            names = ", ".join(type(parametrization).__name__ for parametrization in before)
+            raise ValueError(
+                f"expected the other parametrizations of {name} ({names}) to be able to hold zeros, but they "
+                "make another weight of them; take them off before sparsify (parametrize.remove_parametrizations), "
+                f"or leave the weight dense with exclude={name!r}"
+            )
+    return tensors
+
+
+def _through(parametrizations: Sequence[nn.Module], tensors: Sequence[Tensor]) -> Tensor:
+    for parametrization in parametrizations:
+        tensors = [parametrization(*tensors)]
+    (value,) = tensors
+    return value

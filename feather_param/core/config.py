@@ -1,0 +1,156 @@
+"""Every setting of a training, checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+from typing import Any
+
+from feather_param import schedules
+from feather_param.allocations import Allocation, Budget, global_magnitude
+from feather_param.checks import integer, real
+from feather_param.schedules import Schedule
+
+__all__ = ["Config", "Theta"]
+
+Theta = Callable[[float], float]
+"""Maps the current rate to the gradient scale of pruned elements."""
+
+# Where two schedules are compared, and two functions of the rate: a function itself cannot be saved.
+_PROBES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of `feather_param.sparsify`, under the same names; it holds only valid ones.
+
+    ``end_step``, ``theta`` and ``max_rate_per_layer`` may be None; each is replaced by its default here.
+
+    Raises:
+        ValueError: a setting is out of its range.
+        TypeError: a setting is of the wrong type.
+
+    Example:
+        >>> config = Config(final_rate=0.98, total_steps=100)
+        >>> config.end_step, config.theta, config.rate(50)
+        (50, 0.5, 0.98)
+    """
+
+    final_rate: float
+    total_steps: int = 1
+    start_step: int = 0
+    end_step: int | None = None
+    schedule: Schedule = schedules.cubic
+    allocation: Allocation = global_magnitude
+    p: float = 3.0
+    theta: float | Theta | None = None
+    max_rate_per_layer: float | None = None
+    min_nonzero_per_layer: int = 0
+
+    def __post_init__(self) -> None:
+        def put(**values: Any) -> None:
+            vars(self).update(values)  # the class is frozen for everybody else
+
+        final_rate = real("final_rate", self.final_rate)
+        if not 0.0 < final_rate < 1.0:
+            percent = f"; {final_rate:g} % is {final_rate / 100:g}" if 1.0 < final_rate < 100.0 else ""
+            raise ValueError(f"expected final_rate, the fraction of zeros, in (0, 1), got {final_rate}{percent}")
+        total = integer("total_steps", self.total_steps, 1)
+        start = integer("start_step", self.start_step, 0)
+        end = total // 2 if self.end_step is None else integer("end_step", self.end_step, 0)
+        if not start <= end <= total:
+            raise ValueError(
+                "expected start_step <= end_step <= total_steps, "
+                f"got {start}, {end} and {total}; end_step is total_steps // 2 unless given"
+            )
+        put(final_rate=final_rate, total_steps=total, start_step=start, end_step=end)
+        if not callable(self.schedule):
+            raise TypeError(f"expected schedule to be a callable of progress, got {type(self.schedule).__name__}")
+        for progress in (0.0, 0.5, 1.0):
+            self._fraction(progress)
+        p = real("p", self.p)
+        if not p >= 1.0:
+            raise ValueError(f"expected p >= 1 or math.inf, got {p}")
+        if callable(self.theta):
+            for rate in (0.0, final_rate):
+                self.theta_at(rate)
+        else:
+            theta = (0.5 if final_rate > 0.95 else 1.0) if self.theta is None else real("theta", self.theta)
+            if not 0.0 <= theta < math.inf:
+                raise ValueError(f"expected theta to be a finite number >= 0, got {theta}")
+            put(theta=theta)
+        most = 1.0
+        if self.max_rate_per_layer is not None:
+            most = real("max_rate_per_layer", self.max_rate_per_layer)
+            if not 0.0 < most < 1.0:
+                raise ValueError(f"expected max_rate_per_layer, a fraction of zeros, in (0, 1), got {most}")
+        put(
+            p=p,
+            max_rate_per_layer=most,
+            min_nonzero_per_layer=integer("min_nonzero_per_layer", self.min_nonzero_per_layer, 0),
+        )
+
+    def rate(self, step: int) -> float:
+        """Return the scheduled rate after so many optimizer steps."""
+        start, end = self.start_step, self.end_step
+        assert end is not None
+        if step < start:
+            return 0.0
+        return self.final_rate if step >= end else self.final_rate * self._fraction((step - start) / (end - start))
+
+    def theta_at(self, rate: float) -> float:
+        """Return the gradient scale of pruned elements at a rate."""
+        if not callable(self.theta):
+            assert self.theta is not None
+            return self.theta
+        value = self.theta(rate)
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) < math.inf:
+            raise ValueError(f"expected theta to return a finite number >= 0, got {value!r} for the rate {rate}")
+        return float(value)
+
+    def budget(self, sizes: Mapping[str, int]) -> Budget:
+        """Return how many zeros weights of these sizes may get."""
+        assert self.max_rate_per_layer is not None
+        return Budget(sizes, self.max_rate_per_layer, self.min_nonzero_per_layer)
+
+    @cached_property
+    def plain(self) -> dict[str, Any]:
+        """The settings in plain Python values, to compare them with those of another run."""
+        return {
+            "final_rate": self.final_rate,
+            "total_steps": self.total_steps,
+            "start_step": self.start_step,
+            "end_step": self.end_step,
+            "schedule": [self._fraction(progress) for progress in _PROBES],
+            "p": self.p,
+            "theta": [self.theta_at(at * self.final_rate) for at in _PROBES] if callable(self.theta) else self.theta,
+            "max_rate_per_layer": self.max_rate_per_layer,
+            "min_nonzero_per_layer": self.min_nonzero_per_layer,
+        }
+
+    def require_same(self, state: Mapping[str, Any]) -> None:
+        """Raise a ValueError unless a controller's state was saved with these settings."""
+        for key, ours in self.plain.items():
+            theirs = state.get(key)
+            if theirs == ours or key == "total_steps":  # it matters through end_step alone: a run may be made longer
+                continue
+            what = f"{key}={ours}, got {theirs}"
+            if key == "schedule":
+                what = f"a schedule that gives {ours} at progress {', '.join(map(str, _PROBES))}, got {theirs}"
+            elif key == "end_step" and self.total_steps != state.get("total_steps"):
+                total = state.get("total_steps")
+                what = f"total_steps={self.total_steps} (end_step={ours}), got {total} (end_step={theirs})"
+            raise ValueError(
+                f"expected a controller state with {what}; give sparsify the settings of the run you resume"
+            )
+
+    def _fraction(self, progress: float) -> float:
+        value = self.schedule(progress)
+        if not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
+            raise ValueError(
+                f"expected schedule to return a fraction in [0, 1] of final_rate, got {value!r} for progress {progress}"
+            )
+        return float(value)

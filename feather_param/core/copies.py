@@ -1,0 +1,145 @@
+"""Deepcopies of a sparsified model, and what tells that a weight was written to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from feather_param.shards import is_sharded
+from feather_param.thresholds import flat
+from feather_param.warning import warn
+
+if TYPE_CHECKING:
+    from feather_param.parametrizations import FeatherParametrization, SharedSparsity
+
+__all__ = ["NEVER", "Bits", "Seen", "bits", "copy_parametrization", "copy_shared", "follow", "seen", "zeros"]
+
+# Note [Copies]
+# A deepcopy is either a snapshot (the best model so far, a teacher) or a moving average, and nobody tells which. No
+# controller steps it. So it has thresholds and a position of its own, and holds on to the position of the model that it
+# was copied from, its `source`. As long as its weights stay, it keeps its number of zeros. Once they have moved, it
+# takes the number that its source has at that moment, and the thresholds from its own weights. What is loaded into it
+# is no move: it keeps the number of zeros that came with it, or else its own.
+# A write that bumps no version is found by the bits of the weights: their sum as integers, which is exact in any order
+# and on any device.
+# A copy of a part of the model cannot know the threshold of the whole, and takes that of its source.
+
+
+class Seen(NamedTuple):
+    """Which tensors were seen, and a number that grows with each write to them (see Note [Thresholds])."""
+
+    identity: int
+    version: int
+
+
+NEVER = Seen(0, 0)
+"""No tensor is this one: what is never looked at."""
+
+
+def seen(originals: Sequence[Tensor]) -> Seen:
+    """Return what there is to see of the tensors that a weight is computed from."""
+    version = 0
+    for tensor in originals:
+        version += 0 if tensor.is_inference() else tensor._version
+    return Seen(id(originals[0]), version)
+
+
+class Bits(NamedTuple):
+    """The bits of some tensors: another dtype has others for the same numbers."""
+
+    dtype: torch.dtype
+    total: Tensor
+
+    def differ(self, other: Bits | None) -> bool:
+        """Return whether these are certainly other numbers."""
+        return other is not None and self.dtype == other.dtype and bool(self.total != other.total.to(self.total.device))
+
+
+@torch.no_grad()
+def bits(originals: Sequence[Tensor]) -> Bits | None:
+    """Return the bits of the tensors that a weight is computed from; None where they have no values."""
+    totals: list[Tensor] = []
+    for tensor in originals:
+        part: Any = tensor.detach()
+        part = part.to_local() if is_sharded(part) else part
+        if part.is_meta or isinstance(part, FakeTensor):
+            return None
+        raw = flat(part).contiguous().view(torch.uint8)
+        raw = raw.clone() if raw.storage_offset() % 8 else raw
+        even = raw.numel() // 8 * 8  # eight bytes at a time take a third of the time that four do
+        totals += [raw[:even].view(torch.int64).sum(), raw[even:].sum()]
+    return Bits(originals[0].dtype, torch.stack(totals).sum())
+
+
+def moved(shared: SharedSparsity) -> bool:
+    """Return whether the weights of a copy are no longer those that its thresholds were computed from."""
+    places = shared.places.items()
+    for feather, place in places:
+        now = seen(place.originals)
+        if (
+            feather.seen is not None
+            and feather.seen.identity == now.identity
+            and 0 <= feather.seen.version < now.version
+        ):
+            return True
+    return any(feather.bits is not None and feather.bits.differ(bits(place.originals)) for feather, place in places)
+
+
+def zeros(shared: SharedSparsity) -> int:
+    """Return the number of zeros of a model as its weights are now; see Note [Copies]."""
+    if shared.source is None or shared.frozen or not shared.whole or not moved(shared):
+        return shared.position.zeros
+    return shared.source.zeros
+
+
+def follow(shared: SharedSparsity) -> None:
+    """Let a copy whose weights have moved follow its source; nothing happens to any other model."""
+    position, source = shared.position, shared.source
+    if source is None or shared.frozen or not moved(shared):
+        return
+    if not shared.whole:
+        position.groups = [replace(group, threshold=group.threshold.clone()) for group in source.groups]
+        return
+    if shared.trained and source.zeros != position.zeros:
+        warn(
+            f"a copy of a sparsified model is trained, and no controller steps it: it had {position.zeros:,} zeros and "
+            f"takes the {source.zeros:,} of the model that it was copied from, as a moving average does; to give it a "
+            "schedule of its own, copy both: model, controller = copy.deepcopy((model, controller))"
+        )
+    position.zeros = source.zeros
+
+
+def copy_shared(shared: SharedSparsity, memo: dict[int, Any]) -> SharedSparsity:
+    """Return the state of a copy: the parametrizations of the copy enter it one by one."""
+    twin = type(shared)(shared.config, shared.budget)
+    memo[id(shared)] = twin
+    twin.position = replace(shared.position, zeros=zeros(shared))
+    twin.source = shared.source or shared.position
+    if shared.theta is not None:
+        with torch.inference_mode(False):
+            twin.theta = shared.theta.clone()
+    return twin.train(shared.training)
+
+
+def copy_parametrization(feather: FeatherParametrization, memo: dict[int, Any]) -> FeatherParametrization:
+    """Return a parametrization of a copy, and enter it in the copy's state."""
+    twin = type(feather).__new__(type(feather))
+    memo[id(feather)] = twin
+    with torch.inference_mode(False):  # tensors made in inference mode could never change
+        vars(twin).update(copy.deepcopy({name: value for name, value in vars(feather).items() if name != "bits"}, memo))
+    twin.bits, twin.written = None, twin.threshold._version
+    place = feather.shared.places.get(feather)
+    container: nn.Module | None = None if place is None else memo.get(id(place.parametrizations))
+    if place is not None and container is not None:
+        twin.shared.places[twin] = place._replace(parametrizations=container)
+        copied = [memo.get(id(original)) for original in place.originals]
+        current = feather.seen == seen(place.originals) and None not in copied
+        twin.seen = seen(copied) if current else None
+        twin.bits = bits(place.originals)
+    return twin
