@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from feather_param.shards import held_here, whole
@@ -111,25 +112,28 @@ def masks(weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, T
     """
     found: dict[str, Tensor] = {}
     for group in groups:
-        magnitudes: dict[str, Tensor] = {}
-        thresholds: dict[str, Tensor] = {}
+        spare = -group.zeros  # of the elements that equal the threshold, those that stay
         for name in group.names:
-            weight = whole(weights[name].detach())
-            thresholds[name] = group.threshold.to(weight.device)
-            magnitudes[name] = weight.abs().to(group.threshold.dtype)
-            found[name] = magnitudes[name] > thresholds[name]
-        spare = sum(magnitude.numel() for magnitude in magnitudes.values()) - group.zeros
-        spare -= sum(int(found[name].sum()) for name in group.names)  # of equal elements, those that stay
+            magnitude, threshold = _compared(weights[name], group.threshold)
+            found[name] = magnitude > threshold
+            spare += magnitude.numel() - int(torch.count_nonzero(found[name]))
         if spare <= 0 or group.threshold == 0:
             continue
         for name in reversed(group.names):
-            tied = magnitudes[name] == thresholds[name]
-            count = int(tied.sum())
+            magnitude, threshold = _compared(weights[name], group.threshold)
+            tied = magnitude == threshold
+            count = int(torch.count_nonzero(tied))
             if count:  # `cumsum` counts in the order of the elements, whatever the memory format
                 rank = tied.flatten().cumsum(0).view(tied.shape)
                 found[name] |= tied & (rank > count - spare)
                 spare -= min(count, spare)
     return {name: found[name] for name in weights}
+
+
+def _compared(weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the magnitudes of a whole weight and the threshold, as they compare."""
+    magnitude = whole(weight.detach()).abs().to(threshold.dtype)
+    return magnitude, threshold.to(magnitude.device)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from feather_param.checks import integer
 from feather_param.core.attach import attach, links, remove_parametrizations, require_attached
 from feather_param.core.baking import bake
 from feather_param.core.config import Config
+from feather_param.core.eager import eager
 from feather_param.core.freezing import freeze, hold
 from feather_param.core.optimizer import Follower, Movement, checked_optimizer
 from feather_param.late_nan import LateNaN
@@ -77,7 +78,7 @@ class Controller:
         first, *others = (group.threshold for group in self._shared.position.groups if group.names)
         return reduce(torch.maximum, (threshold.to(first.device) for threshold in others), first).detach().clone()
 
-    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage] # it may be called in a compiled training step
+    @eager
     def step(self) -> None:
         """Note that one optimizer step has been made: advance the schedule, refresh the threshold.
 
@@ -251,7 +252,7 @@ class Controller:
 
     def _report(self) -> Report:
         shared = self._shared
-        shared.refresh()
+        shared.settle()
         if shared.frozen:
             counts = {name: PruneCount(int((~mask).sum()), 0) for name, mask in shared.masks().items()}
         else:
@@ -273,7 +274,7 @@ class Controller:
                     [ True,  True]])
         """
         self._require("masks()")
-        self._shared.refresh()
+        self._shared.settle()
         return self._shared.masks()
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from feather_param.allocations import Budget, Group, masks
 from feather_param.core import copies
 from feather_param.core.config import Config
+from feather_param.core.eager import eager
 from feather_param.core.state_dict import pack_position, unpack_position
 from feather_param.shards import is_sharded, local, whole
 from feather_param.thresholding import concrete, feather_threshold, smallest_kept
@@ -21,24 +22,23 @@ from feather_param.thresholding import concrete, feather_threshold, smallest_kep
 __all__ = ["FeatherParametrization", "Place", "Position", "SharedSparsity", "feather_threshold", "held", "rounded_down"]
 
 # Note [Thresholds]
-# The controller makes the thresholds, from the weights and the number of zeros, at each of its steps; they stand in
-# the `Position` of the `SharedSparsity`, and in a buffer of each parametrization, which its forward pass reads.
+# The controller makes the thresholds at each of its steps, from the weights and the number of zeros (`move`). They stand
+# in the `Position`, and in a buffer of each parametrization, which its forward pass reads.
 # A threshold is valid for the weights that it was computed from. So a parametrization remembers which tensor its weight
 # was, and the version of that tensor, which torch counts up at each write. A forward pass that finds another version
-# has all the thresholds taken anew (`SharedSparsity.look`), with the same number of zeros. What bumps no version
-# (writes to `.data`, casts, loads) makes the parametrizations forget what they have seen: `train()` and `eval()`,
-# `to()`, `load_state_dict()`.
-# A forward pass looks at each weight as it comes to it, and at all of them when it comes to the first one of the model.
-# It does not look inside a backward pass: where an optimizer steps in there, a layer that is computed once more for its
-# gradients (activation checkpointing) must find the threshold of the first time, although other layers have moved.
-# Where versions tell nothing, nobody looks: another tensor in the weight's place (FSDP2 gathers one for each pass,
-# `torch.func.functional_call` is given one), tensors without values (tracers, transforms, the meta device), tensors
-# made in inference mode, and compiled graphs. `Controller.refresh` is for these.
+# has all the thresholds taken anew (`look`), for the same number of zeros. It compares its own weight only, and the
+# pass of the first weight of the model compares all. What bumps no version makes the parametrizations forget the one
+# that they have seen: `train()` and `eval()` (for writes to `.data`), `to()`, `load_state_dict()`.
+# A pass inside of a backward pass does not look: where an optimizer steps in there, a layer that is computed once more
+# for its gradients (activation checkpointing) must find the threshold of the first time.
+# Nor does anybody look where versions tell nothing: at another tensor in the place of a Parameter (FSDP2 gathers one for
+# each pass, `torch.func` puts its own there), at tensors without values (tracers, the meta device) or made in inference
+# mode, and in compiled graphs. `Controller.refresh` is for these.
 
 
 @dataclass
 class Position:
-    """How far a model has come: of the one that a controller steps, its copies hold on to this, and to nothing else.
+    """How far a model has come; the copies of a model hold on to this, and to nothing else of it.
 
     Attributes:
         zeros: number of zeros of all the weights together.
@@ -71,19 +71,16 @@ class Place(NamedTuple):
     @property
     def originals(self) -> list[Tensor]:
         """The Parameters that the tensor is computed from; most parametrizations take just one."""
-        names = [f"original{i}" for i in range(self.parametrizations.ntensors)]
-        return [
-            getattr(self.parametrizations, name)
-            for name in (["original"] if self.parametrizations.is_tensor else names)
-        ]
+        own = self.parametrizations
+        return [own.original] if own.is_tensor else [getattr(own, f"original{i}") for i in range(own.ntensors)]
 
 
 class SharedSparsity(nn.Module):
     """What the parametrizations of a model share: they read it, the controller writes it; see Note [Thresholds].
 
     It is a submodule of exactly one of them, the first, and a plain attribute of the others: so ``state_dict``, ``to``
-    and ``deepcopy`` come by once, and the plain references of a deepcopy lead to the copy's own. Its position is a small
-    integer tensor in the model's ``state_dict`` (torch's *extra state*, which nobody averages, casts or broadcasts).
+    and ``deepcopy`` come by once, and the plain references of a deepcopy lead to the copy's own. Its position is a
+    small integer tensor in the model's ``state_dict`` (torch's *extra state*, which nobody averages or casts).
 
     Args:
         config: the settings.
@@ -91,10 +88,10 @@ class SharedSparsity(nn.Module):
 
     Attributes:
         position: how far this model has come.
-        source: of a deepcopy, the position of the model that it was copied from (see `core.copies`).
+        source: of a copy, the position of the model that it was copied from (see `core.copies`).
+        trained: of a copy, whether a gradient has come to its weights.
         places: where each parametrization stands.
         theta: gradient scale of pruned elements where it changes in time: a 0-dim float32 tensor, else None.
-        trained: of a deepcopy, whether a gradient has come to its weights.
     """
 
     def __init__(self, config: Config, budget: Budget) -> None:
@@ -122,23 +119,17 @@ class SharedSparsity(nn.Module):
         return len({place.name for place in self.places.values()}) == len(self.budget.sizes)
 
     @property
+    def originals(self) -> list[Tensor]:
+        """The Parameters behind all the weights."""
+        return [original for place in self.places.values() for original in place.originals]
+
+    @property
     def sharded(self) -> bool:
         """Whether processes share a weight."""
-        return any(is_sharded(original) for place in self.places.values() for original in place.originals)
-
-    def dense(self, feather: FeatherParametrization) -> Tensor:
-        """Return the dense weight as it comes to a parametrization: past those registered before it."""
-        place = self.places[feather]
-        values: list[Any] = list(place.originals)
-        for parametrization in place.parametrizations:
-            if parametrization is feather:
-                break
-            values = [parametrization(*values)]
-        (value,) = values
-        return value
+        return any(map(is_sharded, self.originals))
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the dense weights by name.
+        """Return the dense weights by name, as they come to our parametrizations: past those registered before.
 
         Raises:
             ValueError: places that were tied when they were sparsified no longer are.
@@ -151,24 +142,22 @@ class SharedSparsity(nn.Module):
                     f"expected {other.site} and {place.site} to share one Parameter, as when they were sparsified, got "
                     "two: load_state_dict(assign=True) unties weights; tie them again, or load without assign"
                 )
-        return {name: self.dense(first[name]) for name in self.budget.sizes if name in first}
+        return {name: first[name].dense() for name in self.budget.sizes if name in first}
 
     # -- thresholds and masks ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def move(self, step: int, frozen_step: int | None = None) -> None:
         """Move to a step of the schedule, with the thresholds or masks for it; on an error nothing changes."""
-        position = self.position
         rate = self.config.rate(step if frozen_step is None else frozen_step)
         theta, zeros = self.config.theta_at(rate), self.budget.zeros(rate)
         if frozen_step is None:
             self._take(zeros)
             self.fix(None)
         elif not self.frozen or self._masks_are_lost:
-            fixed = self._masks_for(zeros)
-            position.zeros = zeros
-            self.fix(fixed)
-        position.step, position.frozen_step = step, frozen_step
+            self.fix(self._masks_for(zeros))
+            self.position.zeros = zeros
+        self.position.step, self.position.frozen_step = step, frozen_step
         if self.theta is not None:
             self.theta.fill_(theta)
 
@@ -181,31 +170,29 @@ class SharedSparsity(nn.Module):
         elif self._masks_are_lost:
             self.fix(self._masks_for(self.position.zeros))
 
-    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage] # it looks at values: not to be compiled
-    def look(self, reader: FeatherParametrization, weight: Tensor) -> None:
-        """Take the thresholds anew for a forward pass whose weight is not the one that was seen last."""
-        if reader not in self.places or not concrete(weight) or self.sharded:
-            return
-        if torch._C._current_graph_task_id() != -1:  # inside a backward pass
-            return
-        if any(original.is_meta for place in self.places.values() for original in place.originals):
-            return
-        self.refresh()
+    def keep_up(self, reader: FeatherParametrization | None = None) -> None:
+        """Look whether the thresholds still are those of the weights: of all, or of one that is not the first."""
+        readers = self.places if reader is None or reader is next(iter(self.places), None) else (reader,)
+        if any(feather.changed for feather in readers):
+            self.look()
+        elif self.places and any(f.threshold._version != f.written and concrete(f.threshold) for f in readers):
+            self._write()  # somebody has copied or averaged all buffers
 
-    def note_training(self, gradient: Tensor) -> None:
-        """Note that a copy got a gradient, which none of a moving average does."""
-        self.trained = True
+    @eager
+    def look(self) -> None:
+        """Take the thresholds anew if there are values to take them from, and this is no backward pass."""
+        originals = self.originals
+        if not originals or not concrete(originals[0]) or torch._C._current_graph_task_id() != -1:
+            return
+        if all(isinstance(each, nn.Parameter) and not each.is_meta and not is_sharded(each) for each in originals):
+            self.refresh()
 
-    def keep_up(self) -> None:
-        """Take the thresholds anew if the weights are not those that they were computed from."""
-        for feather, place in self.places.items():
-            seen, now = feather.seen, copies.seen(place.originals)
-            if feather.mask is None and (seen is None or (seen.identity == now.identity and seen != now)):
-                self.look(feather, place.originals[0])
-                return
+    def settle(self) -> None:
+        """Have the thresholds or masks that an evaluation would have."""
+        self.refresh() if self.sharded else self.keep_up()
 
     def masks(self) -> dict[str, Tensor]:
-        """Return which elements of each weight stay, by name, after `refresh`."""
+        """Return which elements of each weight stay, by name, by the thresholds as they are."""
         fixed = {place.name: feather.mask for feather, place in self.places.items() if feather.mask is not None}
         return fixed if self.frozen else masks(self.weights(), self.position.groups)
 
@@ -227,32 +214,29 @@ class SharedSparsity(nn.Module):
             return masks(weights, self.config.allocation(weights, zeros, self.budget.guards))
 
     def _take(self, zeros: int) -> None:
-        """Compute the thresholds for a number of zeros; a copied part, which cannot know those of the whole, keeps its."""
+        """Compute the thresholds for a number of zeros; a copied part, which does not know the whole, keeps its own."""
         if self.whole:
             self.position.groups = self.config.allocation(self.weights(), zeros, self.budget.guards)
         self.position.zeros = zeros
-        self.write()
+        self._write()
         sharded = self.sharded
         for feather, place in self.places.items():
             feather.seen = copies.NEVER if sharded else copies.seen(place.originals)
             feather.bits = None if self.source is None else copies.bits(place.originals)
 
-    def write(self) -> None:
+    def _write(self) -> None:
         """Write the thresholds where forward passes, and compiled graphs, read them."""
         thresholds = {name: group.threshold for group in self.position.groups for name in group.names}
-        targets: list[Tensor] = []
         values: list[Tensor] = []
         with torch.inference_mode(False), torch.no_grad():
             for feather, place in self.places.items():
-                like, target = place.originals[0], feather.threshold
-                value = rounded_down(thresholds[place.name], like.dtype)
-                if target.dtype != value.dtype or target.device != like.device or target.is_inference():
-                    feather.threshold = target = torch.empty_like(value, device=like.device)
-                targets.append(target)
-                values.append(value)
-            torch._foreach_copy_(targets, values)
-        for feather, target in zip(self.places, targets, strict=True):
-            feather.written = target._version
+                like, old = place.originals[0], feather.threshold
+                values.append(rounded_down(thresholds[place.name], like.dtype))
+                if old.dtype != values[-1].dtype or old.device != like.device or old.is_inference():
+                    feather.threshold = torch.empty_like(values[-1], device=like.device)
+            torch._foreach_copy_([feather.threshold for feather in self.places], values)
+        for feather in self.places:
+            feather.written = feather.threshold._version
 
     # -- the position in the model's state_dict ---------------------------------------------------------------------
 
@@ -268,7 +252,7 @@ class SharedSparsity(nn.Module):
         for feather in self.places:
             feather.forget(loaded=True)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # type: ignore[override]
         *_, missing, _, errors = args
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)
@@ -281,15 +265,14 @@ class SharedSparsity(nn.Module):
         feather.forget(loaded=True)
         if feather is next(reversed(self.places), None):
             with contextlib.suppress(ValueError):  # NaN: whoever uses these weights hears of it, not who loads them
-                self.look(feather, self.places[feather].originals[0])
+                self.look()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedSparsity:
         return copies.copy_shared(self, memo)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedSparsity:
         if self.theta is not None and (device := fn(self.theta).device) != self.theta.device:
-            step = self.position.step if self.position.frozen_step is None else self.position.frozen_step
-            theta = self.config.theta_at(self.config.rate(step))
+            theta = self.config.theta_at(self.config.rate(self.position.step))
             self.theta = torch.full((), theta, dtype=torch.float32, device=device)
         return self
 
@@ -308,9 +291,8 @@ class FeatherParametrization(nn.Module):
             saved, for it follows from the weights and the number of zeros.
         mask: once frozen, which elements stay, whatever their magnitude (bool, of the weight's shape); else None.
             It is not saved: the dense weight has its zeros where the mask is False (see `core.freezing`).
-        first: whether it stands before all other parametrizations of its tensor, and gets the Parameter itself.
-        seen: which weight the threshold was computed from (see Note [Thresholds]); None if that is forgotten.
-        written: the version of ``threshold`` when it was written; another one means that somebody else wrote to it.
+        seen: the tensor that the threshold was computed from (see Note [Thresholds]).
+        written: the version of ``threshold`` when it was written.
         bits: of a copy, what tells whether the weight has changed since (see `core.copies`).
 
     Shape:
@@ -336,70 +318,56 @@ class FeatherParametrization(nn.Module):
             object.__setattr__(self, "shared", shared)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32), persistent=False)
         self.mask = None
-        self.first = True
-        self.seen: copies.Seen | None = None
+        self.seen = copies.NEVER
         self.written = 0
         self.bits: copies.Bits | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         shared = self.shared
+        compiling = torch.compiler.is_compiling()
         if self.mask is None:
-            if not torch.compiler.is_compiling():
-                self._keep_up(weight)
+            if not compiling:
+                shared.keep_up(self)
             elif shared.source is not None:  # nobody could call `Controller.refresh` for a copy: a break in the graph
-                shared.look(self, weight)
+                shared.look()
         if self.mask is not None:
             return torch.where(self.mask, weight, 0.0)
-        theta = shared.config.theta if shared.theta is None else shared.theta
+        theta: Any = shared.config.theta if shared.theta is None else shared.theta
         value = feather_threshold(weight, self.threshold, theta, shared.config.p)
-        if shared.source is not None and value.requires_grad and not torch.compiler.is_compiling():
-            value.register_hook(shared.note_training)
+        if shared.source is not None and value.requires_grad and not compiling:
+            value.register_hook(lambda gradient: setattr(shared, "trained", True))
         return value
-
-    def _keep_up(self, weight: Tensor) -> None:
-        """See to it that the threshold is that of the weight; see Note [Thresholds]."""
-        seen = self.seen
-        if seen is None:
-            self.shared.look(self, weight)
-            return
-        if self.first:
-            identity, version = id(weight), 0 if weight.is_inference() else weight._version
-        else:
-            identity, version = copies.seen(self.shared.places[self].originals)
-        if identity != seen.identity:
-            return
-        if version != seen.version:
-            self.shared.look(self, weight)
-        elif "shared" in self._modules:  # the first one
-            self.shared.keep_up()
-        if self.threshold._version != self.written:
-            self.shared.write()
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Make ``layer.weight = w`` store ``w`` as the dense weight."""
         return weight
 
-    def train(self, mode: bool = True) -> FeatherParametrization:
-        if not mode or not self.training:  # some loops call `train()` before each batch
-            self.forget()
-        return super().train(mode)
+    def dense(self) -> Tensor:
+        """Return the weight as it comes here: past the parametrizations registered before."""
+        place = self.shared.places[self]
+        values: list[Any] = list(place.originals)
+        for parametrization in place.parametrizations:
+            if parametrization is self:
+                break
+            values = [parametrization(*values)]
+        (value,) = values
+        return value
 
-    def forget(self, loaded: bool = False, replaced: bool = False) -> None:
-        """Have the next forward pass take the thresholds anew.
-
-        Args:
-            loaded: the weight comes from a checkpoint: it is no move of a copy.
-            replaced: another tensor may stand in the weight's place.
-        """
+    @property
+    def changed(self) -> bool:
+        """Whether the weight is another one than that of which the threshold is."""
         place = self.shared.places.get(self)
         if place is None:
-            return
-        if not (loaded or replaced) or any(map(is_sharded, place.originals)):
-            self.seen = self.seen and self.seen._replace(version=-1)
-        else:
-            self.seen = None
-        if loaded:
-            self.bits = None
+            return False
+        identity, version = copies.seen(place.originals)
+        return self.seen.version != version and self.seen.identity in (identity, None)
+
+    def forget(self, loaded: bool = False) -> None:
+        """Have the next forward pass look; whatever was loaded is no move of a copy."""
+        self.seen = self.seen._replace(version=-1)
+        place = self.shared.places.get(self)
+        if loaded and place is not None:
+            self.seen, self.bits = copies.Seen(id(place.originals[0]), -1), None
 
     def hold(self) -> None:
         """Set the pruned elements of a frozen dense weight to zero, and those that stay to anything else."""
@@ -408,15 +376,19 @@ class FeatherParametrization(nn.Module):
             return  # what other libraries' parametrizations make is held by `core.freezing.hold`
         with torch.no_grad():
             original: Any = place.originals[0]
-            mask = local(self.mask, original)
             part = original.to_local() if is_sharded(original) else original
-            part.copy_(held(part, mask))
+            part.copy_(held(part, local(self.mask, original)))
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def train(self, mode: bool = True) -> FeatherParametrization:
+        if not mode or not self.training:  # some loops call `train()` before each batch
+            self.forget()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args: Any) -> None:  # type: ignore[override]
         self.hold()
         super()._save_to_state_dict(*args)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:  # type: ignore[override]
         super()._load_from_state_dict(*args)
         self.shared.loaded(self)  # the weight itself was loaded just before
 
@@ -424,14 +396,18 @@ class FeatherParametrization(nn.Module):
         before = self.threshold
         super()._apply(fn, recurse)
         if self.threshold.dtype != before.dtype:  # a cast, which changes the bits of the weight, but is no move
-            self.threshold = before.to(self.threshold.device)
-            self.bits = None
+            self.threshold, self.bits = before.to(self.threshold.device), None
         elif before.is_meta:
             self.threshold.zero_()  # `to_empty`
         self.written = self.threshold._version
         if self.mask is not None:
             self.mask = self.mask.to(self.threshold.device)
-        self.forget(replaced=True)
+        self.forget()
+        replaces = (
+            before.is_meta or self.threshold.is_meta or torch.__future__.get_overwrite_module_params_on_conversion()
+        )
+        if replaces and not self.shared.sharded:
+            self.seen = copies.ANY  # the Parameter is about to be replaced
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FeatherParametrization:

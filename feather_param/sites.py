@@ -72,7 +72,7 @@ class Site:
 
     def dense(self) -> Tensor:
         """Return the weight that our parametrization sees: past those registered before it."""
-        return getattr(self.module, self.tensor) if self.feather is None else self.feather.shared.dense(self.feather)
+        return getattr(self.module, self.tensor) if self.feather is None else self.feather.dense()
 
     @property
     def key(self) -> int:

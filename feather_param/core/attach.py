@@ -37,10 +37,12 @@ def attach(shared: SharedSparsity, weights: Sequence[Weight]) -> None:
             # unsafe: the check would run the operator, and our shapes and dtypes are right by construction.
             parametrize.register_parametrization(layer, site.tensor, feather, unsafe=True)
             place = parametrizations_of(layer)[site.tensor]
-            feather.first = len(place) == 1
             shared.places[feather] = Place(name, site.name, place, before[layer][1])
             layer._modules["parametrizations"].train(layer.training)  # type: ignore[union-attr]
-            _add_methods(layer)
+            if _METHODS not in vars(type(layer)):  # another tensor of the layer came first
+                for key, method in (methods := _methods(layer)).items():
+                    setattr(type(layer), key, method)
+                setattr(type(layer), _METHODS, tuple(methods))
     except BaseException:
         for _, site in sites:
             if site.feather is not None:
@@ -138,24 +140,30 @@ _METHODS = "_feather_param_methods"
 _BEFORE = "_feather_param_before"
 
 
-def _own_class(layer: nn.Module) -> type:
-    """Return the class that has our methods; wrappers may have derived another one from it."""
-    return next(cls for cls in type(layer).__mro__ if _METHODS in vars(cls))
+def _methods(layer: nn.Module) -> dict[str, Any]:
+    """Return what the class of a parametrized layer needs beyond what torch gives it; they call the plain class."""
+    plain: Any = type(layer).__bases__[0]
 
+    def _load_from_state_dict(self: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
+        alone = [name for name, place in parametrizations_of(self).items() if len(place) == 1 and _ours(place)]
+        accept_dense(state_dict, prefix, alone)
+        plain._load_from_state_dict(self, state_dict, prefix, *args)
 
-def _load_from_state_dict(self: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
-    """Let the layer load the entries of a plain one as well."""
-    alone = [name for name, place in parametrizations_of(self).items() if len(place) == 1 and _ours(place)]
-    accept_dense(state_dict, prefix, alone)
-    super(_own_class(self), self)._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+    def _save_to_state_dict(self: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
+        plain._save_to_state_dict(self, destination, prefix, keep_vars)
+        for tensor in parametrizations_of(self):  # pruned weights, which a layer's own method takes for its entries
+            destination.pop(prefix + tensor, None)
 
+    def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        twin = self.__new__(type(self))  # a layer's own method would copy the pruned weight, a temporary tensor
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
-def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Copy the layer as any other: its own method would copy the pruned weight, which is a temporary tensor."""
-    twin = self.__new__(type(self))
-    memo[id(self)] = twin
-    vars(twin).update(copy.deepcopy(vars(self), memo))
-    return twin
+    methods = {"_load_from_state_dict": _load_from_state_dict, "_save_to_state_dict": _save_to_state_dict}
+    if "__deepcopy__" not in vars(type(layer)):  # torch adds one, unless the layer has its own
+        methods["__deepcopy__"] = __deepcopy__
+    return methods | recurrent.methods(layer)
 
 
 def _leave_shared_class(layer: nn.Module) -> None:
@@ -164,19 +172,6 @@ def _leave_shared_class(layer: nn.Module) -> None:
     if parametrizations_of(layer) and _METHODS not in vars(before):
         layer.__class__ = _class_like(before)
         setattr(type(layer), _BEFORE, before)
-
-
-def _add_methods(layer: nn.Module) -> None:
-    cls = type(layer)
-    if _METHODS in vars(cls):  # another tensor of the layer came first
-        return
-    methods: dict[str, Any] = {"_load_from_state_dict": _load_from_state_dict}
-    if "__deepcopy__" not in vars(cls):  # torch adds one, unless the layer has its own
-        methods["__deepcopy__"] = _deepcopy
-    methods |= recurrent.methods(layer, _own_class)
-    setattr(cls, _METHODS, tuple(methods))
-    for name, method in methods.items():
-        setattr(cls, name, method)
 
 
 def _class_like(cls: type, without: Collection[str] = ()) -> type:

@@ -18,7 +18,7 @@ from feather_param.warning import warn
 if TYPE_CHECKING:
     from feather_param.parametrizations import FeatherParametrization, SharedSparsity
 
-__all__ = ["NEVER", "Bits", "Seen", "bits", "copy_parametrization", "copy_shared", "follow", "seen", "zeros"]
+__all__ = ["ANY", "NEVER", "Bits", "Seen", "bits", "copy_parametrization", "copy_shared", "follow", "seen", "zeros"]
 
 # Note [Copies]
 # A deepcopy is either a snapshot (the best model so far, a teacher) or a moving average, and nobody tells which. No
@@ -34,12 +34,15 @@ __all__ = ["NEVER", "Bits", "Seen", "bits", "copy_parametrization", "copy_shared
 class Seen(NamedTuple):
     """Which tensors were seen, and a number that grows with each write to them (see Note [Thresholds])."""
 
-    identity: int
+    identity: int | None
     version: int
 
 
 NEVER = Seen(0, 0)
 """No tensor is this one: what is never looked at."""
+
+ANY = Seen(None, -1)
+"""Whatever tensor comes is a new one."""
 
 
 def seen(originals: Sequence[Tensor]) -> Seen:
@@ -51,25 +54,27 @@ def seen(originals: Sequence[Tensor]) -> Seen:
 
 
 class Bits(NamedTuple):
-    """The bits of some tensors: another dtype has others for the same numbers."""
+    """The sum of the bits of some tensors: another dtype has others for the same numbers."""
 
     dtype: torch.dtype
-    total: Tensor
+    total: Tensor | None
 
-    def differ(self, other: Bits | None) -> bool:
+    def differ(self, other: Bits) -> bool:
         """Return whether these are certainly other numbers."""
-        return other is not None and self.dtype == other.dtype and bool(self.total != other.total.to(self.total.device))
+        if self.dtype != other.dtype or self.total is None or other.total is None:
+            return False
+        return bool(self.total != other.total.to(self.total.device))
 
 
 @torch.no_grad()
-def bits(originals: Sequence[Tensor]) -> Bits | None:
-    """Return the bits of the tensors that a weight is computed from; None where they have no values."""
+def bits(originals: Sequence[Tensor]) -> Bits:
+    """Return the bits of the tensors that a weight is computed from; their sum is None where they have no values."""
     totals: list[Tensor] = []
     for tensor in originals:
         part: Any = tensor.detach()
         part = part.to_local() if is_sharded(part) else part
         if part.is_meta or isinstance(part, FakeTensor):
-            return None
+            return Bits(part.dtype, None)
         raw = flat(part).contiguous().view(torch.uint8)
         raw = raw.clone() if raw.storage_offset() % 8 else raw
         even = raw.numel() // 8 * 8  # eight bytes at a time take a third of the time that four do
@@ -79,16 +84,11 @@ def bits(originals: Sequence[Tensor]) -> Bits | None:
 
 def moved(shared: SharedSparsity) -> bool:
     """Return whether the weights of a copy are no longer those that its thresholds were computed from."""
-    places = shared.places.items()
-    for feather, place in places:
-        now = seen(place.originals)
-        if (
-            feather.seen is not None
-            and feather.seen.identity == now.identity
-            and 0 <= feather.seen.version < now.version
-        ):
+    for feather, place in shared.places.items():
+        old, now = feather.seen, seen(place.originals)
+        if old.identity == now.identity and 0 <= old.version < now.version:
             return True
-    return any(feather.bits is not None and feather.bits.differ(bits(place.originals)) for feather, place in places)
+    return any(bits(p.originals).differ(f.bits) for f, p in shared.places.items() if f.bits is not None)
 
 
 def zeros(shared: SharedSparsity) -> int:
@@ -139,7 +139,8 @@ def copy_parametrization(feather: FeatherParametrization, memo: dict[int, Any]) 
     if place is not None and container is not None:
         twin.shared.places[twin] = place._replace(parametrizations=container)
         copied = [memo.get(id(original)) for original in place.originals]
-        current = feather.seen == seen(place.originals) and None not in copied
-        twin.seen = seen(copied) if current else None
+        twin.seen = ANY if any(each is None for each in copied) else seen(copied)
+        if feather.seen != seen(place.originals):
+            twin.forget()
         twin.bits = bits(place.originals)
     return twin

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from feather_param.core import copies
-from feather_param.parametrizations import FeatherParametrization, SharedSparsity
+from feather_param.core.eager import eager
+from feather_param.parametrizations import SharedSparsity
 from feather_param.selection import Weight
-from feather_param.sites import parametrizations_of
 from feather_param.warning import warn
 
 __all__ = ["Follower", "Movement", "checked_optimizer"]
@@ -107,13 +108,13 @@ class Follower:
         for handle in self._handles:
             handle.remove()
 
-    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+    @eager
     def _enter(self, *_: Any) -> None:
         if not self._depth or not _runs(self._outermost):  # a call that raised never comes to an end
             self._depth, self._outermost = 0, _step_frame()
         self._depth += 1
 
-    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+    @eager
     def _leave(self, *_: Any) -> None:
         self._depth -= 1
         if self._depth <= 0:
@@ -143,27 +144,24 @@ class Movement:
 
     def __init__(self) -> None:
         self._still: int | None = 0  # steps without a move; None: they move, or nobody can tell
-        self._bits: list[copies.Bits | None] = []
+        self._bits: list[copies.Bits] = []
 
     def look(self, shared: SharedSparsity) -> None:
         """Warn at the tenth step if no weight that takes gradients has moved since the first."""
         if self._still is None:
             return
-        trained = {f: p.originals for f, p in shared.places.items() if any(o.requires_grad for o in p.originals)}
-        before = {feather: feather.seen for feather in trained}
-        moves = any(
-            seen is not None and 0 <= seen.version != copies.seen(trained[f]).version for f, seen in before.items()
-        )
+        trained = [place.originals for place in shared.places.values() if place.originals[0].requires_grad]
+        moves = any(feather.seen.version >= 0 and feather.changed for feather in shared.places)
         if moves or shared.sharded or not trained:
             self._still = None
             return
         # Some optimizers write without a new version (fused ones, `.data`): the values tell.
         if not self._still:
-            self._bits = [copies.bits(originals) for originals in trained.values()]
+            self._bits = [copies.bits(originals) for originals in trained]
         self._still += 1
         if self._still > self._STEPS:
-            now = [copies.bits(originals) for originals in trained.values()]
-            if not any(old is None or old.differ(new) for old, new in zip(self._bits, now, strict=False)):
+            now = [copies.bits(originals) for originals in trained]
+            if not any(old.differ(new) for old, new in zip(self._bits, now, strict=False)):
                 warn(
                     f"none of the {len(trained)} prunable weights has moved in {self._STEPS} steps: the optimizer does "
                     "not hold them; while sparsified, layer.weight is no Parameter, so build parameter groups from "
@@ -179,33 +177,37 @@ class Movement:
 # model, and sorts by name a state that it loads. The names stand beside the parameter groups, not in them: torch
 # would carry them along from there in an optimizer that nobody follows, where they may be wrong after the next load.
 # Names that torch itself has saved, in "param_names" or in the place of numbers (torch.distributed.checkpoint),
-# serve as well. Without any, the shapes must tell the order of the plain model from that of the sparsified one.
+# serve as well. A state without any is refused.
 
 
 class _Order:
-    """The order of a model's parameters without and with `sparsify`; see Note [The order of an optimizer's state]."""
+    """Writes and sorts the states of an optimizer of a model; see Note [The order of an optimizer's state]."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        names = self._names()
-        plain = list(names.values())
-        sparse = [names[id(parameter)] for parameter in model.parameters()]
-        self._sides = (plain, sparse)
 
     def write(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Add the names of the parameters to a state."""
-        state_dict.setdefault(_KEY, []).append(self._of(optimizer))  # a list: several controllers may follow
+        state_dict.setdefault(_KEY, []).append(self._names(optimizer))  # a list: several controllers may follow
 
     def restore(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Bring a state into the order of this optimizer, or refuse it."""
         groups = state_dict["param_groups"]
         ids = [list(group["params"]) for group in groups]
-        own = self._of(optimizer)
+        own = self._names(optimizer)
         if [len(group) for group in ids] != [len(group) for group in own] or not any(map(any, own)):
             return  # torch refuses the first; the second holds nothing of this model
+        if not any(isinstance(value, Tensor) for each in state_dict["state"].values() for value in each.values()):
+            return  # nothing that could land on the wrong parameter
         sources = [*state_dict.get(_KEY, ()), [group.get("param_names", ()) for group in groups], ids]
-        named = (positions for names in sources if (positions := _find(own, names)) is not None)
-        positions = next(named, None) or self._by_shape(optimizer, own, ids, state_dict["state"])
+        positions = next((found for names in sources if (found := _find(own, names)) is not None), None)
+        if positions is None:
+            raise ValueError(
+                "expected an optimizer state that tells which parameters it belongs to, got one without names, saved "
+                "by an optimizer that no controller followed; sparsify changes the order of model.parameters(), so it "
+                "matters whether that one was built before or after; if it was built on the same side as this one, load "
+                "its state before the controller follows this one (before sparsify(optimizer=...) or follow())"
+            )
         if all(group == sorted(group) for group in positions):
             return
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -222,74 +224,12 @@ class _Order:
             for group, order in zip(groups, positions, strict=True)
         ]
 
-    def _names(self) -> dict[int, str]:
-        names: dict[int, str] = {}
-        for name, parameter in _plain(self._model, "", set()):
-            names.setdefault(id(parameter), name)  # the first name of a tied one
-        return names
-
-    def _of(self, optimizer: Optimizer) -> Names:
-        names = self._names()
+    def _names(self, optimizer: Optimizer) -> Names:
+        names: dict[int, str] = {}  # of a tied parameter the smallest, for `sparsify` changes which one is the first
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            plain = _plain_name(name)
+            names[id(parameter)] = min(plain, names.get(id(parameter), plain))
         return [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
-
-    def _by_shape(
-        self, optimizer: Optimizer, own: Names, ids: list[list[Any]], states: dict[Any, Any]
-    ) -> list[list[int]]:
-        """Return where each parameter's state stands, the order in which a state without names makes sense."""
-        sides = [_arranged(own, side) for side in self._sides]
-        moved = [plain != sparse for plain, sparse in zip(*sides, strict=True)]
-        sides = [
-            [group if differs else as_it_is for group, differs, as_it_is in zip(side, moved, own, strict=True)]
-            for side in sides
-        ]
-        shapes = {
-            index: {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
-            for index, state in states.items()
-            if isinstance(state, dict)
-        }
-        orders: dict[tuple[Any, ...], list[list[int]]] = {}
-        for names in (own, *sides):
-            positions = _find(own, names)
-            assert positions is not None
-            landing = tuple(group[at] for group, order in zip(ids, positions, strict=True) for at in order)
-            orders.setdefault(tuple(index if shapes.get(index) else None for index in landing), positions)
-        if len(orders) == 1:
-            return next(iter(orders.values()))
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if all(group in both for group, *both in zip(own, *sides, strict=True)):
-            fitting = {landing: _alike(parameters, landing, shapes) for landing in orders}
-            for landing, fits in fitting.items():
-                if all(fits > others for other, others in fitting.items() if other != landing):
-                    return orders[landing]
-        raise ValueError(
-            "expected an optimizer state that tells which parameters it belongs to, got one without names, saved by an "
-            "optimizer that no controller followed, whose shapes do not tell whether it was built before or after "
-            "sparsify, which changes the order of model.parameters(); if it was built on the same side as this one, "
-            "load its state before the controller follows this one (before sparsify(optimizer=...) or follow())"
-        )
-
-
-def _plain(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield a model's parameters with the names, and in the order, that they have without our parametrizations.
-
-    A parameter's first name counts; it may come more than once.
-    """
-    if module in seen:
-        return
-    seen.add(module)
-    moved: dict[str, Any] = {}  # what registering our parametrization moved
-    order: tuple[str, ...] = ()
-    for tensor, parametrizations in parametrizations_of(module).items():
-        feather = next((each for each in parametrizations if isinstance(each, FeatherParametrization)), None)
-        place = feather and feather.shared.places.get(feather)
-        if place and tensor in place.parameter_order:
-            moved[tensor], order = parametrizations, place.parameter_order
-    for tensor in dict.fromkeys((*order, *module._parameters)):
-        parameter = moved[tensor].original if tensor in moved else module._parameters.get(tensor)
-        if parameter is not None:
-            yield _plain_name(prefix + tensor), parameter
-    for name, child in module.named_children():  # what was moved comes once more, under its present name
-        yield from _plain(child, f"{prefix}{name}.", seen)
 
 
 def _plain_name(name: str) -> str:
@@ -303,7 +243,6 @@ def _find(own: Names, theirs: Any) -> list[list[int]] | None:
 
     What has no name in `own` stays where it is. All the names in `theirs` may have one more prefix.
     """
-    wanted = sorted(name for group in own for name in group if name is not None)
     found: list[list[Any]] = [
         [
             _plain_name(name) if isinstance(name, str) and mine else None
@@ -311,10 +250,8 @@ def _find(own: Names, theirs: Any) -> list[list[int]] | None:
         ]
         for names, group in zip(theirs, own, strict=False)
     ]
-    given = sorted(name for group in found for name in group if name is not None)
-    if len(given) != len(wanted):
-        return None
-    prefix = given[0].removesuffix(wanted[0])
+    wanted, given = (sorted(filter(None, itertools.chain(*names))) for names in (own, found))
+    prefix = given[0].removesuffix(wanted[0]) if given else ""
     if given != [prefix + name for name in wanted]:
         return None
     positions: list[list[int]] = []
@@ -327,25 +264,3 @@ def _find(own: Names, theirs: Any) -> list[list[int]] | None:
             )
         positions.append([at if name is None else places[prefix + name] for at, name in enumerate(group)])
     return positions
-
-
-def _arranged(own: Names, side: list[str]) -> Names:
-    """Return the names of `own`, in each group in the order of `side`."""
-    result: Names = []
-    for group in own:
-        here = set(group)
-        ordered = iter([name for name in side if name in here])
-        result.append([None if name is None else next(ordered) for name in group])
-    return result
-
-
-def _alike(parameters: list[Tensor], landing: tuple[Any, ...], shapes: dict[Any, dict[str, Any]]) -> set[str]:
-    """Return which kinds of state would everywhere have the shape of their parameter.
-
-    Some kinds never have it (Adafactor's rows and columns); in the right order, all others do.
-    """
-    kinds: dict[str, bool] = {}
-    for parameter, index in zip(parameters, landing, strict=True):
-        for kind, shape in shapes.get(index, {}).items():
-            kinds[kind] = kinds.get(kind, True) and shape == parameter.shape
-    return {kind for kind, alike in kinds.items() if alike}

@@ -10,28 +10,25 @@ from torch import nn
 __all__ = ["methods", "plain_again"]
 
 
-def methods(layer: nn.Module, own_class: Callable[[nn.Module], type]) -> dict[str, Callable[..., Any]]:
-    """Return methods with which a parametrized layer keeps no list; none for layers of other kinds.
+def methods(layer: nn.Module) -> dict[str, Callable[..., Any]]:
+    """Return methods for the class of a parametrized layer, with which it keeps no list; none for other layers.
 
     Thresholded weights in the list would hold on to the graph of a pass, and cannot be deepcopied.
-
-    Args:
-        layer: the layer.
-        own_class: returns the class that a layer has these methods from.
     """
     if not isinstance(layer, nn.RNNBase):
         return {}
 
-    def forgetful(name: str) -> Callable[..., Any]:
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forgetful(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                return getattr(super(own_class(self), self), name)(*args, **kwargs)  # type: ignore[misc]
+                return method(self, *args, **kwargs)
             finally:
                 self._flat_weights = [None] * len(self._flat_weights_names)
 
-        return method
+        return call
 
-    return {name: forgetful(name) for name in ("forward", "_apply")}
+    plain: Any = type(layer).__bases__[0]
+    return {"forward": forgetful(plain.forward), "_apply": forgetful(plain._apply)}
 
 
 def plain_again(layer: nn.Module) -> None:
