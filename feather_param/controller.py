@@ -46,7 +46,7 @@ class Controller:
         self._late_nan = LateNaN()
         self._movement = Movement()
         self._warned = self._tied = False
-        attach(self._shared, selection.weights)
+        attach(model, self._shared, selection.weights)
         try:
             self._shared.move(0)
         except BaseException:

@@ -78,9 +78,10 @@ class Place(NamedTuple):
 class SharedSparsity(nn.Module):
     """What the parametrizations of a model share: they read it, the controller writes it; see Note [Thresholds].
 
-    It is a submodule of exactly one of them, the first, and a plain attribute of the others: so ``state_dict``, ``to``
-    and ``deepcopy`` come by once, and the plain references of a deepcopy lead to the copy's own. Its position is a
-    small integer tensor in the model's ``state_dict`` (torch's *extra state*, which nobody averages or casts).
+    It is a submodule of exactly one of them, the first that torch comes to, and a plain attribute of the others: so
+    ``state_dict``, ``to`` and ``deepcopy`` come by once, and the plain references of a deepcopy lead to the copy's own.
+    Its position is a small integer tensor in the model's ``state_dict`` (torch's *extra state*, which nobody averages
+    or casts).
 
     Args:
         config: the settings.
@@ -90,7 +91,7 @@ class SharedSparsity(nn.Module):
         position: how far this model has come.
         source: of a copy, the position of the model that it was copied from (see `core.copies`).
         trained: of a copy, whether a gradient has come to its weights.
-        places: where each parametrization stands.
+        places: where each parametrization stands, in the order in which torch goes through the model's modules.
         theta: gradient scale of pruned elements where it changes in time: a 0-dim float32 tensor, else None.
     """
 
@@ -172,7 +173,9 @@ class SharedSparsity(nn.Module):
 
     def keep_up(self, reader: FeatherParametrization | None = None) -> None:
         """Look whether the thresholds still are those of the weights: of all, or of one that is not the first."""
-        readers = self.places if reader is None or reader is next(iter(self.places), None) else (reader,)
+        place = None if reader is None else self.places.get(reader)
+        first = next(iter(self.budget.sizes))
+        readers = self.places if reader is None or (place is not None and place.name == first) else (reader,)
         if any(feather.changed for feather in readers):
             self.look()
         elif self.places and any(f.threshold._version != f.written and concrete(f.threshold) for f in readers):
@@ -260,13 +263,6 @@ class SharedSparsity(nn.Module):
             errors.append(str(error))
         missing[:] = [name for name in missing if name != f"{prefix}_extra_state"]  # a plain model's state has none
 
-    def loaded(self, feather: FeatherParametrization) -> None:
-        """Note that a weight was loaded; when it was the last one, the thresholds follow at once."""
-        feather.forget(loaded=True)
-        if feather is next(reversed(self.places), None):
-            with contextlib.suppress(ValueError):  # NaN: whoever uses these weights hears of it, not who loads them
-                self.look()
-
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedSparsity:
         return copies.copy_shared(self, memo)
 
@@ -283,8 +279,7 @@ class FeatherParametrization(nn.Module):
     Made by :func:`feather_param.sparsify`; for use with :mod:`torch.nn.utils.parametrize`.
 
     Args:
-        shared: what it shares with the other parametrizations of its model.
-        owner: whether ``shared`` is registered here; true for exactly one of them.
+        shared: what it shares with the other parametrizations of its model, of which one owns it (`own`).
 
     Attributes:
         threshold: the threshold of this weight: a 0-dim buffer, float64 where the weight is, else float32. It is not
@@ -310,17 +305,19 @@ class FeatherParametrization(nn.Module):
     threshold: Tensor
     mask: Tensor | None
 
-    def __init__(self, shared: SharedSparsity, owner: bool = True) -> None:
+    def __init__(self, shared: SharedSparsity) -> None:
         super().__init__()
-        if owner:
-            self.shared = shared
-        else:
-            object.__setattr__(self, "shared", shared)
+        object.__setattr__(self, "shared", shared)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32), persistent=False)
         self.mask = None
         self.seen = copies.NEVER
         self.written = 0
         self.bits: copies.Bits | None = None
+        self.register_load_state_dict_post_hook(_loaded)
+
+    def own(self) -> None:
+        """Make the shared state a submodule of this parametrization."""
+        self.add_module("shared", self.__dict__.pop("shared"))
 
     def forward(self, weight: Tensor) -> Tensor:
         shared = self.shared
@@ -388,10 +385,6 @@ class FeatherParametrization(nn.Module):
         self.hold()
         super()._save_to_state_dict(*args)
 
-    def _load_from_state_dict(self, *args: Any) -> None:  # type: ignore[override]
-        super()._load_from_state_dict(*args)
-        self.shared.loaded(self)  # the weight itself was loaded just before
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatherParametrization:
         before = self.threshold
         super()._apply(fn, recurse)
@@ -416,6 +409,14 @@ class FeatherParametrization(nn.Module):
     def extra_repr(self) -> str:
         frozen = ", frozen" if self.mask is not None else ""
         return f"p={self.shared.config.p}, theta={self.shared.config.theta}{frozen}"
+
+
+def _loaded(feather: Any, incompatible_keys: Any) -> None:
+    """Note that a weight was loaded; when it was the last one, the thresholds follow at once."""
+    feather.forget(loaded=True)
+    if feather is next(reversed(feather.shared.places), None):
+        with contextlib.suppress(ValueError):  # NaN: whoever uses these weights hears of it, not who loads them
+            feather.shared.look()
 
 
 def held(dense: Tensor, mask: Tensor) -> Tensor:

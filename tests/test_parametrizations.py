@@ -379,7 +379,6 @@ def test_assigning_the_weight_stores_the_dense_weight():
 
 
 def test_repr_names_the_settings():
-    assert "FeatherParametrization(\n" in repr(sparse_linear())
     assert "p=3.0, theta=1.0" in repr(sparse_linear())
 
 

@@ -25,15 +25,15 @@ __all__ = ["attach", "links", "remove_parametrizations", "require_attached"]
 # from the class, and with it the weight of all copies, and removes every library's parametrization.)
 
 
-def attach(shared: SharedSparsity, weights: Sequence[Weight]) -> None:
-    """Register a `FeatherParametrization` at all places of some weights; on an error none."""
+def attach(model: nn.Module, shared: SharedSparsity, weights: Sequence[Weight]) -> None:
+    """Register a `FeatherParametrization` at all places of some weights of a model; on an error none."""
     sites = [(weight.name, site) for weight in weights for site in weight.sites]
     before = {site.module: (type(site.module), tuple(site.module._parameters)) for _, site in sites}
     try:
         for name, site in sites:
             layer = site.module
             _leave_shared_class(layer)
-            feather = FeatherParametrization(shared, owner=not shared.places)
+            feather = FeatherParametrization(shared)
             # unsafe: the check would run the operator, and our shapes and dtypes are right by construction.
             parametrize.register_parametrization(layer, site.tensor, feather, unsafe=True)
             place = parametrizations_of(layer)[site.tensor]
@@ -43,6 +43,9 @@ def attach(shared: SharedSparsity, weights: Sequence[Weight]) -> None:
                 for key, method in (methods := _methods(layer)).items():
                     setattr(type(layer), key, method)
                 setattr(type(layer), _METHODS, tuple(methods))
+        in_order = [module for module in model.modules() if module in shared.places]
+        shared.places = {feather: shared.places[feather] for feather in in_order}
+        in_order[0].own()
     except BaseException:
         for _, site in sites:
             if site.feather is not None:
