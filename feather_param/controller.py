@@ -45,7 +45,7 @@ class Controller:
         self._follower: Follower | None = None
         self._late_nan = LateNaN()
         self._movement = Movement()
-        self._warned = self._tied = False
+        self._warned = self._told = False
         attach(model, self._shared, selection.weights)
         try:
             self._shared.move(0)
@@ -102,10 +102,10 @@ class Controller:
     def refresh(self) -> None:
         """Take the thresholds anew, from the weights as they are now: somebody else has written to them.
 
-        Seldom needed: forward passes, reports and `desparsify` see by themselves that the weights of a model were loaded,
-        swapped or scaled, and ``train()`` and ``eval()`` have them look for writes through ``.data``. It is needed before
-        an evaluation where nothing tells of a write: under FSDP2 (all processes call this), in compiled models, and for
-        writes past torch or through ``.data`` without a call of ``eval()``. The schedule stands.
+        Seldom needed: forward passes, reports and `desparsify` see that weights were loaded, swapped or scaled, and
+        ``train()`` and ``eval()`` have them look for writes through ``.data``. It is needed before an evaluation where
+        nothing tells of a write: under FSDP2 (all processes call this), in compiled models, after writes past torch, and
+        through ``.data`` without a call of ``eval()``. The schedule stands.
 
         Raises:
             RuntimeError: the model has been desparsified, or a layer of it was replaced.
@@ -134,20 +134,17 @@ class Controller:
         * warns if it steps the model after `desparsify`, which brings pruned weights back to life; where you call
           `step` yourself, `step` raises then, but nobody watches an optimizer alone;
         * saves the names of its parameters in its ``state_dict`` (under ``"feather_param"``), by which a state saved
-          on the other side of `sparsify` is brought into this optimizer's order. A state without names is sorted by
-          shapes, and refused with a ValueError where these do not tell the order.
+          on the other side of `sparsify` is brought into this optimizer's order. A state without names is refused.
 
         Of several optimizers, give the one that steps last: the threshold is taken from the weights as they are then.
-        Another call moves over to another optimizer; one more with the same changes nothing. A deepcopy of the
-        controller follows no optimizer, since a deepcopy of the optimizer has no hooks: call `step`, or this.
-        ``torch.distributed.checkpoint`` makes the state of an optimizer that has none by a step with a rate of 0,
-        which counts: load the controller's state after the optimizer's.
+        Another call moves over to another optimizer. A deepcopy of the controller follows none.
 
         Args:
-            optimizer: it trains the weights of this model, sharded or not.
+            optimizer: it trains the weights of this model, sharded or not. Of a wrapper (accelerate's, Lookahead), the
+                optimizer inside is followed.
 
         Raises:
-            TypeError: it is no ``torch.optim.Optimizer``.
+            TypeError: it is no ``torch.optim.Optimizer``, or a wrapper that does not show what it wraps.
             ValueError: it holds none of the weights.
             RuntimeError: the model has been desparsified.
 
@@ -185,8 +182,7 @@ class Controller:
         shared = self._shared
         self._late_nan.refuse(shared.weights)
         self._movement.look(shared)
-        before = shared.position.groups
-        zeros = shared.position.zeros
+        zeros, before = shared.position.zeros, shared.position.groups[0].threshold
         if shared.frozen:
             threshold = hold(shared)
             shared.position.step += 1
@@ -194,19 +190,11 @@ class Controller:
             shared.move(shared.position.step + 1)
             threshold = shared.position.groups[0].threshold
         self._late_nan.look(threshold, sharded=shared.sharded)
-        if threshold.device.type != "cpu" or shared.frozen:
-            return
-        if self.step_count == shared.config.end_step:
-            self.report()  # the rate is final now: warn of layers that died
-        elif zeros < shared.position.zeros and threshold and torch.equal(threshold, before[0].threshold):
-            self._warn_of_ties()
-
-    def _warn_of_ties(self) -> None:
-        """Warn once if nothing is left where more zeros came and the threshold stayed: many weights equal it."""
-        report = self._report()
-        if not self._tied and (tied := [row.name for row in report.rows if row.ties and row.name in report.dead]):
-            self._tied = True
-            warn_of_dead(tied, tied)
+        if threshold.device.type == "cpu" and not shared.frozen:
+            # The rate is final now, or many weights equal the threshold, which does not grow with the zeros.
+            tied = zeros < shared.position.zeros and bool(threshold) and torch.equal(threshold, before)
+            if self.step_count == shared.config.end_step or (tied and not self._told):
+                self._told = bool(self.report().dead)
 
     def freeze(self) -> None:
         """Hold the zeros as they are now while training goes on: the schedule stops, and a mask stands for magnitudes.
@@ -246,18 +234,15 @@ class Controller:
             RuntimeError: the model has been desparsified.
         """
         self._require("report()")
-        report = self._report()
-        warn_of_dead(report.dead, [row.name for row in report.rows if row.ties])
-        return report
-
-    def _report(self) -> Report:
         shared = self._shared
         shared.settle()
         if shared.frozen:
-            counts = {name: PruneCount(int((~mask).sum()), 0) for name, mask in shared.masks().items()}
+            counts = {name: PruneCount(int((~mask).sum())) for name, mask in shared.masks().items()}
         else:
             counts = count_zeros(shared.weights(), shared.position.groups)
-        return Report(rows(shared.weights(), counts), dict(self._skipped))
+        report = Report(rows(shared.weights(), counts), dict(self._skipped))
+        warn_of_dead(report.dead, [row.name for row in report.rows if row.ties])
+        return report
 
     def masks(self) -> dict[str, Tensor]:
         """Return which elements of each weight `desparsify` would leave at this moment: bool tensors, by name.
@@ -320,9 +305,10 @@ class Controller:
 
     def desparsify(self) -> None:
         """Bake exact zeros into the model's weights and give it back its plain layers; see `desparsify`."""
-        if not self._shared.places:
+        weights = sparsified(self._model)
+        if not weights:
             self._require("desparsify()")
-        bake(sparsified(self._model))
+        bake(weights)
 
     def _require(self, call: str) -> None:
         require_attached(call, self._model, self._shared, self._links)

@@ -72,12 +72,12 @@ def draw(
 def draw_survivors(axes: Axes, report: Report) -> None:
     """Draw the fraction of each layer that survives, and write how many weights that are; dead layers in orange."""
     instance(report, Report, "controller.report()")
-    kept = [1.0 - row.rate for row in report.rows]
-    overall = 1.0 - report.rate
+    kept = [row.survivors / max(1, row.total) for row in report.rows]
+    overall = report.survivors / max(1, report.total)
     longest = max(kept, default=0.0) or 1.0
     axes.barh(range(len(kept)), kept, color=_BLUE, height=0.72)
     labels = [
-        f"{percent(part)}  ({row.total - row.zeros:,} of {row.total:,})"
+        f"{percent(part)}  ({row.survivors:,} of {row.total:,})"
         for part, row in zip(kept, report.rows, strict=True)
     ]
     _name_rows(axes, [row.name for row in report.rows])

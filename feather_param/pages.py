@@ -130,8 +130,9 @@ def _percents(value: float) -> str:
 
 
 def _layers(report: Report, looks: Sequence[Look], counted: MultiplyAdds | None) -> str:
-    kept = [1.0 - row.rate for row in report.rows]
-    overall, longest = 1.0 - report.rate, max(*kept, 1.0 - report.rate, 1e-9)
+    kept = [row.survivors / max(1, row.total) for row in report.rows]
+    overall = report.survivors / max(1, report.total)
+    longest = max(*kept, overall, 1e-9)
     trails: dict[str, list[float]] = {row.name: [] for row in report.rows}
     for look in looks:
         for layer in look.layers:

@@ -317,7 +317,7 @@ class FeatherParametrization(nn.Module):
 
     def own(self) -> None:
         """Make the shared state a submodule of this parametrization."""
-        self.add_module("shared", self.__dict__.pop("shared"))
+        self.add_module("shared", self.__dict__.pop("shared").train(self.training))
 
     def forward(self, weight: Tensor) -> Tensor:
         shared = self.shared

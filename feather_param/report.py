@@ -35,6 +35,16 @@ class Row:
     ties: int = 0
 
     @property
+    def survivors(self) -> int:
+        """Number of elements that survive."""
+        return self.total - self.zeros - self.ties
+
+    @property
+    def survivors(self) -> int:
+        """Number of elements that survive."""
+        return self.total - self.zeros - self.ties
+
+    @property
     def rate(self) -> float:
         """Fraction of zeros."""
         return self.zeros / self.total if self.total else 0.0
@@ -69,6 +79,11 @@ class Report:
         return sum(row.zeros for row in self.rows)
 
     @property
+    def survivors(self) -> int:
+        """Number of those that survive."""
+        return sum(row.survivors for row in self.rows)
+
+    @property
     def rate(self) -> float:
         """Fraction of zeros among them."""
         return self.zeros / self.total if self.total else 0.0
@@ -76,7 +91,7 @@ class Report:
     @property
     def dead(self) -> tuple[str, ...]:
         """Names of the weights of which nothing survives."""
-        return tuple(row.name for row in self.rows if 0 < row.total == row.zeros + row.ties)
+        return tuple(row.name for row in self.rows if row.total and not row.survivors)
 
     def __str__(self) -> str:
         cells = [("weight", "shape", "total", "zeros", "rate", "of all survivors")]
@@ -86,27 +101,17 @@ class Report:
             cells.append((row.name, shape, f"{row.total:,}", f"{row.zeros:,}", f"{row.rate:.3%}", share))
         cells.append(("all", "", f"{self.total:,}", f"{self.zeros:,}", f"{self.rate:.3%}", "100.00%"))
         lines = aligned(cells)
-        lines += [
-            f"ties: {row.ties:,} of the elements of {row.name} that are not zero equal the threshold and count for nothing"
-            for row in self.rows
-            if row.ties
-        ]
+        tied = [row for row in self.rows if row.ties]
+        lines += [f"ties: {row.ties:,} elements of {row.name} equal the threshold and compute as zero" for row in tied]
         lines += [f"dense: {line}" for line in grouped(self.skipped)]
         return "\n".join(lines)
 
 
 def rows(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]) -> tuple[Row, ...]:
     """Return a row for each weight, given how many of its elements are pruned."""
-    left = {name: weight.numel() - counts[name].zeros - counts[name].kept_ties for name, weight in weights.items()}
-    all_left = max(1, sum(left.values()))
+    left = {name: weight.numel() - counts[name].zeros - counts[name].ties for name, weight in weights.items()}
+    whole = max(1, sum(left.values()))
     return tuple(
-        Row(
-            name,
-            tuple(weight.shape),
-            weight.numel(),
-            counts[name].zeros,
-            left[name] / all_left,
-            counts[name].kept_ties,
-        )
+        Row(name, tuple(weight.shape), weight.numel(), counts[name].zeros, left[name] / whole, counts[name].ties)
         for name, weight in weights.items()
     )

@@ -36,7 +36,7 @@ def add_report(writer: ScalarWriter, report: Report, step: int) -> None:
     """
     instance(report, Report, "controller.report()")
     for row in report.rows:
-        writer.add_scalar(f"survivors/{row.name}", 1.0 - row.rate, step)
+        writer.add_scalar(f"survivors/{row.name}", row.survivors / max(1, row.total), step)
 
 
 def add_look(writer: ScalarWriter, look: Look) -> None:

@@ -282,17 +282,10 @@ def _kth_by_bits(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
 
 @dataclass(frozen=True)
 class PruneCount:
-    """How many elements of one weight are pruned.
-
-    Attributes:
-        zeros: all that are pruned.
-        ties: those of them that equal the threshold.
-        kept_ties: elements that equal the threshold and are not pruned: the operator makes them zero nevertheless.
-    """
+    """How many elements of one weight are pruned, and how many others equal the threshold: the operator cuts these."""
 
     zeros: int
-    ties: int
-    kept_ties: int = 0
+    ties: int = 0
 
 
 def count_pruned(
@@ -311,7 +304,7 @@ def count_pruned(
 
     Example:
         >>> count_pruned({"a": torch.ones(2), "b": torch.ones(2)}, torch.tensor(1.0), 3)
-        {'a': PruneCount(zeros=2, ties=2, kept_ties=0), 'b': PruneCount(zeros=1, ties=1, kept_ties=1)}
+        {'a': PruneCount(zeros=2, ties=0), 'b': PruneCount(zeros=1, ties=1)}
     """
     found: list[Tensor] = []
     for weight in weights.values():
@@ -324,7 +317,7 @@ def count_pruned(
     quota = sum(equal.values()) if threshold == 0 else k - sum(below.values())
     counts: dict[str, PruneCount] = {}
     for name in weights:
-        ties = max(0, min(equal[name], quota))
-        quota -= ties
-        counts[name] = PruneCount(below[name] + ties, ties, equal[name] - ties)
+        pruned = max(0, min(equal[name], quota))
+        quota -= pruned
+        counts[name] = PruneCount(below[name] + pruned, equal[name] - pruned)
     return counts

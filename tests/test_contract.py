@@ -128,16 +128,18 @@ def cut(weights: dict[str, Tensor], zeros: int, guards: dict[str, int]) -> tuple
     """The threshold of each weight and what is left of it, by sorting."""
     natural = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     counts = natural if sum(natural.values()) > zeros else twins.greedy(weights, zeros, guards)
-    capped = {name for name in weights if counts[name] == max(guards.get(name, -1), natural[name]) != natural[name]}
-    while True:  # a weight at its guard has a threshold of its own if the others would take more from it
-        free = [weight for name, weight in weights.items() if name not in capped]
-        rest = zeros - sum(counts[name] for name in capped)
-        t = twins.threshold(free, rest) if free else 0.0
-        back = {n for n in capped if sum(m <= t for m in twins.magnitudes([weights[n]])) <= counts[n]}
-        if not back:
+    free, rest, thresholds = dict(weights), zeros, {}
+    while True:  # a weight that would lose more than its guard has a threshold of its own
+        t = twins.threshold(free.values(), rest)
+        pruned = iter(twins.zeros(free.values(), rest))
+        taken = {name: sum(next(pruned) for _ in range(weight.numel())) for name, weight in free.items()}
+        over = {name for name in free if t and taken[name] > max(guards.get(name, taken[name]), natural[name])}
+        if not over:
             break
-        capped -= back
-    thresholds = dict.fromkeys(weights, t) | {name: twins.threshold([weights[name]], counts[name]) for name in capped}
+        for name in over:
+            thresholds[name] = twins.threshold([free.pop(name)], counts[name])
+            rest -= counts[name]
+    thresholds |= dict.fromkeys(free, t)
     left: dict[str, Tensor] = {}
     for name, weight in weights.items():
         values = twins.magnitudes([weight])

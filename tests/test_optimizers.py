@@ -548,3 +548,205 @@ def test_an_optimizer_of_shards(one_process):
         assert torch.equal(
             same_kind.state[mine]["exp_avg"].full_tensor(), optimizer.state[theirs]["exp_avg"].full_tensor()
         )
+
+
+class Clipping(torch.optim.Adam):
+    """One whose step calls that of its base class."""
+
+    fails = False
+
+    def step(self, closure=None):
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
+        loss = super().step(closure)
+        if self.fails:
+            raise FloatingPointError("overflow")
+        return loss
+
+
+@pytest.mark.parametrize("plain_first", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_that_calls_its_base_class_counts_once(plain_first, compiled):
+    if plain_first:
+        torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # torch then patches the step of Adam, too
+    torch.compiler.reset()
+    model = nn.Linear(8, 8)
+    optimizer = Clipping(model.parameters(), lr=0.01)
+    controller = feather_param.sparsify(model, final_rate=0.5, total_steps=9, optimizer=optimizer)
+    make_step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+    for at in range(1, 5):
+        model(torch.ones(2, 8)).sum().backward()
+        make_step()
+        assert controller.step_count == at
+
+
+def test_a_step_that_fails_does_not_count_and_the_next_one_does():
+    model = nn.Linear(8, 8)
+    optimizer = Clipping(model.parameters(), lr=0.01)
+    controller = feather_param.sparsify(model, final_rate=0.5, total_steps=9, optimizer=optimizer)
+    for fails, count in ((True, 0), (True, 0), (False, 1), (True, 1), (False, 2)):
+        optimizer.fails = fails
+        model(torch.ones(2, 8)).sum().backward()
+        try:
+            optimizer.step()
+        except FloatingPointError:
+            assert fails
+        assert controller.step_count == count
+
+
+@pytest.mark.parametrize("followed", [True, False])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole step", "optimizer.step"])
+def test_steps_in_compiled_code(followed, whole):
+    counts = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = nn.Linear(16, 16)
+        optimizer = sgd(model.parameters(), lr=0.1)
+        controller = feather_param.sparsify(
+            model, final_rate=0.9, total_steps=6, optimizer=optimizer if followed else None
+        )
+
+        def one(x, model=model, optimizer=optimizer, controller=controller):
+            if whole:
+                model(x).square().sum().backward()
+            optimizer.step()
+            if not followed:
+                controller.step()
+
+        call = torch.compile(one, backend="eager") if compiled else one
+        for at in range(6):
+            x = torch.randn(4, 16, generator=torch.Generator().manual_seed(at))
+            if not whole:
+                model(x).square().sum().backward()
+            call(x)
+            optimizer.zero_grad()
+        counts.append((controller.step_count, int((model.weight == 0).sum()), controller.report().zeros))
+    assert counts == [(6, 230, 230)] * 2
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's: it has another's parameters, but no hooks."""
+
+    def __init__(self, optimizer) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+class Lookahead(Wrapper):
+    def __init__(self, optimizer) -> None:
+        super().__init__(optimizer)
+        self.slow, self.steps = [p.detach().clone() for p in self.param_groups[0]["params"]], 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.steps += 1
+        if self.steps % 2 == 0:
+            for slow, parameter in zip(self.slow, self.param_groups[0]["params"], strict=True):
+                parameter.copy_(slow.lerp_(parameter, 0.5))
+        return loss
+
+
+class NoOptimizer:
+    """A trainer's own object around an optimizer."""
+
+    def __init__(self, optimizer) -> None:
+        self._optimizer = optimizer
+
+    def step(self):
+        self._optimizer.step()
+
+
+def accelerated(optimizer):
+    return pytest.importorskip("accelerate").Accelerator(cpu=True).prepare(optimizer)
+
+
+WRAPPERS = [Wrapper, Lookahead, NoOptimizer, lambda optimizer: Wrapper(Wrapper(optimizer)), accelerated]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=["Wrapper", "Lookahead", "NoOptimizer", "twice", "accelerate"])
+def test_an_optimizer_inside_a_wrapper_is_followed(wrap):
+    model = net()
+    optimizer = wrap(sgd(model.parameters(), lr=0.1))
+    controller = feather_param.sparsify(model, final_rate=0.5, total_steps=4, end_step=2, optimizer=optimizer)
+    for at in range(4):
+        model(torch.randn(2, 3, 6, 6)).square().sum().backward()
+        optimizer.step()
+        assert controller.step_count == at + 1
+    with torch.no_grad():
+        seen = [model[i].weight.detach().clone() for i in (0, 3, 4)]
+    feather_param.desparsify(model)
+    assert sum(int((model[i].weight == 0).sum()) for i in (0, 3, 4)) == 1164
+    assert all(torch.equal(a, model[i].weight) for a, i in zip(seen, (0, 3, 4), strict=True))
+
+
+class TwoInside(torch.optim.Optimizer):
+    def __init__(self, *optimizers) -> None:
+        self.a, self.b = optimizers
+
+    def step(self, closure=None): ...
+
+
+class NoneInside(torch.optim.Optimizer):
+    def __init__(self, optimizer) -> None:
+        self.param_groups = optimizer.param_groups
+
+    def step(self, closure=None): ...
+
+
+@pytest.mark.parametrize("make", [NoneInside, lambda optimizer: TwoInside(optimizer, optimizer)])
+def test_a_wrapper_that_hides_its_optimizer_is_refused_and_the_model_is_as_it_was(make):
+    model = net()
+    optimizer = make(sgd(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"expected an optimizer whose step\(\) calls hooks, got .*pass the optimizer that"):
+        feather_param.sparsify(model, final_rate=0.5, total_steps=4, optimizer=optimizer)
+    assert list(model.state_dict()) == list(net().state_dict())
+    feather_param.sparsify(model, final_rate=0.5, total_steps=4)
+
+
+def test_the_step_by_which_a_checkpoint_makes_a_state_does_not_count():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    first = Run(net, torch.optim.Adam, built_first=False).follow().trained()
+    state = get_optimizer_state_dict(first.model, first.optimizer)
+    second = Run(net, torch.optim.Adam, built_first=False).follow()
+    second.model.load_state_dict(first.model.state_dict())
+    set_optimizer_state_dict(second.model, second.optimizer, state)
+    assert second.controller.step_count == first.controller.step_count == 2
+
+
+def train_blindly(model, optimizer, controller, steps) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3, 6, 6)).square().mean().backward()
+        optimizer.step()
+        controller.step()
+
+
+def test_an_optimizer_without_the_dense_weights_is_told_of():
+    model = net()
+    controller = feather_param.sparsify(model, final_rate=0.5, total_steps=40)
+    found = [m.weight for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
+    found += [m.bias for m in model.modules() if isinstance(getattr(m, "bias", None), nn.Parameter)]
+    optimizer = sgd(found, lr=0.1)
+    train_blindly(model, optimizer, controller, 10)
+    with pytest.warns(UserWarning, match=r"none of the 3 prunable weights has moved in 10 steps: .*named_parameters\(\)"):
+        train_blindly(model, optimizer, controller, 1)
+    train_blindly(model, optimizer, controller, 20)  # once is enough
+
+
+@pytest.mark.parametrize("way", ["fused", ".data", "frozen weights", "one of them"])
+def test_an_optimizer_that_moves_weights_its_own_way_is_no_such_one(way):
+    model = net()
+    if way == "frozen weights":
+        for layer in (model[0], model[3], model[4]):
+            layer.weight.requires_grad_(False)
+    controller = feather_param.sparsify(model, final_rate=0.5, total_steps=40)
+    parameters = list(model[4].parameters()) if way == "one of them" else list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, fused=way == "fused")
+    if way == ".data":
+        optimizer = sgd(parameters, lr=0.0)
+        optimizer.register_step_post_hook(lambda *_: [p.data.sub_(p.grad, alpha=0.1) for p in parameters])
+    train_blindly(model, optimizer, controller, 25)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -24,6 +25,9 @@ __all__ = ["Follower", "Movement", "checked_optimizer"]
 _KEY = "feather_param"  # of what we add to a saved state, beside torch's "state" and "param_groups"
 
 _TORCHS = Optimizer.__init__.__code__.co_filename  # where the wrapper of `step` is that calls hooks
+
+# What makes an optimizer's state before it loads one, by a step with a learning rate of 0 that is no step of a training.
+_INITIALISER = os.path.join("distributed", "checkpoint", "state_dict.py")
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and activation checkpointing
 
@@ -110,8 +114,9 @@ class Follower:
 
     @eager
     def _enter(self, *_: Any) -> None:
-        if not self._depth or not _runs(self._outermost):  # a call that raised never comes to an end
-            self._depth, self._outermost = 0, _step_frame()
+        if not self._depth or all(frame is not self._outermost for frame in _stack()):  # or one raised: it has no end
+            self._depth = 0
+            self._outermost = next((frame for frame in _stack() if frame.f_code.co_filename == _TORCHS), None)
         self._depth += 1
 
     @eager
@@ -119,22 +124,15 @@ class Follower:
         self._depth -= 1
         if self._depth <= 0:
             self._depth, self._outermost = 0, None
-            self._after_step()
+            if not any(frame.f_code.co_filename.endswith(_INITIALISER) for frame in _stack()):
+                self._after_step()
 
 
-def _step_frame() -> FrameType | None:
-    """Return the frame of torch's wrapper of ``step``, which has called a hook."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != _TORCHS:
+def _stack() -> Iterator[FrameType]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
         frame = frame.f_back
-    return frame
-
-
-def _runs(wanted: FrameType | None) -> bool:
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame is not wanted:
-        frame = frame.f_back
-    return frame is not None
 
 
 class Movement:
