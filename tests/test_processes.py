@@ -183,6 +183,13 @@ def fsdp(rank: int, world: int, folder: Path, *, guards: dict) -> None:
                 mine.copy_(theirs.full_tensor())
         judge.refresh()
         assert torch.equal(controller.threshold, judge.threshold)
+        with torch.no_grad():  # weights that somebody else wrote
+            for layer in (0, 2):
+                for network in (model, alone):
+                    network[layer].parametrizations.weight.original.mul_(1.5)
+        for both in (controller, judge):
+            both.refresh()
+        assert torch.equal(controller.threshold, judge.threshold)
         for a, b in zip(controller.report().rows, judge.report().rows, strict=True):
             assert (a.name, a.total, a.zeros, a.survivor_share) == (b.name, b.total, b.zeros, b.survivor_share)
     x, _ = batch(0)
@@ -278,8 +285,11 @@ def fsdp_resume(rank: int, world: int, folder: Path) -> None:
     dcp.load(state, checkpoint_id=folder / "checkpoint")
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    assert controller.step_count == 3  # the model's state tells
+    controller.refresh()
+    threshold = controller.threshold
     controller.load_state_dict(state["controller"])
-    assert controller.step_count == 3
+    assert (controller.step_count, controller.threshold) == (3, threshold)
     train(model, optimizer, controller, 0, 1, range(3, STEPS))
     baked, expected_state = torch.load(folder / "expected.pt")
     assert controller.state_dict() == expected_state
