@@ -77,8 +77,7 @@ def draw_survivors(axes: Axes, report: Report) -> None:
     longest = max(kept, default=0.0) or 1.0
     axes.barh(range(len(kept)), kept, color=_BLUE, height=0.72)
     labels = [
-        f"{percent(part)}  ({row.survivors:,} of {row.total:,})"
-        for part, row in zip(kept, report.rows, strict=True)
+        f"{percent(part)}  ({row.survivors:,} of {row.total:,})" for part, row in zip(kept, report.rows, strict=True)
     ]
     _name_rows(axes, [row.name for row in report.rows])
     for i, (part, label) in enumerate(zip(kept, labels, strict=True)):

@@ -224,7 +224,7 @@ class SharedSparsity(nn.Module):
         self._write()
         sharded = self.sharded
         for feather, place in self.places.items():
-            feather.seen = copies.NEVER if sharded else copies.seen(place.originals)
+            feather.seen, feather.stale = copies.NEVER if sharded else copies.seen(place.originals), False
             feather.bits = None if self.source is None else copies.bits(place.originals)
 
     def _write(self) -> None:
@@ -287,6 +287,7 @@ class FeatherParametrization(nn.Module):
         mask: once frozen, which elements stay, whatever their magnitude (bool, of the weight's shape); else None.
             It is not saved: the dense weight has its zeros where the mask is False (see `core.freezing`).
         seen: the tensor that the threshold was computed from (see Note [Thresholds]).
+        stale: whether the next forward pass looks, whatever the version.
         written: the version of ``threshold`` when it was written.
         bits: of a copy, what tells whether the weight has changed since (see `core.copies`).
 
@@ -310,7 +311,7 @@ class FeatherParametrization(nn.Module):
         object.__setattr__(self, "shared", shared)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32), persistent=False)
         self.mask = None
-        self.seen = copies.NEVER
+        self.seen, self.stale = copies.NEVER, False
         self.written = 0
         self.bits: copies.Bits | None = None
         self.register_load_state_dict_post_hook(_loaded)
@@ -356,15 +357,15 @@ class FeatherParametrization(nn.Module):
         place = self.shared.places.get(self)
         if place is None:
             return False
-        identity, version = copies.seen(place.originals)
-        return self.seen.version != version and self.seen.identity in (identity, None)
+        now = copies.seen(place.originals)
+        return self.seen.identity in (now.identity, None) and (self.stale or self.seen.version != now.version)
 
     def forget(self, loaded: bool = False) -> None:
         """Have the next forward pass look; whatever was loaded is no move of a copy."""
-        self.seen = self.seen._replace(version=-1)
+        self.stale = True
         place = self.shared.places.get(self)
         if loaded and place is not None:
-            self.seen, self.bits = copies.Seen(id(place.originals[0]), -1), None
+            self.seen, self.bits = copies.seen(place.originals), None
 
     def hold(self) -> None:
         """Set the pruned elements of a frozen dense weight to zero, and those that stay to anything else."""

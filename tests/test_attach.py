@@ -92,7 +92,9 @@ def test_torchs_own_removal_is_noticed_and_leaves_nothing_behind(leave):
     assert picture(model[0])[:2] == before[4][0][1][:2]
     assert torch.equal(model[0].weight, seen) == leave
     for call in (controller.step, controller.report, controller.refresh, controller.freeze, controller.masks):
-        with pytest.raises(RuntimeError, match=r"got it without the parametrization of 0\.weight: the layer was replaced"):
+        with pytest.raises(
+            RuntimeError, match=r"got it without the parametrization of 0\.weight: the layer was replaced"
+        ):
             call()
     with pytest.raises(ValueError, match="expected the whole model that was sparsified, 192 prunable"):
         controller.desparsify()
@@ -278,7 +280,9 @@ def test_what_is_left_out_is_told_of_once_and_not_where_it_was_asked_for():
     def model():
         return nn.ModuleDict({"fc": nn.Linear(8, 8), "big": OwnLinear(32, 32)})
 
-    with pytest.warns(UserWarning, match=r"takes 64 of the 1,088 elements .* being big\.weight with 1,024; name them in"):
+    with pytest.warns(
+        UserWarning, match=r"takes 64 of the 1,088 elements .* being big\.weight with 1,024; name them in"
+    ):
         now(model())
     now(model(), include="fc")
     now(model(), include="*.weight")

@@ -700,7 +700,9 @@ class NoneInside(torch.optim.Optimizer):
 def test_a_wrapper_that_hides_its_optimizer_is_refused_and_the_model_is_as_it_was(make):
     model = net()
     optimizer = make(sgd(model.parameters(), lr=0.1))
-    with pytest.raises(TypeError, match=r"expected an optimizer whose step\(\) calls hooks, got .*pass the optimizer that"):
+    with pytest.raises(
+        TypeError, match=r"expected an optimizer whose step\(\) calls hooks, got .*pass the optimizer that"
+    ):
         feather_param.sparsify(model, final_rate=0.5, total_steps=4, optimizer=optimizer)
     assert list(model.state_dict()) == list(net().state_dict())
     feather_param.sparsify(model, final_rate=0.5, total_steps=4)
@@ -732,7 +734,9 @@ def test_an_optimizer_without_the_dense_weights_is_told_of():
     found += [m.bias for m in model.modules() if isinstance(getattr(m, "bias", None), nn.Parameter)]
     optimizer = sgd(found, lr=0.1)
     train_blindly(model, optimizer, controller, 10)
-    with pytest.warns(UserWarning, match=r"none of the 3 prunable weights has moved in 10 steps: .*named_parameters\(\)"):
+    with pytest.warns(
+        UserWarning, match=r"none of the 3 prunable weights has moved in 10 steps: .*named_parameters\(\)"
+    ):
         train_blindly(model, optimizer, controller, 1)
     train_blindly(model, optimizer, controller, 20)  # once is enough
 

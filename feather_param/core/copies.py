@@ -86,7 +86,7 @@ def moved(shared: SharedSparsity) -> bool:
     """Return whether the weights of a copy are no longer those that its thresholds were computed from."""
     for feather, place in shared.places.items():
         old, now = feather.seen, seen(place.originals)
-        if old.identity == now.identity and 0 <= old.version < now.version:
+        if old.identity == now.identity and old.version != now.version:
             return True
     return any(bits(p.originals).differ(f.bits) for f, p in shared.places.items() if f.bits is not None)
 
@@ -140,7 +140,6 @@ def copy_parametrization(feather: FeatherParametrization, memo: dict[int, Any]) 
         twin.shared.places[twin] = place._replace(parametrizations=container)
         copied = [memo.get(id(original)) for original in place.originals]
         twin.seen = ANY if any(each is None for each in copied) else seen(copied)
-        if feather.seen != seen(place.originals):
-            twin.forget()
+        twin.stale = feather.stale or feather.seen != seen(place.originals)
         twin.bits = bits(place.originals)
     return twin

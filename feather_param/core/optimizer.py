@@ -149,7 +149,7 @@ class Movement:
         if self._still is None:
             return
         trained = [place.originals for place in shared.places.values() if place.originals[0].requires_grad]
-        moves = any(feather.seen.version >= 0 and feather.changed for feather in shared.places)
+        moves = any(not feather.stale and feather.changed for feather in shared.places)
         if moves or shared.sharded or not trained:
             self._still = None
             return
