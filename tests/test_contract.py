@@ -99,6 +99,16 @@ class Network:
                 found[name.replace("parametrizations.", "").removesuffix(".original")] = parameter.detach()
         return dict(sorted(found.items(), key=lambda item: order_of(self.model).index(item[0])))
 
+    def wrote(self, before: dict[str, Tensor], hidden: bool) -> None:
+        """Note a write; one through `.data` shows in the values alone, and to those who are told to look for it."""
+        if hidden:
+            self.model.train().eval()
+            weights = self.weights()
+            if all(torch.equal(value, weights[name]) for name, value in before.items()):
+                return
+        self.hidden = hidden and (self.hidden or not self.moved)
+        self.moved = True
+
     def settled(self) -> Expected:
         """A copy that has moved takes the number of zeros of its source."""
         if self.moved and self.source is not None and self.expected.masks is None:
@@ -251,14 +261,12 @@ class Machine(RuleBasedStateMachine):
         self.write(self.live, way, [(mine, theirs.detach().clone()) for mine, theirs in pairs])
 
     def write(self, network: Network, way: str, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        before = {name: weight.clone() for name, weight in network.weights().items()}
         with torch.no_grad():
             for parameter, value in pairs:
                 target = {"mul_": parameter, ".data": parameter.data, "detach": parameter.detach()}[way]
                 target.copy_(value)
-        network.hidden = way == ".data" and (network.hidden or not network.moved)
-        network.moved = True
-        if way == ".data":
-            network.model.eval()
+        network.wrote(before, way == ".data")
 
     @precondition(lambda self: len(self.copies) < 3)
     @rule(which=st.integers(0, 3))
@@ -282,14 +290,12 @@ class Machine(RuleBasedStateMachine):
         pairs = list(zip(*(m.state_dict().values() if way == "state" else m.parameters() for m in models), strict=True))
         if way == "buffers":
             pairs += list(zip(*(m.buffers() for m in models), strict=True))
+        before = {name: weight.clone() for name, weight in network.weights().items()}
         with torch.no_grad():
             for mine, theirs in pairs:
                 average = (mine.double() * weight + theirs.double() * (1 - weight)).to(mine.dtype)
                 (mine.data if way == "data" else mine).copy_(average)
-        network.hidden = way == "data" and (network.hidden or not network.moved)
-        network.moved = True
-        if way == "data":
-            network.model.train().eval()
+        network.wrote(before, way == "data")
 
     @rule(which=st.integers(0, 3), dtype=st.sampled_from(DTYPES))
     def cast(self, which, dtype):
