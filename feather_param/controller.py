@@ -306,7 +306,7 @@ class Controller:
     def desparsify(self) -> None:
         """Bake exact zeros into the model's weights and give it back its plain layers; see `desparsify`."""
         weights = sparsified(self._model)
-        if not weights:
+        if not any(site.feather in self._shared.places for weight in weights for site in weight.sites):
             self._require("desparsify()")
         bake(weights)
 

@@ -365,7 +365,7 @@ class FeatherParametrization(nn.Module):
         self.stale = True
         place = self.shared.places.get(self)
         if loaded and place is not None:
-            self.seen, self.bits = copies.seen(place.originals), None
+            self.seen, self.bits = copies.Seen(id(place.originals[0]), None), None
 
     def hold(self) -> None:
         """Set the pruned elements of a frozen dense weight to zero, and those that stay to anything else."""

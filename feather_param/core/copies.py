@@ -32,16 +32,16 @@ __all__ = ["ANY", "NEVER", "Bits", "Seen", "bits", "copy_parametrization", "copy
 
 
 class Seen(NamedTuple):
-    """Which tensors were seen, and a number that grows with each write to them (see Note [Thresholds])."""
+    """Which tensors were seen, and a number that grows with each write to them; None for any (Note [Thresholds])."""
 
     identity: int | None
-    version: int
+    version: int | None
 
 
 NEVER = Seen(0, 0)
 """No tensor is this one: what is never looked at."""
 
-ANY = Seen(None, -1)
+ANY = Seen(None, None)
 """Whatever tensor comes is a new one."""
 
 
@@ -86,7 +86,7 @@ def moved(shared: SharedSparsity) -> bool:
     """Return whether the weights of a copy are no longer those that its thresholds were computed from."""
     for feather, place in shared.places.items():
         old, now = feather.seen, seen(place.originals)
-        if old.identity == now.identity and old.version != now.version:
+        if old.identity == now.identity and old.version not in (None, now.version):
             return True
     return any(bits(p.originals).differ(f.bits) for f, p in shared.places.items() if f.bits is not None)
 
