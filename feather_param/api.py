@@ -179,7 +179,7 @@ def _warn_of_left_out(model: nn.Module, selection: Selection) -> None:
     if sum(left.values()) > total:
         largest = max(left, key=lambda name: left[name])
         warn(
-            f"sparsify takes {total:,} of the {total + sum(left.values()):,} elements of this model's matrices and leaves "
-            f"most of them dense, the largest being {largest} with {left[largest]:,}; name them in include to prune them, "
-            f"or in exclude if they shall stay dense (print(feather_param.plan(...)) lists them)"
+            f"sparsify takes {total:,} of the {total + sum(left.values()):,} elements of this model's matrices; the "
+            f"others stay dense, the largest being {largest} with {left[largest]:,}; name them in include to prune "
+            "them, or in exclude to keep them so (print(feather_param.plan(...)) lists them)"
         )

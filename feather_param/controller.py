@@ -104,8 +104,8 @@ class Controller:
 
         Seldom needed: forward passes, reports and `desparsify` see that weights were loaded, swapped or scaled, and
         ``train()`` and ``eval()`` have them look for writes through ``.data``. It is needed before an evaluation where
-        nothing tells of a write: under FSDP2 (all processes call this), in compiled models, after writes past torch, and
-        through ``.data`` without a call of ``eval()``. The schedule stands.
+        nothing tells of a write: under FSDP2 (all processes call this), in compiled models, after writes past torch,
+        and through ``.data`` without a call of ``eval()``. The schedule stands.
 
         Raises:
             RuntimeError: the model has been desparsified, or a layer of it was replaced.
@@ -276,9 +276,8 @@ class Controller:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from where a controller of the same model and the same settings was saved.
 
-        A model's own state_dict holds its position, so this is needed only where that was not loaded; it checks that the
-        settings are the same. Load the model as well, before or after: the zeros of a frozen model's weights tell its
-        masks.
+        The model's own state_dict holds the position, too: this checks besides that the settings are the same. The
+        model may be loaded before or after; the zeros of a frozen model's weights tell its masks.
 
         Args:
             state_dict: what `state_dict` returned.

@@ -22,8 +22,8 @@ from feather_param.thresholding import concrete, feather_threshold, smallest_kep
 __all__ = ["FeatherParametrization", "Place", "Position", "SharedSparsity", "feather_threshold", "held", "rounded_down"]
 
 # Note [Thresholds]
-# The controller makes the thresholds at each of its steps, from the weights and the number of zeros (`move`). They stand
-# in the `Position`, and in a buffer of each parametrization, which its forward pass reads.
+# The controller makes the thresholds at each of its steps, from the weights and the number of zeros (`move`). They
+# stand in the `Position`, and in a buffer of each parametrization, which its forward pass reads.
 # A threshold is valid for the weights that it was computed from. So a parametrization remembers which tensor its weight
 # was, and the version of that tensor, which torch counts up at each write. A forward pass that finds another version
 # has all the thresholds taken anew (`look`), for the same number of zeros. It compares its own weight only, and the
@@ -31,9 +31,9 @@ __all__ = ["FeatherParametrization", "Place", "Position", "SharedSparsity", "fea
 # that they have seen: `train()` and `eval()` (for writes to `.data`), `to()`, `load_state_dict()`.
 # A pass inside of a backward pass does not look: where an optimizer steps in there, a layer that is computed once more
 # for its gradients (activation checkpointing) must find the threshold of the first time.
-# Nor does anybody look where versions tell nothing: at another tensor in the place of a Parameter (FSDP2 gathers one for
-# each pass, `torch.func` puts its own there), at tensors without values (tracers, the meta device) or made in inference
-# mode, and in compiled graphs. `Controller.refresh` is for these.
+# Nor does anybody look where versions tell nothing: at another tensor in the place of a Parameter (FSDP2 gathers one
+# for each pass, `torch.func` puts its own there), at tensors without values (tracers, the meta device) or made in
+# inference mode, and in compiled graphs. `Controller.refresh` is for these.
 
 
 @dataclass
@@ -51,6 +51,11 @@ class Position:
     step: int = 0
     frozen_step: int | None = None
     groups: Sequence[Group] = ()
+
+    @property
+    def thresholds(self) -> dict[str, Tensor]:
+        """The threshold of each weight, by name."""
+        return {name: group.threshold for group in self.groups for name in group.names}
 
 
 class Place(NamedTuple):
@@ -103,6 +108,12 @@ class SharedSparsity(nn.Module):
         self.trained = False
         self.places: dict[FeatherParametrization, Place] = {}
         self.theta = torch.ones((), device="cpu") if callable(config.theta) else None
+
+    def enter(self, places: dict[FeatherParametrization, Place]) -> None:
+        """Take in all parametrizations, in the order of the modules; the first one becomes the owner."""
+        self.places = places
+        owner = next(iter(places))
+        owner.add_module("shared", owner.__dict__.pop("shared").train(owner.training))
 
     @property
     def frozen(self) -> bool:
@@ -229,7 +240,7 @@ class SharedSparsity(nn.Module):
 
     def _write(self) -> None:
         """Write the thresholds where forward passes, and compiled graphs, read them."""
-        thresholds = {name: group.threshold for group in self.position.groups for name in group.names}
+        thresholds = self.position.thresholds
         values: list[Tensor] = []
         with torch.inference_mode(False), torch.no_grad():
             for feather, place in self.places.items():
@@ -237,7 +248,9 @@ class SharedSparsity(nn.Module):
                 values.append(rounded_down(thresholds[place.name], like.dtype))
                 if old.dtype != values[-1].dtype or old.device != like.device or old.is_inference():
                     feather.threshold = torch.empty_like(values[-1], device=like.device)
-            torch._foreach_copy_([feather.threshold for feather in self.places], values)
+            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                [feather.threshold for feather in self.places], values
+            )
         for feather in self.places:
             feather.written = feather.threshold._version
 
@@ -279,7 +292,7 @@ class FeatherParametrization(nn.Module):
     Made by :func:`feather_param.sparsify`; for use with :mod:`torch.nn.utils.parametrize`.
 
     Args:
-        shared: what it shares with the other parametrizations of its model, of which one owns it (`own`).
+        shared: what it shares with the other parametrizations of its model.
 
     Attributes:
         threshold: the threshold of this weight: a 0-dim buffer, float64 where the weight is, else float32. It is not
@@ -315,10 +328,6 @@ class FeatherParametrization(nn.Module):
         self.written = 0
         self.bits: copies.Bits | None = None
         self.register_load_state_dict_post_hook(_loaded)
-
-    def own(self) -> None:
-        """Make the shared state a submodule of this parametrization."""
-        self.add_module("shared", self.__dict__.pop("shared").train(self.training))
 
     def forward(self, weight: Tensor) -> Tensor:
         shared = self.shared

@@ -40,11 +40,6 @@ class Row:
         return self.total - self.zeros - self.ties
 
     @property
-    def survivors(self) -> int:
-        """Number of elements that survive."""
-        return self.total - self.zeros - self.ties
-
-    @property
     def rate(self) -> float:
         """Fraction of zeros."""
         return self.zeros / self.total if self.total else 0.0

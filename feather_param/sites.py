@@ -97,8 +97,9 @@ class Weight:
 
 def parametrizations_of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     """Return a module's own parametrizations by tensor; a wrapper may hand out those of the module inside."""
-    found: Any = module._modules.get("parametrizations")
-    return found._modules if isinstance(found, nn.ModuleDict) else {}
+    found = module._modules.get("parametrizations")
+    places: Any = found._modules if isinstance(found, nn.ModuleDict) else {}
+    return places
 
 
 def sites_of(model: nn.Module) -> Iterator[tuple[Site, list[str]]]:

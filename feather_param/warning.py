@@ -24,8 +24,8 @@ def warn_of_dead(names: Sequence[str], tied: Collection[str] = ()) -> None:
     hint = "lower final_rate, or leave these dense with exclude"
     if ties := [name for name in names if name in tied]:
         hint += (
-            f"; all that is kept of {', '.join(ties)} equals the threshold (weights clipped to one magnitude?), and the "
-            "operator makes that zero: clip to a wider range"
+            f"; all that is kept of {', '.join(ties)} equals the threshold (weights clipped to one magnitude?), and "
+            "the operator makes that zero: clip to a wider range"
         )
     warn(f"nothing survives in {', '.join(names)}: the network behind gets a constant; {hint}")
 

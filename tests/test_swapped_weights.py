@@ -304,19 +304,18 @@ def test_refresh_where_nothing_tells_of_a_write():
 
 
 def test_a_copy_that_is_trained_by_itself_is_told_of():
-    model, _, _ = run(2)
-    snapshot = copy.deepcopy(model)
-    controlled, controller = copy.deepcopy((model, run(2)[2]))
-    optimizer = torch.optim.SGD(snapshot.parameters(), lr=0.1)
-    step(snapshot, optimizer)
-    snapshot(X)  # as many zeros as its source has: nothing to tell
-    live, live_optimizer, _ = run(2)
-    snapshot = copy.deepcopy(live)
+    live, live_optimizer, controller = run(2)
+    snapshot, controlled = copy.deepcopy(live), copy.deepcopy((live, controller))
+    zeros = controller.report().zeros
+    for network in (snapshot, controlled[0]):
+        step(network, torch.optim.SGD(network.parameters(), lr=0.1))
+        network(X)  # as many zeros as its source has: nothing to tell
     for _ in range(4):
         step(live, live_optimizer)
-    with pytest.warns(UserWarning, match=r"trained, and no controller steps it: it had .* and takes the 576 of"):
-        optimizer = torch.optim.SGD(snapshot.parameters(), lr=0.1)
-        step(snapshot, optimizer)
+    for network in (snapshot, controlled[0]):
+        step(network, torch.optim.SGD(network.parameters(), lr=0.1))
+    require_same(*controlled, zeros)
+    with pytest.warns(UserWarning, match=rf"trained, and no controller steps it: it had {zeros} .* takes the 576 of"):
         snapshot(X)
     require_same(snapshot, None, 576)
 

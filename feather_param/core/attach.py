@@ -43,9 +43,8 @@ def attach(model: nn.Module, shared: SharedSparsity, weights: Sequence[Weight]) 
                 for key, method in (methods := _methods(layer)).items():
                     setattr(type(layer), key, method)
                 setattr(type(layer), _METHODS, tuple(methods))
-        in_order = [module for module in model.modules() if module in shared.places]
-        shared.places = {feather: shared.places[feather] for feather in in_order}
-        in_order[0].own()
+        in_order = [module for module in model.modules() if isinstance(module, FeatherParametrization)]
+        shared.enter({feather: shared.places[feather] for feather in in_order})
     except BaseException:
         for _, site in sites:
             if site.feather is not None:
@@ -94,7 +93,7 @@ Link = tuple[nn.Module, str, nn.Module]
 
 
 def links(model: nn.Module) -> list[Link]:
-    """Return the links that lead from a sparsified model to our parametrizations; all hold as long as they are there."""
+    """Return the links that lead from a sparsified model to our parametrizations."""
     found: dict[tuple[nn.Module, str], nn.Module] = {}
     for weight in sparsified(model):
         for site in weight.sites:
@@ -129,8 +128,8 @@ def require_attached(call: str, model: nn.Module, shared: SharedSparsity, known:
     if gone:
         raise RuntimeError(
             f"expected {call} on the model that was sparsified, got it without the parametrization of "
-            f"{', '.join(gone)}: the layer was replaced, or the parametrization was removed; put the old layer back, or "
-            "take the others off as well (feather_param.core.attach.remove_parametrizations) and sparsify anew"
+            f"{', '.join(gone)}: the layer was replaced, or the parametrization was removed; put the old layer back, "
+            "or take the others off as well (feather_param.core.attach.remove_parametrizations) and sparsify anew"
         )
     known[:] = links(model)
 
@@ -182,7 +181,7 @@ def _class_like(cls: type, without: Collection[str] = ()) -> type:
 
 
 def _leave_class(layer: nn.Module, gone: Collection[str]) -> None:
-    """Give a layer that stays parametrized another class, without some tensors, and without our methods if we are gone."""
+    """Give a layer that stays parametrized a class without some tensors, and without our methods if we are gone."""
     cls, places = type(layer), parametrizations_of(layer)
     if any(_ours(place) for place in places.values()):
         layer.__class__ = _class_like(cls, gone)

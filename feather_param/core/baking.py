@@ -98,7 +98,7 @@ def final_masks(weights: Sequence[Weight]) -> dict[tuple[nn.Module, str], Tensor
 def final_values(shared: SharedSparsity) -> dict[str, Tensor]:
     """Return what `bake` would leave of each weight, by name; whole, also where it is sharded."""
     kept = _settled(shared).masks()
-    thresholds = {name: group.threshold for group in shared.position.groups for name in group.names}
+    thresholds = shared.position.thresholds
     values: dict[str, Tensor] = {}
     dead: dict[str, bool] = {}  # and whether something is left by name
     for name, dense in shared.weights().items():
@@ -126,9 +126,7 @@ def write(shared: SharedSparsity, values: Mapping[str, Tensor]) -> None:
     for feather, place in reversed(shared.places.items()):  # the first place of a tied weight comes last, and counts
         if place.name in values:
             before = list(itertools.takewhile(lambda each, ours=feather: each is not ours, place.parametrizations))
-            _inverted(
-                place.name, place.originals, copy.deepcopy(before), values[place.name]
-            )  # raises, if anything does
+            _inverted(place.name, place.originals, copy.deepcopy(before), values[place.name])  # raises before a write
             todo.append((place, before))
     for place, before in todo:
         with torch.no_grad():

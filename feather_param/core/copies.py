@@ -138,7 +138,7 @@ def copy_parametrization(feather: FeatherParametrization, memo: dict[int, Any]) 
     container: nn.Module | None = None if place is None else memo.get(id(place.parametrizations))
     if place is not None and container is not None:
         twin.shared.places[twin] = place._replace(parametrizations=container)
-        copied = [memo.get(id(original)) for original in place.originals]
+        copied: list[Any] = [memo.get(id(original)) for original in place.originals]
         twin.seen = ANY if any(each is None for each in copied) else seen(copied)
         twin.stale = feather.stale or feather.seen != seen(place.originals)
         twin.bits = bits(place.originals)

@@ -12,10 +12,10 @@ from feather_param.thresholds import kth_magnitude
 __all__ = ["freeze", "hold"]
 
 # Note [Frozen weights]
-# A frozen model computes with masks, and its dense weights have zeros where these are False. An optimizer step may move
-# the zeros (momentum, weight decay): the masks keep that from the forward pass, and `hold` sets them to zero again, after
-# each step and before each save. So the state_dict has the entries that it had before, and is enough to find the masks
-# again: whoever walks over the states of a model and its average side by side still pairs the right ones.
+# A frozen model computes with masks, and its dense weights have zeros where these are False. An optimizer step may
+# move the zeros (momentum, weight decay): the masks keep that from the forward pass, and `hold` sets them to zero
+# again, after each step and before each save. So the state_dict has the entries that it had before, and is enough to
+# find the masks again.
 
 
 def freeze(shared: SharedSparsity) -> None:

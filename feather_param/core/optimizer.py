@@ -26,7 +26,7 @@ _KEY = "feather_param"  # of what we add to a saved state, beside torch's "state
 
 _TORCHS = Optimizer.__init__.__code__.co_filename  # where the wrapper of `step` is that calls hooks
 
-# What makes an optimizer's state before it loads one, by a step with a learning rate of 0 that is no step of a training.
+# What makes an optimizer's state before it loads one, by a step with a learning rate of 0 that trains nothing.
 _INITIALISER = os.path.join("distributed", "checkpoint", "state_dict.py")
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and activation checkpointing
@@ -203,8 +203,8 @@ class _Order:
             raise ValueError(
                 "expected an optimizer state that tells which parameters it belongs to, got one without names, saved "
                 "by an optimizer that no controller followed; sparsify changes the order of model.parameters(), so it "
-                "matters whether that one was built before or after; if it was built on the same side as this one, load "
-                "its state before the controller follows this one (before sparsify(optimizer=...) or follow())"
+                "matters whether that one was built before or after; if it was built on the same side as this one, "
+                "load its state before the controller follows this one (before sparsify(optimizer=...) or follow())"
             )
         if all(group == sorted(group) for group in positions):
             return
