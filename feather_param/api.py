@@ -10,8 +10,9 @@ from feather_param.controller import Controller
 from feather_param.core.baking import bake, baked, check_other_parametrizations
 from feather_param.core.config import Config, Theta
 from feather_param.core.optimizer import checked_optimizer
+from feather_param.parametrizations import states_of
 from feather_param.schedules import Schedule
-from feather_param.selection import Filter, Selection, Weight, select, sparsified
+from feather_param.selection import Filter, Selection, select
 from feather_param.thresholds import require_finite
 from feather_param.warning import warn
 
@@ -100,7 +101,11 @@ def sparsify(
     config.budget(selection.sizes).require(config.final_rate)
     check_other_parametrizations(selection.weights)
     require_finite(selection.dense(), new=True)
-    followed = None if optimizer is None else checked_optimizer(optimizer, selection.weights)
+    followed = (
+        None
+        if optimizer is None
+        else checked_optimizer(optimizer, {weight.name: weight.sites[0].originals for weight in selection.weights})
+    )
     if include is None:
         _warn_of_left_out(model, selection)
     controller = Controller(model, config, selection)
@@ -135,7 +140,7 @@ def desparsify(model: nn.Module) -> None:
         >>> int((model.weight == 0).sum()), type(model)
         (8, <class 'torch.nn.modules.linear.Linear'>)
     """
-    bake(_weights_of(model))
+    bake(_sparsified(model))
 
 
 def baked_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -153,17 +158,16 @@ def baked_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> {name: int((tensor == 0).sum()) for name, tensor in baked_state_dict(model).items()}
         {'weight': 8, 'bias': 0}
     """
-    return baked(model, _weights_of(model))
+    return baked(_sparsified(model))
 
 
-def _weights_of(model: nn.Module) -> tuple[Weight, ...]:
+def _sparsified(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         hint = "; call its desparsify(), or name its model" if isinstance(model, Controller) else ""
         raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}{hint}")
-    weights = sparsified(model)
-    if not weights:
+    if not states_of(model):
         raise ValueError(f"expected a sparsified model, got a plain {type(model).__name__}; call sparsify first")
-    return weights
+    return model
 
 
 def _warn_of_left_out(model: nn.Module, selection: Selection) -> None:

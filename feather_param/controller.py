@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from feather_param.allocations import count_zeros
 from feather_param.checks import integer
-from feather_param.core.attach import attach, links, remove_parametrizations, require_attached
+from feather_param.core.attach import attach, detach, links, require_attached
 from feather_param.core.baking import bake
 from feather_param.core.config import Config
 from feather_param.core.eager import eager
 from feather_param.core.freezing import freeze, hold
 from feather_param.core.optimizer import Follower, Movement, checked_optimizer
 from feather_param.late_nan import LateNaN
-from feather_param.parametrizations import SharedSparsity
+from feather_param.parametrizations import SharedSparsity, states_of
 from feather_param.report import Report, rows
-from feather_param.selection import Selection, sparsified
+from feather_param.selection import Selection
 from feather_param.thresholds import PruneCount
 from feather_param.warning import warn, warn_of_dead, warn_of_early
 
@@ -50,11 +50,9 @@ class Controller:
         try:
             self._shared.move(0)
         except BaseException:
-            for weight in selection.weights:
-                for site in weight.sites:
-                    remove_parametrizations(site.module, site.tensor)
+            detach(self._shared)
             raise
-        self._links = links(model)
+        self._links = links(model, self._shared)
 
     @property
     def step_count(self) -> int:
@@ -159,7 +157,7 @@ class Controller:
             1
         """
         self._require("follow()")
-        self._follow(checked_optimizer(optimizer, sparsified(self._model)))
+        self._follow(checked_optimizer(optimizer, {p.name: p.originals for p in self._shared.places.values()}))
 
     def _follow(self, optimizer: torch.optim.Optimizer) -> None:
         if self._follower is not None:
@@ -170,7 +168,7 @@ class Controller:
         if self._shared.places:
             self._require("step()")
             self._advance()
-        elif not self._warned and not sparsified(self._model):
+        elif not self._warned and not states_of(self._model):
             self._warned = True
             warn(
                 "this optimizer has just stepped a model that was desparsified: momentum and weight decay bring "
@@ -304,10 +302,9 @@ class Controller:
 
     def desparsify(self) -> None:
         """Bake exact zeros into the model's weights and give it back its plain layers; see `desparsify`."""
-        weights = sparsified(self._model)
-        if not any(site.feather in self._shared.places for weight in weights for site in weight.sites):
+        if self._shared not in states_of(self._model):
             self._require("desparsify()")
-        bake(weights)
+        bake(self._model)
 
     def _require(self, call: str) -> None:
         require_attached(call, self._model, self._shared, self._links)

@@ -20,7 +20,7 @@ from feather_param.api import baked_state_dict
 from feather_param.container import Place, parse, read_header, replacing, write
 from feather_param.core.state_dict import of_sparsified
 from feather_param.packing import LARGEST, Bytes, crc, pack, unpack
-from feather_param.selection import sparsified
+from feather_param.parametrizations import states_of
 from feather_param.shards import is_sharded
 from feather_param.warning import warn
 
@@ -80,7 +80,7 @@ def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
     if not isinstance(source, nn.Module | Mapping):
         raise TypeError(f"expected a model or a state_dict, got {type(source).__name__}")
     if isinstance(source, nn.Module):
-        source = baked_state_dict(source) if sparsified(source) else source.state_dict()
+        source = baked_state_dict(source) if states_of(source) else source.state_dict()
     state = dict(source.items())  # holds all tensors at once: their addresses tell which are tied
     for name, tensor in state.items():
         _check(name, tensor)

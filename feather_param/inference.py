@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from feather_param import sparse_kernel
-from feather_param.selection import sparsified
+from feather_param.parametrizations import states_of
 from feather_param.tables import aligned
 
 __all__ = ["InferenceReport", "InferenceRow", "to_sparse_inference"]
@@ -185,7 +185,7 @@ def _checked(model: Any, example_input: Any) -> tuple[Any, ...]:
         raise TypeError(f"expected example_input to be a tensor or a tuple of arguments, got {got}")
     if hasattr(model, "_orig_mod"):
         raise ValueError("expected a model that is not compiled; pass the one that torch.compile was given")
-    if sparsified(model):
+    if states_of(model):
         raise ValueError("expected a baked model, got one that is still sparsified; call desparsify(model) first")
     if any(map(is_lazy, model.parameters())):
         raise ValueError("expected a model whose weights have their shapes, got a lazy one; call it once first")

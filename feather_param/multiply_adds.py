@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from feather_param.core.baking import final_masks
-from feather_param.selection import names_of, sparsified
-from feather_param.sites import parametrizations_of
+from feather_param.sites import names_of, parametrizations_of
 from feather_param.tables import aligned, grouped
 
 __all__ = ["LayerMultiplyAdds", "MultiplyAdds", "multiply_adds"]
@@ -129,7 +128,7 @@ def multiply_adds(model: nn.Module, example_input: Any) -> MultiplyAdds:
 
 
 def _counted(model: nn.Module, uses: Mapping[nn.Module, int]) -> MultiplyAdds:
-    nonzeros = {place: int(mask.sum()) for place, mask in final_masks(sparsified(model)).items()}
+    nonzeros = {place: int(mask.sum()) for place, mask in final_masks(model).items()}
     rows: list[LayerMultiplyAdds] = []
     uncounted: dict[str, str] = {}
     for module, (name, *_) in names_of(model).items():

@@ -17,9 +17,19 @@ from feather_param.core.config import Config
 from feather_param.core.eager import eager
 from feather_param.core.state_dict import pack_position, unpack_position
 from feather_param.shards import is_sharded, local, whole
+from feather_param.sites import Site
 from feather_param.thresholding import concrete, feather_threshold, smallest_kept
 
-__all__ = ["FeatherParametrization", "Place", "Position", "SharedSparsity", "feather_threshold", "held", "rounded_down"]
+__all__ = [
+    "FeatherParametrization",
+    "Place",
+    "Position",
+    "SharedSparsity",
+    "feather_threshold",
+    "held",
+    "rounded_down",
+    "states_of",
+]
 
 # Note [Thresholds]
 # The controller makes the thresholds at each of its steps, from the weights and the number of zeros (`move`). They
@@ -63,15 +73,15 @@ class Place(NamedTuple):
 
     Attributes:
         name: the name that the weight had when it was sparsified; tied places have the same.
-        site: the name that the tensor had here.
-        parametrizations: all the parametrizations of the tensor, and what they are computed from.
+        site: the layer, its tensor, and the name that this had.
+        parametrizations: all the parametrizations of the tensor, and the Parameters that they are computed from.
         parameter_order: the layer's parameters before any parametrization, to restore their order.
     """
 
     name: str
-    site: str
+    site: Site
     parametrizations: parametrize.ParametrizationList
-    parameter_order: tuple[str, ...] = ()
+    parameter_order: tuple[str, ...]
 
     @property
     def originals(self) -> list[Tensor]:
@@ -151,7 +161,7 @@ class SharedSparsity(nn.Module):
             other = self.places[first.setdefault(place.name, feather)]
             if other is not place and any(a is not b for a, b in zip(other.originals, place.originals, strict=True)):
                 raise ValueError(
-                    f"expected {other.site} and {place.site} to share one Parameter, as when they were sparsified, got "
+                    f"expected {other.site.name} and {place.site.name} to share one Parameter, as when they were sparsified, got "
                     "two: load_state_dict(assign=True) unties weights; tie them again, or load without assign"
                 )
         return {name: first[name].dense() for name in self.budget.sizes if name in first}
@@ -419,6 +429,12 @@ class FeatherParametrization(nn.Module):
     def extra_repr(self) -> str:
         frozen = ", frozen" if self.mask is not None else ""
         return f"p={self.shared.config.p}, theta={self.shared.config.theta}{frozen}"
+
+
+def states_of(model: nn.Module) -> list[SharedSparsity]:
+    """Return what the parametrizations of a model share, once for each part that was sparsified by itself."""
+    found = [module.shared for module in model.modules() if isinstance(module, FeatherParametrization)]
+    return list(dict.fromkeys(found))
 
 
 def _loaded(feather: Any, incompatible_keys: Any) -> None:

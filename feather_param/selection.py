@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from feather_param.checks import integer
+from feather_param.parametrizations import states_of
 from feather_param.patterns import Filter, Rule
 from feather_param.shards import is_sharded
-from feather_param.sites import Site, Weight, is_matrix, names_of, parametrizations_of, sites_of
+from feather_param.sites import Site, Weight, is_matrix, names_of, sites_of
 from feather_param.tables import grouped
 
-__all__ = ["Filter", "Selection", "Site", "Weight", "names_of", "select", "sparsified"]
+__all__ = ["Filter", "Selection", "Site", "Weight", "names_of", "select"]
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ def select(
     """
     _check_model(model)
     min_params = integer("min_params", min_params, 0)
-    if already := sparsified(model):
+    if already := [place.site.name for shared in states_of(model) for place in shared.places.values()]:
         raise ValueError(
-            f"expected a plain model, got one that is already sparsified (at {already[0].name}); "
+            f"expected a plain model, got one that is already sparsified (at {already[0]}); "
             "call feather_param.desparsify(model) first, or go on with its controller"
         )
     included = None if include is None else Rule(include, "include")
@@ -117,15 +118,6 @@ def _why_none(skipped: dict[str, str], nameable: list[Site]) -> str:
     return "; ".join(why) or "it has no Linear or Conv layer, and no other Parameter of two or more dimensions"
 
 
-def sparsified(model: nn.Module) -> tuple[Weight, ...]:
-    """Return the weights of a model that carry a `FeatherParametrization`, tied ones grouped."""
-    by_parameter: dict[int, list[Site]] = {}
-    for site, _ in sites_of(model):
-        if site.feather is not None:
-            by_parameter.setdefault(site.key, []).append(site)
-    return tuple(Weight(tuple(sites)) for sites in by_parameter.values())
-
-
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
@@ -149,7 +141,7 @@ def _check(site: Site) -> None:
     if parameter is not None and is_lazy(parameter):
         raise ValueError(f"expected initialised weights, got a lazy one at {site.name}; run one batch first")
     if not isinstance(parameter, Tensor) or not isinstance(parameter, nn.Parameter):
-        if site.tensor in parametrizations_of(site.module):
+        if site.parametrizations is not None:
             return
         found = type(getattr(site.module, site.tensor, None)).__name__
         raise ValueError(

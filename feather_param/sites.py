@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from feather_param.parametrizations import FeatherParametrization, Place
-
 __all__ = ["LAYERS", "Site", "Weight", "full_name", "is_matrix", "names_of", "parametrizations_of", "sites_of"]
 
 LAYERS = (
@@ -44,35 +42,26 @@ class Site:
         return self.tensor == "weight" and isinstance(self.module, LAYERS)
 
     @property
-    def parameter(self) -> Tensor | None:
-        """The dense weight, or None where it is not a plain (or plainly parametrized) parameter."""
-        if self.tensor in parametrizations_of(self.module):
-            return getattr(self.parametrizations, "original", None)
-        return self.module._parameters.get(self.tensor)
+    def parametrizations(self) -> parametrize.ParametrizationList | None:
+        """The parametrizations of this tensor, if it has any."""
+        return parametrizations_of(self.module).get(self.tensor)
 
     @property
     def originals(self) -> list[Tensor]:
-        """The parameters that the weight is made from: itself, or what other parametrizations take."""
-        if self.parameter is not None:
-            return [self.parameter]
-        if self.tensor in parametrizations_of(self.module):
-            return Place(self.name, self.name, self.parametrizations).originals
-        return []
+        """The Parameters that the tensor is computed from: itself, or those of parametrizations; else none."""
+        own = self.parametrizations
+        if own is None:
+            return [value] if (value := self.module._parameters.get(self.tensor)) is not None else []
+        return [own.original] if own.is_tensor else [getattr(own, f"original{i}") for i in range(own.ntensors)]
 
     @property
-    def parametrizations(self) -> parametrize.ParametrizationList:
-        """The parametrizations of this tensor, ours among them once the model is sparsified."""
-        return parametrizations_of(self.module)[self.tensor]
-
-    @property
-    def feather(self) -> FeatherParametrization | None:
-        """Our parametrization of this tensor, if it has one."""
-        place = parametrizations_of(self.module).get(self.tensor, ())
-        return next((each for each in place if isinstance(each, FeatherParametrization)), None)
+    def parameter(self) -> Tensor | None:
+        """The one Parameter that it is computed from, if it is just one."""
+        return self.originals[0] if len(self.originals) == 1 else None
 
     def dense(self) -> Tensor:
-        """Return the weight that our parametrization sees: past those registered before it."""
-        return getattr(self.module, self.tensor) if self.feather is None else self.feather.dense()
+        """Return the tensor, past all parametrizations."""
+        return getattr(self.module, self.tensor)
 
     @property
     def key(self) -> int:

@@ -12,8 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import feather_param
 from feather_param import schedules
-from feather_param.selection import sparsified
-from tests.training import keys, train, zeros_after_baking
+from tests.training import dense_weights, keys, pruned_sites, train, zeros_after_baking
 
 
 class Conv1D(nn.Module):
@@ -122,11 +121,11 @@ def test_it_trains_reports_and_bakes_exactly(make, include, rate):
     model = make()
     before = keys(model)
     controller = feather_param.sparsify(model, final_rate=rate, total_steps=5, include=include)
-    dense = [weight.sites[0].dense().clone() for weight in sparsified(model)]
+    dense = [weight.clone() for weight in dense_weights(model)]
     x = torch.randn(3, 4, 16)
     train(model, lambda model, step: model(x).square().mean(), controller)
     total = sum(weight.numel() for weight in dense)
-    assert all(not torch.equal(old, new.sites[0].dense()) for old, new in zip(dense, sparsified(model), strict=True)), (
+    assert all(not torch.equal(old, new) for old, new in zip(dense, dense_weights(model), strict=True)), (
         "something was not trained"
     )
     report = controller.report()
@@ -207,9 +206,9 @@ def resuming(make, include) -> None:
 def freezing(make, include) -> None:
     model, controller = sparse(make, include, schedule=schedules.constant)
     controller.freeze()
-    zeros = [getattr(w.sites[0].module, w.sites[0].tensor) == 0 for w in sparsified(model)]
+    zeros = [site.dense() == 0 for site in pruned_sites(model)]
     train(model, loss, controller, range(3))
-    after = [getattr(w.sites[0].module, w.sites[0].tensor) == 0 for w in sparsified(model)]
+    after = [site.dense() == 0 for site in pruned_sites(model)]
     assert all(torch.equal(a, b) for a, b in zip(zeros, after, strict=True))
     exact(model)
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import feather_param
-from feather_param.selection import select, sparsified
+from feather_param.parametrizations import states_of
+from feather_param.selection import select
 
 
 def names(selection) -> list[str]:
@@ -210,12 +211,14 @@ def test_a_tied_pair_may_be_opted_in_as_a_whole():
     assert int((model.head.weight == 0).sum()) == 20
 
 
-def test_sparsified_finds_them_again():
+def test_all_places_of_a_weight_are_found_again():
     model = Twice()
     feather_param.sparsify(model, final_rate=0.5, total_steps=2)
-    assert [[site.name for site in weight.sites] for weight in sparsified(model)] == [
-        ["a.weight", "b.weight"],
-        ["c.weight"],
+    (shared,) = states_of(model)
+    assert [(place.name, place.site.name) for place in shared.places.values()] == [
+        ("a.weight", "a.weight"),
+        ("a.weight", "b.weight"),
+        ("c.weight", "c.weight"),
     ]
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import feather_param
-from feather_param.selection import sparsified
+from feather_param.parametrizations import states_of
+from feather_param.sites import Site
 
 
 def train(
@@ -28,13 +29,25 @@ def train(
         controller.step()
 
 
+def pruned_sites(model: nn.Module) -> list[Site]:
+    """Return the first site of each weight of a sparsified model."""
+    places = [place for shared in states_of(model) for place in shared.places.values()]
+    first = {place.name: place.site for place in reversed(places)}
+    return list(first.values())[::-1]
+
+
+def dense_weights(model: nn.Module) -> list[Tensor]:
+    """Return the dense weights of a sparsified model."""
+    return [weight for shared in states_of(model) for weight in shared.weights().values()]
+
+
 def zeros_after_baking(model: nn.Module) -> tuple[int, int]:
     """Desparsify; return the zeros among the weights that were pruned, and how many these weights are."""
-    places = [weight.sites[0] for weight in sparsified(model)]
+    sites = pruned_sites(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "nothing survives")
         feather_param.desparsify(model)
-    tensors = [getattr(site.module, site.tensor) for site in places]
+    tensors = [site.dense() for site in sites]
     return sum(int((tensor == 0).sum()) for tensor in tensors), sum(tensor.numel() for tensor in tensors)
 
 

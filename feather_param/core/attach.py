@@ -12,10 +12,9 @@ from torch.nn.utils import parametrize
 from feather_param.core import recurrent
 from feather_param.core.state_dict import accept_dense
 from feather_param.parametrizations import FeatherParametrization, Place, SharedSparsity
-from feather_param.selection import Weight, sparsified
-from feather_param.sites import parametrizations_of
+from feather_param.sites import Weight, names_of, parametrizations_of
 
-__all__ = ["attach", "links", "remove_parametrizations", "require_attached"]
+__all__ = ["attach", "detach", "links", "remove_parametrizations", "require_attached"]
 
 # Note [The class of a parametrized layer]
 # torch gives each parametrized layer a class of its own, which has the weight as a property, and takes it away with the
@@ -37,7 +36,7 @@ def attach(model: nn.Module, shared: SharedSparsity, weights: Sequence[Weight]) 
             # unsafe: the check would run the operator, and our shapes and dtypes are right by construction.
             parametrize.register_parametrization(layer, site.tensor, feather, unsafe=True)
             place = parametrizations_of(layer)[site.tensor]
-            shared.places[feather] = Place(name, site.name, place, before[layer][1])
+            shared.places[feather] = Place(name, site, place, before[layer][1])
             layer._modules["parametrizations"].train(layer.training)  # type: ignore[union-attr]
             if _METHODS not in vars(type(layer)):  # another tensor of the layer came first
                 for key, method in (methods := _methods(layer)).items():
@@ -46,12 +45,16 @@ def attach(model: nn.Module, shared: SharedSparsity, weights: Sequence[Weight]) 
         in_order = [module for module in model.modules() if isinstance(module, FeatherParametrization)]
         shared.enter({feather: shared.places[feather] for feather in in_order})
     except BaseException:
-        for _, site in sites:
-            if site.feather is not None:
-                remove_parametrizations(site.module, site.tensor)
+        detach(shared)
         for layer, (cls, _) in before.items():
             layer.__class__ = cls  # of one that took a class, but no parametrization
         raise
+
+
+def detach(shared: SharedSparsity) -> None:
+    """Take all the parametrizations of a model off."""
+    for place in list(shared.places.values()):
+        remove_parametrizations(place.site.module, place.site.tensor)
 
 
 def remove_parametrizations(layer: nn.Module, tensor: str) -> None:
@@ -92,18 +95,15 @@ Link = tuple[nn.Module, str, nn.Module]
 """A module, the name of a child, and the child."""
 
 
-def links(model: nn.Module) -> list[Link]:
-    """Return the links that lead from a sparsified model to our parametrizations."""
+def links(model: nn.Module, shared: SharedSparsity) -> list[Link]:
+    """Return the links that lead from a model, which was sparsified itself, to the parametrizations of its layers."""
+    names = names_of(model)
     found: dict[tuple[nn.Module, str], nn.Module] = {}
-    for weight in sparsified(model):
-        for site in weight.sites:
-            path = site.name.removesuffix(site.tensor).split(".")[:-1]
-            module = model
-            for name in (*path, "parametrizations", site.tensor):
-                child = module._modules[name]
-                assert child is not None
-                found[module, name] = child
-                module = child
+    for place in shared.places.values():
+        module = model
+        for name in (*filter(None, names[place.site.module][0].split(".")), "parametrizations", place.site.tensor):
+            found[module, name] = child = module.get_submodule(name)
+            module = child
     return [(module, name, child) for (module, name), child in found.items()]
 
 
@@ -122,7 +122,7 @@ def require_attached(call: str, model: nn.Module, shared: SharedSparsity, known:
     if shared.places and all(module._modules.get(name) is child for module, name, child in known):
         return
     here = set(model.modules())
-    gone = [place.name for feather, place in shared.places.items() if feather not in here]
+    gone = [place.site.name for feather, place in shared.places.items() if feather not in here]
     if len(gone) == len(shared.places):
         raise RuntimeError(f"expected {call} before desparsify, got it after: the model is plain again")
     if gone:
@@ -131,7 +131,7 @@ def require_attached(call: str, model: nn.Module, shared: SharedSparsity, known:
             f"{', '.join(gone)}: the layer was replaced, or the parametrization was removed; put the old layer back, "
             "or take the others off as well (feather_param.core.attach.remove_parametrizations) and sparsify anew"
         )
-    known[:] = links(model)
+    known[:] = links(model, shared)
 
 
 def _ours(place: Iterable[nn.Module]) -> FeatherParametrization | None:

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feather_param.core.attach import remove_parametrizations
-from feather_param.parametrizations import SharedSparsity, held, rounded_down
-from feather_param.selection import Weight, names_of
+from feather_param.core.attach import detach
+from feather_param.parametrizations import SharedSparsity, held, rounded_down, states_of
 from feather_param.shards import held_here, is_sharded, whole
-from feather_param.sites import parametrizations_of
+from feather_param.sites import Weight, names_of
 from feather_param.thresholding import feather_threshold, smallest_kept
 from feather_param.thresholds import require_finite
 from feather_param.warning import warn_of_dead, warn_of_early
@@ -23,41 +22,35 @@ from feather_param.warning import warn_of_dead, warn_of_early
 __all__ = ["bake", "baked", "check_other_parametrizations", "final_masks", "final_values", "refuse_shards", "write"]
 
 
-def bake(weights: Sequence[Weight]) -> None:
+def bake(model: nn.Module) -> None:
     """Write the exact zeros into the Parameters and remove our parametrizations; on an error nothing changes."""
-    states = _states(weights)
+    states = _whole_states(model)
     for shared in states:
         refuse_shards(shared)
     values = {shared: final_values(shared) for shared in states}
     for shared in states:
         if shared.source is None and not shared.frozen and shared.position.zeros < shared.aim:
             warn_of_early("desparsify()", shared.position.zeros, shared.aim)
-    for shared, own in values.items():
-        write(shared, own)
-    for weight in weights:
-        for site in weight.sites:
-            remove_parametrizations(site.module, site.tensor)
+    for shared in states:
+        write(shared, values[shared])
+        detach(shared)
 
 
-def baked(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]:
+def baked(model: nn.Module) -> dict[str, Tensor]:
     """Return the state_dict that `bake` would leave, keys in the plain model's order."""
-    values = {shared: final_values(shared) for shared in _states(weights)}
     prefixes = names_of(model)
     owned: dict[str, dict[str, Tensor | None]] = {}  # module prefix -> its tensors, in the plain module's order
-    for weight in weights:
-        for site in weight.sites:
-            if len(site.parametrizations) > 1:
+    for shared in _whole_states(model):
+        values = final_values(shared)
+        for place in shared.places.values():
+            if len(place.parametrizations) > 1:
                 raise ValueError(
-                    f"expected {site.name} to carry no parametrization but ours, got another library's too; "
+                    f"expected {place.site.name} to carry no parametrization but ours, got another library's too; "
                     "desparsify a copy.deepcopy(model) and take its state_dict"
                 )
-            assert site.feather is not None
-            shared = site.feather.shared
-            place = shared.places[site.feather]
-            for name in prefixes[site.module]:
-                prefix = f"{name}." if name else ""
-                tensors = owned.setdefault(prefix, dict.fromkeys(place.parameter_order))
-                tensors[site.tensor] = values[shared][place.name]
+            for name in prefixes[place.site.module]:
+                tensors = owned.setdefault(f"{name}." if name else "", dict.fromkeys(place.parameter_order))
+                tensors[place.site.tensor] = values[place.name]
     state = model.state_dict()
     ours = tuple(
         f"{prefix}parametrizations.{name}."
@@ -84,14 +77,13 @@ def baked(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]:
     return new
 
 
-def final_masks(weights: Sequence[Weight]) -> dict[tuple[nn.Module, str], Tensor]:
+def final_masks(model: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
     """Return which elements `bake` would leave, by the layer and the name of its tensor."""
-    found = {shared: _settled(shared).masks() for shared in _states(weights)}
+    found = {shared: _settled(shared).masks() for shared in _whole_states(model)}
     return {
-        (site.module, site.tensor): found[site.feather.shared][site.feather.shared.places[site.feather].name]
-        for weight in weights
-        for site in weight.sites
-        if site.feather is not None
+        (place.site.module, place.site.tensor): masks[place.name]
+        for shared, masks in found.items()
+        for place in shared.places.values()
     }
 
 
@@ -149,21 +141,17 @@ def check_other_parametrizations(weights: Sequence[Weight]) -> None:
     """Refuse plain weights of which other libraries' parametrizations could not hold a pruned version."""
     for weight in weights:
         site = weight.sites[0]
-        if site.tensor in parametrizations_of(site.module) and not site.originals[0].is_meta:
+        if site.parametrizations is not None and not site.originals[0].is_meta:
             dense = site.dense().detach()
             value = feather_threshold(dense, dense.abs().float().median())
             _inverted(site.name, site.originals, copy.deepcopy(list(site.parametrizations)), value)
 
 
-def _states(weights: Sequence[Weight]) -> list[SharedSparsity]:
-    """Return the states that the parametrizations of a model share, one for each part that was sparsified by itself."""
-    found: dict[SharedSparsity, set[str]] = {}
-    for weight in weights:
-        for site in weight.sites:
-            assert site.feather is not None
-            shared = site.feather.shared
-            found.setdefault(shared, set()).add(shared.places[site.feather].name)
-    for shared, names in found.items():
+def _whole_states(model: nn.Module) -> list[SharedSparsity]:
+    """Return what the parametrizations of a model share; a part of what was sparsified together is refused."""
+    modules = set(model.modules())
+    for shared in (states := states_of(model)):
+        names = {place.name for feather, place in shared.places.items() if feather in modules}
         here = sum(shared.budget.sizes[name] for name in names)
         if here != shared.budget.total:
             raise ValueError(
@@ -171,7 +159,7 @@ def _states(weights: Sequence[Weight]) -> list[SharedSparsity]:
                 f"it with {here}: desparsify the whole (or a copy of it), then take the part; "
                 "if a layer was replaced after sparsify, put the old one back"
             )
-    return list(found)
+    return states
 
 
 def _settled(shared: SharedSparsity) -> SharedSparsity:

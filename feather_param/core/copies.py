@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from feather_param.shards import is_sharded
@@ -135,9 +135,9 @@ def copy_parametrization(feather: FeatherParametrization, memo: dict[int, Any]) 
         vars(twin).update(copy.deepcopy({name: value for name, value in vars(feather).items() if name != "bits"}, memo))
     twin.bits, twin.written = None, twin.threshold._version
     place = feather.shared.places.get(feather)
-    container: nn.Module | None = None if place is None else memo.get(id(place.parametrizations))
-    if place is not None and container is not None:
-        twin.shared.places[twin] = place._replace(parametrizations=container)
+    if place is not None and {id(place.parametrizations), id(place.site.module)} <= memo.keys():
+        site = replace(place.site, module=memo[id(place.site.module)])
+        twin.shared.places[twin] = place._replace(site=site, parametrizations=memo[id(place.parametrizations)])
         copied: list[Any] = [memo.get(id(original)) for original in place.originals]
         twin.seen = ANY if any(each is None for each in copied) else seen(copied)
         twin.stale = feather.stale or feather.seen != seen(place.originals)

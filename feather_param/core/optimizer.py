@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from feather_param.core import copies
 from feather_param.core.eager import eager
 from feather_param.parametrizations import SharedSparsity
-from feather_param.selection import Weight
 from feather_param.warning import warn
 
 __all__ = ["Follower", "Movement", "checked_optimizer"]
@@ -35,8 +34,12 @@ Names = list[list[str | None]]
 """For each parameter group, the name of each parameter; None for one that is not the model's."""
 
 
-def checked_optimizer(optimizer: Any, weights: Sequence[Weight]) -> Optimizer:
+def checked_optimizer(optimizer: Any, weights: Mapping[str, Sequence[Tensor]]) -> Optimizer:
     """Return the optimizer that makes the steps: the one inside, of one that wraps it (accelerate's, Lookahead).
+
+    Args:
+        optimizer: what somebody wants to be followed.
+        weights: the Parameters behind each prunable weight, by name.
 
     Raises:
         TypeError: it is no optimizer, or a wrapper that does not show which one it wraps.
@@ -55,9 +58,7 @@ def checked_optimizer(optimizer: Any, weights: Sequence[Weight]) -> Optimizer:
             )
         (optimizer,) = inside
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    strangers = [
-        weight.name for weight in weights if not any(id(original) in trained for original in weight.sites[0].originals)
-    ]
+    strangers = [name for name, originals in weights.items() if not any(id(each) in trained for each in originals)]
     if len(strangers) == len(weights):
         raise ValueError(
             "expected an optimizer of this model's weights, got one that holds none of them: "
