@@ -336,7 +336,7 @@ class FeatherParametrization(nn.Module):
         self.mask = None
         self.seen, self.stale = copies.NEVER, False
         self.written = 0
-        self.bits: copies.Bits | None = None
+        self.bits: Tensor | None = None
         self.register_load_state_dict_post_hook(_loaded)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -406,10 +406,14 @@ class FeatherParametrization(nn.Module):
         super()._save_to_state_dict(*args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatherParametrization:
-        before = self.threshold
+        before, place = self.threshold, self.shared.places.get(self)
+        if self.bits is not None and place is not None:  # of a copy: a cast is no move, and hides none
+            if copies.differ(self.bits, copies.bits(place.originals)):
+                self.seen = self.seen._replace(version=-1)
+            self.bits = copies.bits([fn(original.detach()) for original in place.originals])
         super()._apply(fn, recurse)
-        if self.threshold.dtype != before.dtype:  # a cast, which changes the bits of the weight, but is no move
-            self.threshold, self.bits = before.to(self.threshold.device), None
+        if self.threshold.dtype != before.dtype:
+            self.threshold = before.to(self.threshold.device)
         elif before.is_meta:
             self.threshold.zero_()  # `to_empty`
         self.written = self.threshold._version

@@ -18,7 +18,19 @@ from feather_param.warning import warn
 if TYPE_CHECKING:
     from feather_param.parametrizations import FeatherParametrization, SharedSparsity
 
-__all__ = ["ANY", "NEVER", "Bits", "Seen", "bits", "copy_parametrization", "copy_shared", "follow", "seen", "zeros"]
+__all__ = [
+    "ANY",
+    "NEVER",
+    "Seen",
+    "bits",
+    "copy_parametrization",
+    "copy_shared",
+    "differ",
+    "follow",
+    "moved",
+    "seen",
+    "zeros",
+]
 
 # Note [Copies]
 # A deepcopy is either a snapshot (the best model so far, a teacher) or a moving average, and nobody tells which. No
@@ -53,33 +65,25 @@ def seen(originals: Sequence[Tensor]) -> Seen:
     return Seen(id(originals[0]), version)
 
 
-class Bits(NamedTuple):
-    """The sum of the bits of some tensors: another dtype has others for the same numbers."""
-
-    dtype: torch.dtype
-    total: Tensor | None
-
-    def differ(self, other: Bits) -> bool:
-        """Return whether these are certainly other numbers."""
-        if self.dtype != other.dtype or self.total is None or other.total is None:
-            return False
-        return bool(self.total != other.total.to(self.total.device))
-
-
 @torch.no_grad()
-def bits(originals: Sequence[Tensor]) -> Bits:
-    """Return the bits of the tensors that a weight is computed from; their sum is None where they have no values."""
+def bits(originals: Sequence[Tensor]) -> Tensor | None:
+    """Return the sum of the bits of the tensors that a weight is computed from; None where they have no values."""
     totals: list[Tensor] = []
     for tensor in originals:
         part: Any = tensor.detach()
         part = part.to_local() if is_sharded(part) else part
         if part.is_meta or isinstance(part, FakeTensor):
-            return Bits(part.dtype, None)
+            return None
         raw = flat(part).contiguous().view(torch.uint8)
         raw = raw.clone() if raw.storage_offset() % 8 else raw
         even = raw.numel() // 8 * 8  # eight bytes at a time take a third of the time that four do
         totals += [raw[:even].view(torch.int64).sum(), raw[even:].sum()]
-    return Bits(originals[0].dtype, torch.stack(totals).sum())
+    return torch.stack(totals).sum()
+
+
+def differ(old: Tensor | None, new: Tensor | None) -> bool:
+    """Return whether two sums of bits are certainly of other numbers."""
+    return old is not None and new is not None and bool(old != new.to(old.device))
 
 
 def moved(shared: SharedSparsity) -> bool:
@@ -88,7 +92,7 @@ def moved(shared: SharedSparsity) -> bool:
         old, now = feather.seen, seen(place.originals)
         if old.identity == now.identity and old.version not in (None, now.version):
             return True
-    return any(bits(p.originals).differ(f.bits) for f, p in shared.places.items() if f.bits is not None)
+    return any(f.bits is not None and differ(f.bits, bits(p.originals)) for f, p in shared.places.items())
 
 
 def zeros(shared: SharedSparsity) -> int:
