@@ -161,8 +161,8 @@ class SharedSparsity(nn.Module):
             other = self.places[first.setdefault(place.name, feather)]
             if other is not place and any(a is not b for a, b in zip(other.originals, place.originals, strict=True)):
                 raise ValueError(
-                    f"expected {other.site.name} and {place.site.name} to share one Parameter, as when they were sparsified, got "
-                    "two: load_state_dict(assign=True) unties weights; tie them again, or load without assign"
+                    f"expected {other.site.name} and {place.site.name} to share one Parameter, as when they were "
+                    "sparsified, got two: load_state_dict(assign=True) unties weights; tie them again, or load without"
                 )
         return {name: first[name].dense() for name in self.budget.sizes if name in first}
 
@@ -336,7 +336,7 @@ class FeatherParametrization(nn.Module):
         self.mask = None
         self.seen, self.stale = copies.NEVER, False
         self.written = 0
-        self.bits: Tensor | None = None
+        self.bits: copies.Bits | None = None
         self.register_load_state_dict_post_hook(_loaded)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -408,7 +408,7 @@ class FeatherParametrization(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatherParametrization:
         before, place = self.threshold, self.shared.places.get(self)
         if self.bits is not None and place is not None:  # of a copy: a cast is no move, and hides none
-            if copies.differ(self.bits, copies.bits(place.originals)):
+            if self.bits.differ(copies.bits(place.originals)):
                 self.seen = self.seen._replace(version=-1)
             self.bits = copies.bits([fn(original.detach()) for original in place.originals])
         super()._apply(fn, recurse)

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 __all__ = [
     "ANY",
     "NEVER",
+    "Bits",
     "Seen",
     "bits",
     "copy_parametrization",
     "copy_shared",
-    "differ",
     "follow",
     "moved",
     "seen",
@@ -65,25 +65,33 @@ def seen(originals: Sequence[Tensor]) -> Seen:
     return Seen(id(originals[0]), version)
 
 
+class Bits(NamedTuple):
+    """The sum of the bits of some tensors; None where they have no values."""
+
+    dtype: torch.dtype
+    total: Tensor | None
+
+    def differ(self, other: Bits) -> bool:
+        """Return whether these are certainly other numbers; another dtype has others for the same ones."""
+        if self.total is None or other.total is None or self.dtype != other.dtype:
+            return False
+        return bool(self.total != other.total.to(self.total.device))
+
+
 @torch.no_grad()
-def bits(originals: Sequence[Tensor]) -> Tensor | None:
-    """Return the sum of the bits of the tensors that a weight is computed from; None where they have no values."""
+def bits(originals: Sequence[Tensor]) -> Bits:
+    """Return the bits of the tensors that a weight is computed from."""
     totals: list[Tensor] = []
     for tensor in originals:
         part: Any = tensor.detach()
         part = part.to_local() if is_sharded(part) else part
         if part.is_meta or isinstance(part, FakeTensor):
-            return None
+            return Bits(part.dtype, None)
         raw = flat(part).contiguous().view(torch.uint8)
         raw = raw.clone() if raw.storage_offset() % 8 else raw
         even = raw.numel() // 8 * 8  # eight bytes at a time take a third of the time that four do
         totals += [raw[:even].view(torch.int64).sum(), raw[even:].sum()]
-    return torch.stack(totals).sum()
-
-
-def differ(old: Tensor | None, new: Tensor | None) -> bool:
-    """Return whether two sums of bits are certainly of other numbers."""
-    return old is not None and new is not None and bool(old != new.to(old.device))
+    return Bits(originals[0].dtype, torch.stack(totals).sum())
 
 
 def moved(shared: SharedSparsity) -> bool:
@@ -92,7 +100,7 @@ def moved(shared: SharedSparsity) -> bool:
         old, now = feather.seen, seen(place.originals)
         if old.identity == now.identity and old.version not in (None, now.version):
             return True
-    return any(f.bits is not None and differ(f.bits, bits(p.originals)) for f, p in shared.places.items())
+    return any(bits(p.originals).differ(f.bits) for f, p in shared.places.items() if f.bits is not None)
 
 
 def zeros(shared: SharedSparsity) -> int:

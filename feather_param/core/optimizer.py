@@ -143,7 +143,7 @@ class Movement:
 
     def __init__(self) -> None:
         self._still: int | None = 0  # steps without a move; None: they move, or nobody can tell
-        self._bits: list[Tensor | None] = []
+        self._bits: list[copies.Bits] = []
 
     def look(self, shared: SharedSparsity) -> None:
         """Warn at the tenth step if no weight that takes gradients has moved since the first."""
@@ -160,7 +160,7 @@ class Movement:
         self._still += 1
         if self._still > self._STEPS:
             now = [copies.bits(originals) for originals in trained]
-            if not any(map(copies.differ, self._bits, now)):
+            if not any(map(copies.Bits.differ, self._bits, now)):
                 warn(
                     f"none of the {len(trained)} prunable weights has moved in {self._STEPS} steps: the optimizer does "
                     "not hold them; while sparsified, layer.weight is no Parameter, so build parameter groups from "
