@@ -51,9 +51,6 @@ class Config:
     min_nonzero_per_layer: int = 0
 
     def __post_init__(self) -> None:
-        def put(**values: Any) -> None:
-            vars(self).update(values)  # the class is frozen for everybody else
-
         final_rate = real("final_rate", self.final_rate)
         if not 0.0 < final_rate < 1.0:
             percent = f"; {final_rate:g} % is {final_rate / 100:g}" if 1.0 < final_rate < 100.0 else ""
@@ -66,7 +63,6 @@ class Config:
                 "expected start_step <= end_step <= total_steps, "
                 f"got {start}, {end} and {total}; end_step is total_steps // 2 unless given"
             )
-        put(final_rate=final_rate, total_steps=total, start_step=start, end_step=end)
         if not callable(self.schedule):
             raise TypeError(f"expected schedule to be a callable of progress, got {type(self.schedule).__name__}")
         for progress in (0.0, 0.5, 1.0):
@@ -74,23 +70,25 @@ class Config:
         p = real("p", self.p)
         if not p >= 1.0:
             raise ValueError(f"expected p >= 1 or math.inf, got {p}")
-        if callable(self.theta):
+        theta = (0.5 if final_rate > 0.95 else 1.0) if self.theta is None else self.theta
+        if callable(theta):
             for rate in (0.0, final_rate):
                 self.theta_at(rate)
-        else:
-            theta = (0.5 if final_rate > 0.95 else 1.0) if self.theta is None else real("theta", self.theta)
-            if not 0.0 <= theta < math.inf:
-                raise ValueError(f"expected theta to be a finite number >= 0, got {theta}")
-            put(theta=theta)
-        most = 1.0
-        if self.max_rate_per_layer is not None:
-            most = real("max_rate_per_layer", self.max_rate_per_layer)
-            if not 0.0 < most < 1.0:
-                raise ValueError(f"expected max_rate_per_layer, a fraction of zeros, in (0, 1), got {most}")
-        put(
+        elif not 0.0 <= real("theta", theta) < math.inf:
+            raise ValueError(f"expected theta to be a finite number >= 0, got {theta}")
+        most = 1.0 if self.max_rate_per_layer is None else real("max_rate_per_layer", self.max_rate_per_layer)
+        if not 0.0 < most < 1.0 and self.max_rate_per_layer is not None:
+            raise ValueError(f"expected max_rate_per_layer, a fraction of zeros, in (0, 1), got {most}")
+        least = integer("min_nonzero_per_layer", self.min_nonzero_per_layer, 0)
+        vars(self).update(  # frozen for everybody else
+            final_rate=final_rate,
+            total_steps=total,
+            start_step=start,
+            end_step=end,
             p=p,
+            theta=theta if callable(theta) else float(theta),
             max_rate_per_layer=most,
-            min_nonzero_per_layer=integer("min_nonzero_per_layer", self.min_nonzero_per_layer, 0),
+            min_nonzero_per_layer=least,
         )
 
     def rate(self, step: int) -> float:
