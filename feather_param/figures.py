@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any
 
 from feather_param import extras
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["draw", "draw_survivors"]
+__all__ = ["draw", "draw_survivors", "history_svg"]
 
 _BLUE, _ORANGE, _GREY, _PALE, _INK = "#2b6cb0", "#c05621", "#718096", "#e2e8f0", "#2d3748"
+_HISTORY_WIDTH, _HISTORY_HEIGHT = 5.5, 6.0  # inches
 _FEWEST_ROWS = 8  # that there is room for, lest the only bar be a block
 
 
@@ -52,10 +54,8 @@ def draw(
         instance(multiply_adds, MultiplyAdds, "multiply_adds(model, input)")
     history = history if history and len(history.looks) > 1 else None
     layers = max(_FEWEST_ROWS, len(report.rows), len(multiply_adds.rows) if multiply_adds else 0)
-    widths = [5.5] * bool(history) + [7.0] + [6.0] * (multiply_adds is not None)
-    height = max(6.0 if history else 0.0, 1.4 + 0.2 * layers)
-    figure = extras.matplotlib("figure").Figure(figsize=(sum(widths), height), dpi=120, layout="constrained")
-    extras.matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
+    widths = [_HISTORY_WIDTH] * bool(history) + [7.0] + [6.0] * (multiply_adds is not None)
+    figure = _figure(sum(widths), max(_HISTORY_HEIGHT if history else 0.0, 1.4 + 0.2 * layers))
     if title:
         figure.suptitle(title, fontsize=13, fontweight="bold")
     grid = figure.add_gridspec(1, len(widths), width_ratios=widths)
@@ -67,6 +67,20 @@ def draw(
         same = [row.name for row in report.rows] == [row.name for row in multiply_adds.rows]
         _draw_multiply_adds(parts.pop(0).subplots(), multiply_adds, named=not same)
     return figure
+
+
+def history_svg(history: History) -> str:
+    """Return rate, threshold and churn over the steps as an SVG element for a page; it refers to nothing outside.
+
+    Raises:
+        ImportError: matplotlib is not installed: ``pip install feather_param[plot]``.
+    """
+    figure = _figure(_HISTORY_WIDTH, _HISTORY_HEIGHT)
+    _draw_history(figure.subfigures(), history)
+    file = io.StringIO()
+    with extras.matplotlib("style").context({"svg.fonttype": "none", "svg.hashsalt": "feather_param"}):
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return file.getvalue()[file.getvalue().index("<svg") :]
 
 
 def draw_survivors(axes: Axes, report: Report) -> None:
@@ -88,6 +102,13 @@ def draw_survivors(axes: Axes, report: Report) -> None:
     axes.xaxis.set_major_formatter(extras.matplotlib("ticker").PercentFormatter(1.0, decimals=None))
     axes.axvline(overall, color=_GREY, linewidth=1, linestyle="--")
     axes.set_xlabel(f"weights that survive, of each layer (dashed: all layers, {percent(overall)})")
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Return an empty figure of so many inches that no window system knows of."""
+    figure = extras.matplotlib("figure").Figure(figsize=(width, height), dpi=120, layout="constrained")
+    extras.matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
+    return figure
 
 
 def _draw_multiply_adds(axes: Axes, counted: MultiplyAdds, named: bool) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from feather_param.charts import Line, line_chart, sparkline
 from feather_param.checks import instance
+from feather_param.figures import history_svg
 from feather_param.history import History, Look
 from feather_param.multiply_adds import MultiplyAdds
 from feather_param.report import Report
 from feather_param.tables import percent, short
 
 __all__ = ["page"]
-
-_BLUE, _ORANGE, _GREY = "#2b6cb0", "#c05621", "#718096"
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -30,11 +28,7 @@ tr.all td { font-weight: 600; border-top: 2px solid #a0aec0; } tr.dead td { colo
 .bar { position: relative; display: block; width: 11rem; height: .9rem; background: #edf2f7; }
 .bar b { position: absolute; inset: 0 auto 0 0; background: #2b6cb0; }
 .bar i { position: absolute; top: -.3rem; bottom: -.3rem; border-left: 1px dashed #718096; }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem; }
-.chart { width: 23rem; max-width: 100%; } .spark { width: 6rem; height: 1.1rem; vertical-align: middle; }
-svg text { font-size: 11px; fill: #2d3748; } svg .title { font-size: 12px; font-weight: 600; }
-svg .y, svg .legend { text-anchor: end; } svg .x { text-anchor: middle; } svg .grid { stroke: #e2e8f0; }
-svg polyline { fill: none; stroke-width: 1.6; } .spark polyline { stroke: #2b6cb0; vector-effect: non-scaling-stroke; }
+.chart svg { max-width: 100%; height: auto; } .spark { width: 6rem; height: 1.1rem; vertical-align: middle; }
 footer { margin: 2.5rem 0 1rem; font-size: .8rem; color: #718096; }
 """
 
@@ -51,7 +45,8 @@ def page(
 
     Args:
         report: what `Controller.report` returned.
-        history: adds rate, threshold and churn over the steps, and the survivors of each layer over time.
+        history: adds rate, threshold and churn over the steps, and the survivors of each layer over time; it needs
+            matplotlib (``pip install feather_param[plot]``).
         multiply_adds: adds the multiply-adds left in each layer.
         sizes: adds bytes by the name of a file format; the first one is compared with.
         title: headline.
@@ -74,8 +69,8 @@ def page(
     if sizes:
         parts += ["<h2>File size</h2>", _sizes(sizes)]
     looks = history.looks if history is not None and len(history.looks) > 1 else []
-    if looks:
-        parts += ["<h2>Over the training</h2>", _charts(looks)]
+    if history is not None and looks:
+        parts += ["<h2>Over the training</h2>", f'<div class="chart">{history_svg(history)}</div>']
     if report.rows:
         parts += ["<h2>Layers</h2>", _layers(report, looks, multiply_adds)]
     if multiply_adds is not None and multiply_adds.uncounted:
@@ -111,24 +106,6 @@ def _sizes(sizes: Mapping[str, int]) -> str:
     return _table(["format", ">size", f">of {next(iter(sizes))}", ""], rows)
 
 
-def _charts(looks: Sequence[Look]) -> str:
-    steps = [look.step for look in looks]
-    churn = {name: [getattr(look, name) / max(1, look.survivors) for look in looks[1:]] for name in ("left", "entered")}
-    rate = Line("", _ORANGE, steps, [look.rate for look in looks])
-    threshold = Line("", _GREY, steps, [look.threshold for look in looks])
-    flow = [Line(name, color, steps[1:], churn[name]) for name, color in (("left", _GREY), ("entered", _BLUE))]
-    charts = [
-        line_chart("rate (zeros among weights)", [rate], "{:.0%}".format, most_y=1.0),
-        line_chart("threshold", [threshold], "{:g}".format),
-        line_chart("churn (of the survivors)", flow, _percents),
-    ]
-    return f'<div class="charts">{"".join(charts)}</div>'
-
-
-def _percents(value: float) -> str:
-    return f"{100 * value:g}%"
-
-
 def _layers(report: Report, looks: Sequence[Look], counted: MultiplyAdds | None) -> str:
     kept = [row.survivors / max(1, row.total) for row in report.rows]
     overall = report.survivors / max(1, report.total)
@@ -152,7 +129,7 @@ def _layers(report: Report, looks: Sequence[Look], counted: MultiplyAdds | None)
         if looks:
             layer = latest.get(row.name)
             trail = trails[row.name]
-            cells.append(f"<td>{sparkline(trail, 'survivors over time')}</td>" if trail else _left(""))
+            cells.append(f"<td>{_sparkline(trail)}</td>" if trail else _left(""))
             cells += [_right(f"{layer.entered:,}" if layer else ""), _right(f"{layer.left:,}" if layer else "")]
         if counted is not None:
             add = adds.get(row.name)
@@ -191,6 +168,13 @@ def _table(heads: Sequence[str], rows: Sequence[str], classes: Sequence[str] = (
 def _bar(part: float, mark: float | None = None) -> str:
     dashed = "" if mark is None else f'<i style="left:{100 * mark:.2f}%"></i>'
     return f'<span class="bar"><b style="width:{100 * part:.2f}%"></b>{dashed}</span>'
+
+
+def _sparkline(ys: Sequence[float]) -> str:
+    """Return a line as small as a word, from 0 to 1."""
+    points = " ".join(f"{100.0 * i / max(1, len(ys) - 1):.1f},{19.0 - 18.0 * y:.1f}" for i, y in enumerate(ys))
+    style = 'fill="none" stroke="#2b6cb0" stroke-width="1.6" vector-effect="non-scaling-stroke"'
+    return f'<svg class="spark" viewBox="0 0 100 20" preserveAspectRatio="none"><polyline {style} points="{points}"/></svg>'
 
 
 def _name(text: str) -> str:

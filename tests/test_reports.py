@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import feather_param
-from feather_param import charts, figures, tables, tensorboard
+from feather_param import figures, tables, tensorboard
 from feather_param.history import History
 from feather_param.multiply_adds import LayerMultiplyAdds, MultiplyAdds, multiply_adds
 from feather_param.pages import page
@@ -346,9 +346,11 @@ class Checker(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag not in ("script", "link", "img", "iframe", "object", "embed", "base", "a", "foreignobject"), tag
         for name, value in attrs:
-            assert name not in ("src", "href", "xlink:href", "action", "srcset"), name
+            assert name not in ("src", "href", "action", "srcset"), name
+            assert name != "xlink:href" or (value or "").startswith("#"), value  # a part of the same page
             assert not name.startswith("on"), name
-            assert not any(text in (value or "") for text in ("url(", "http")), value
+            if not name.startswith("xmlns"):
+                assert not any(text in (value or "").replace("url(#", "") for text in ("url(", "http")), value
         self.tags.append(tag)
         if tag == "tr":
             self.cells.append(0)
@@ -389,7 +391,8 @@ def test_pages_are_well_formed_and_fetch_nothing(reports):
     assert "900 B" in text
     assert "22.5%" in text
     assert "from step 9 to 12" in text
-    assert found.tags.count("polyline") == 4 + len(report.rows)  # rate, threshold, entered, left, and one a layer
+    assert {"rate (zeros)", "threshold", "churn (of survivors)", "optimizer step", "entered", "left"} <= set(found.text)
+    assert found.tags.count("polyline") == len(report.rows)
     assert found.cells[-4:] == [11] * 4  # head, two layers, all
     for row in report.rows:
         assert row.name in found.text
@@ -437,25 +440,6 @@ def test_a_hostile_name_is_shown_as_it_is():
     html = page(many(2, name), title=name, multiply_adds=MultiplyAdds((), {name: name}))
     assert "<script" not in html
     assert checked(html).text.count(name) >= 4
-
-
-@given(st.floats(0, 1e12) | st.floats(0, 1) | st.just(float("inf")))
-def test_ticks_cover_the_axis_with_few_round_numbers(most):
-    ticks = charts.ticks(most)
-    steps = {round((b - a) / ticks[1], 4) for a, b in itertools.pairwise(ticks)}
-    assert ticks[0] == 0
-    assert steps == {1.0}
-    assert 2 <= len(ticks) <= 7
-    if most < float("inf"):
-        assert most <= ticks[-1] * (1 + 1e-5)
-
-
-def test_long_lines_are_thinned_and_keep_their_end():
-    steps = list(range(5000))
-    chart = charts.line_chart("rate", [charts.Line("", "red", steps, [step / 5000 for step in steps])], str)
-    points = chart.split('points="')[1].split('"')[0].split()
-    assert len(points) <= 402
-    assert points[-1].startswith("368.0,")
 
 
 @given(st.integers(0, 10**18))
