@@ -174,7 +174,8 @@ def _sparkline(ys: Sequence[float]) -> str:
     """Return a line as small as a word, from 0 to 1."""
     points = " ".join(f"{100.0 * i / max(1, len(ys) - 1):.1f},{19.0 - 18.0 * y:.1f}" for i, y in enumerate(ys))
     style = 'fill="none" stroke="#2b6cb0" stroke-width="1.6" vector-effect="non-scaling-stroke"'
-    return f'<svg class="spark" viewBox="0 0 100 20" preserveAspectRatio="none"><polyline {style} points="{points}"/></svg>'
+    line = f'<polyline {style} points="{points}"/>'
+    return f'<svg class="spark" viewBox="0 0 100 20" preserveAspectRatio="none">{line}</svg>'
 
 
 def _name(text: str) -> str:
