@@ -76,7 +76,7 @@ def history_svg(history: History) -> str:
         ImportError: matplotlib is not installed: ``pip install feather_param[plot]``.
     """
     figure = _figure(_HISTORY_WIDTH, _HISTORY_HEIGHT)
-    _draw_history(figure.subfigures(), history)
+    _draw_history(figure, history)
     file = io.StringIO()
     with extras.matplotlib("style").context({"svg.fonttype": "none", "svg.hashsalt": "feather_param"}):
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -135,7 +135,7 @@ def _name_rows(axes: Axes, names: list[str]) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _draw_history(part: SubFigure, history: History) -> None:
+def _draw_history(part: Figure | SubFigure, history: History) -> None:
     ticker = extras.matplotlib("ticker")
     top, middle, bottom = part.subplots(3, 1, sharex=True)
     part.align_ylabels()
