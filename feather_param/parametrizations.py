@@ -172,7 +172,8 @@ class SharedSparsity(nn.Module):
     def move(self, step: int, frozen_step: int | None = None) -> None:
         """Move to a step of the schedule, with the thresholds or masks for it; on an error nothing changes."""
         rate = self.config.rate(step if frozen_step is None else frozen_step)
-        theta, zeros = self.config.theta_at(rate), self.budget.zeros(rate)
+        self.config.theta_at(rate)  # raises
+        zeros = self.budget.zeros(rate)
         if frozen_step is None:
             self._take(zeros)
             self.fix(None)
@@ -180,8 +181,7 @@ class SharedSparsity(nn.Module):
             self.fix(self._masks_for(zeros))
             self.position.zeros = zeros
         self.position.step, self.position.frozen_step = step, frozen_step
-        if self.theta is not None:
-            self.theta.fill_(theta)
+        self.write_theta()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -264,16 +264,23 @@ class SharedSparsity(nn.Module):
         for feather in self.places:
             feather.written = feather.threshold._version
 
+    def write_theta(self) -> None:
+        """Write theta for the position where forward passes, and compiled graphs, read it."""
+        if self.theta is not None:
+            self.theta.fill_(self.config.theta_at(self.config.rate(self.position.step)))
+
     # -- the position in the model's state_dict ---------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
         """Return the position as an int64 tensor (see `core.state_dict`)."""
-        return pack_position(copies.zeros(self), self.position.step, self.position.frozen_step)
+        position = copies.position(self)
+        return pack_position(position.zeros, position.step, position.frozen_step)
 
     def set_extra_state(self, state: Any) -> None:
         """Go to a saved position; the thresholds, or the masks, follow when the weights are there."""
         position = self.position
         position.zeros, position.step, position.frozen_step = unpack_position(state, self.budget.total)
+        self.write_theta()
         self.fix(None)
         for feather in self.places:
             feather.forget(loaded=True)
@@ -291,8 +298,8 @@ class SharedSparsity(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedSparsity:
         if self.theta is not None and (device := fn(self.theta).device) != self.theta.device:
-            theta = self.config.theta_at(self.config.rate(self.position.step))
-            self.theta = torch.full((), theta, dtype=torch.float32, device=device)
+            self.theta = torch.empty((), dtype=torch.float32, device=device)
+            self.write_theta()
         return self
 
 

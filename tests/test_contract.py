@@ -76,9 +76,15 @@ class Expected:
     zeros: int = 0
     step: int = 0
     masks: dict[str, Tensor] | None = None  # once frozen
+    frozen_step: int | None = None
 
     def clone(self) -> Expected:
-        return Expected(self.zeros, self.step, copy.deepcopy(self.masks))
+        return copy.deepcopy(self)
+
+    def follow(self, source: Expected) -> None:
+        if self.masks is None:
+            self.zeros = source.zeros
+            self.step = source.step if source.masks is None else source.frozen_step
 
 
 @dataclass
@@ -108,11 +114,17 @@ class Network:
         self.moved = True
 
     def settled(self) -> Expected:
-        """A copy that has moved takes the number of zeros of its source."""
-        if self.moved and self.source is not None and self.expected.masks is None:
-            self.expected.zeros = self.source.zeros
+        """A copy that has moved takes the number of zeros of its source, and its step."""
+        self.expected = self.now()
         self.moved = False
         return self.expected
+
+    def now(self) -> Expected:
+        expected = self.expected
+        if self.moved and self.source is not None:
+            expected = expected.clone()
+            expected.follow(self.source)
+        return expected
 
 
 def order_of(model: nn.Module) -> list[str]:
@@ -215,11 +227,11 @@ class Machine(RuleBasedStateMachine):
             self.guards = {}
         self.aim(self.live.expected)
 
+    def rate_at(self, step: int) -> float:
+        return 0.0 if step < 1 else self.rate if step >= 5 else self.rate * self.schedule((step - 1) / 4)
+
     def aim(self, expected: Expected) -> None:
-        at = expected.step
-        progress = max(0.0, (at - 1) / 4)
-        rate = 0.0 if at < 1 else self.rate if at >= 5 else self.rate * self.schedule(progress)
-        expected.zeros = round(rate * self.total)
+        expected.zeros = round(self.rate_at(expected.step) * self.total)
 
     # -- what people do ---------------------------------------------------------------------------------------------
 
@@ -270,9 +282,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 3))
     def copy(self, which):
         network = self.some(which)
-        expected = network.expected.clone()
-        if network.moved and network.source is not None and expected.masks is None:
-            expected.zeros = network.source.zeros
+        expected = network.now().clone()
         source = self.live.expected if network.source is None else network.source
         self.copies.append(Network(copy.deepcopy(network.model), expected, source))
 
@@ -309,16 +319,14 @@ class Machine(RuleBasedStateMachine):
         self.quietly(self.controller.freeze)
         expected = self.live.expected
         if expected.masks is None:
-            zeros = expected.zeros
+            zeros, expected.frozen_step = expected.zeros, expected.step
             expected.masks = {n: (w != 0) | (zeros == 0) for n, w in self.live.weights().items()}
 
     @rule(which=st.integers(0, 3))
     def save(self, which):
         network = self.some(which)
         state = copy.deepcopy(network.model.state_dict())
-        expected = network.expected.clone()
-        if network.moved and network.source is not None and expected.masks is None:
-            expected.zeros = network.source.zeros
+        expected = network.now().clone()
         self.saved = [*self.saved[-2:], (state, expected)]
 
     @precondition(lambda self: self.saved)
@@ -328,8 +336,7 @@ class Machine(RuleBasedStateMachine):
         state, expected = self.saved[which % len(self.saved)]
         assign = assign and self.make is not Tied and network is not self.live
         network.model.load_state_dict(copy.deepcopy(state), assign=assign)
-        network.expected.zeros, network.expected.step = expected.zeros, expected.step
-        network.expected.masks = copy.deepcopy(expected.masks)
+        vars(network.expected).update(vars(expected.clone()))
         if expected.masks is not None and expected.zeros:  # what is kept may have become zero by a cast
             network.expected.masks = {name: weight != 0 for name, weight in network.weights().items()}
         network.moved = False
@@ -406,11 +413,28 @@ class Machine(RuleBasedStateMachine):
         # A fresh model that loads the state computes the same.
         state = copy.deepcopy(network.model.state_dict())
         fresh = self.make().to(next(network.model.parameters()).dtype)
-        self.quietly(feather_param.sparsify, fresh, **self.arguments)
+        controller = self.quietly(feather_param.sparsify, fresh, **self.arguments)
         fresh.load_state_dict(state)
+        assert controller.step_count == expected.step
+        for model in (network.model, fresh):
+            self.compare_gradients(model, expected)
         again = evaluated(fresh)
         for name, value in seen.items():
             assert ((again[name] - value).abs() <= least[name]).all(), name
+
+    def compare_gradients(self, model: nn.Module, expected: Expected) -> None:
+        theta = self.arguments["theta"]
+        theta = 1.0 if theta is None else theta(self.rate_at(expected.step)) if callable(theta) else theta
+        for name in dict.fromkeys(expected.masks or order_of(model)):
+            prefix, _, tensor = name.rpartition(".")
+            layer = model.get_submodule(prefix)
+            seen = getattr(layer, tensor)
+            (grad,) = torch.autograd.grad(seen.sum(), layer.parametrizations[tensor].original)  # type: ignore[index]
+            pruned = seen == 0 if expected.masks is None else ~expected.masks[name]
+            scale = theta if expected.masks is None else 0.0
+            rounding = torch.finfo(torch.float32 if grad.dtype == torch.float64 else grad.dtype).eps
+            assert torch.equal(grad[~pruned], torch.ones_like(grad)[~pruned]), name
+            assert ((grad[pruned] - scale).abs() <= rounding * scale).all(), name
 
     def some(self, which: int) -> Network:
         networks = [self.live, *self.copies]

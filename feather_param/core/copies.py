@@ -16,7 +16,7 @@ from feather_param.thresholds import flat
 from feather_param.warning import warn
 
 if TYPE_CHECKING:
-    from feather_param.parametrizations import FeatherParametrization, SharedSparsity
+    from feather_param.parametrizations import FeatherParametrization, Position, SharedSparsity
 
 __all__ = [
     "ANY",
@@ -28,16 +28,16 @@ __all__ = [
     "copy_shared",
     "follow",
     "moved",
+    "position",
     "seen",
-    "zeros",
 ]
 
 # Note [Copies]
 # A deepcopy is either a snapshot (the best model so far, a teacher) or a moving average, and nobody tells which. No
 # controller steps it. So it has thresholds and a position of its own, and holds on to the position of the model that it
 # was copied from, its `source`. As long as its weights stay, it keeps its number of zeros. Once they have moved, it
-# takes the number that its source has at that moment, and the thresholds from its own weights. What is loaded into it
-# is no move: it keeps the number of zeros that came with it, or else its own.
+# takes the zeros and the step of its source at that moment, and the thresholds from its own weights. What is loaded
+# into it is no move: it keeps the position that came with it, or else its own.
 # A write that bumps no version is found by the bits of the weights: their sum as integers, which is exact in any order
 # and on any device.
 # A copy of a part of the model cannot know the threshold of the whole, and takes that of its source.
@@ -103,39 +103,47 @@ def moved(shared: SharedSparsity) -> bool:
     return any(bits(p.originals).differ(f.bits) for f, p in shared.places.items() if f.bits is not None)
 
 
-def zeros(shared: SharedSparsity) -> int:
-    """Return the number of zeros of a model as its weights are now; see Note [Copies]."""
-    if shared.source is None or shared.frozen or not shared.whole or not moved(shared):
-        return shared.position.zeros
-    return shared.source.zeros
+def position(shared: SharedSparsity) -> Position:
+    """Return the position of a model as its weights are now; see Note [Copies]."""
+    position, source = shared.position, shared.source
+    if source is None or shared.frozen or not shared.whole or not moved(shared):
+        return position
+    # A copy of a model that was frozen later goes on by magnitude, from the step of which the zeros are.
+    step = source.step if source.frozen_step is None else source.frozen_step
+    return replace(position, zeros=source.zeros, step=step)
 
 
 def follow(shared: SharedSparsity) -> None:
     """Let a copy whose weights have moved follow its source; nothing happens to any other model."""
-    position, source = shared.position, shared.source
-    if source is None or shared.frozen or not moved(shared):
+    own, source = shared.position, shared.source
+    if source is None or shared.frozen:
         return
     if not shared.whole:
-        position.groups = [replace(group, threshold=group.threshold.clone()) for group in source.groups]
+        if moved(shared):
+            own.groups = [replace(group, threshold=group.threshold.clone()) for group in source.groups]
         return
-    if shared.trained and source.zeros != position.zeros:
+    shared.position = position(shared)
+    if shared.position is own:
+        return
+    shared.write_theta()
+    if shared.trained and source.zeros != own.zeros:
         warn(
-            f"a copy of a sparsified model is trained, and no controller steps it: it had {position.zeros:,} zeros and "
+            f"a copy of a sparsified model is trained, and no controller steps it: it had {own.zeros:,} zeros and "
             f"takes the {source.zeros:,} of the model that it was copied from, as a moving average does; to give it a "
             "schedule of its own, copy both: model, controller = copy.deepcopy((model, controller))"
         )
-    position.zeros = source.zeros
 
 
 def copy_shared(shared: SharedSparsity, memo: dict[int, Any]) -> SharedSparsity:
     """Return the state of a copy: the parametrizations of the copy enter it one by one."""
     twin = type(shared)(shared.config, shared.budget)
     memo[id(shared)] = twin
-    twin.position = replace(shared.position, zeros=zeros(shared))
+    twin.position = replace(position(shared))
     twin.source = shared.source or shared.position
     if shared.theta is not None:
         with torch.inference_mode(False):
-            twin.theta = shared.theta.clone()
+            twin.theta = torch.empty_like(shared.theta)
+        twin.write_theta()
     return twin.train(shared.training)
 
 
