@@ -159,7 +159,13 @@ class Controller:
         self._require("follow()")
         self._follow(checked_optimizer(optimizer, {p.name: p.originals for p in self._shared.places.values()}))
 
+    def _lead(self) -> SharedSparsity:
+        """Return the shared state, to move it: a copy that its own controller moves follows no other model."""
+        self._shared.source = None
+        return self._shared
+
     def _follow(self, optimizer: torch.optim.Optimizer) -> None:
+        self._lead()
         if self._follower is not None:
             self._follower.detach()
         self._follower = Follower(optimizer, self._model, self._after_step, lambda: bool(self._shared.places))
@@ -177,7 +183,7 @@ class Controller:
             )
 
     def _advance(self) -> None:
-        shared = self._shared
+        shared = self._lead()
         self._late_nan.refuse(shared.weights)
         self._movement.look(shared)
         zeros, before = shared.position.zeros, shared.position.groups[0].threshold
@@ -221,7 +227,7 @@ class Controller:
         if not self._shared.frozen:
             if not self._shared.position.zeros:
                 warn_of_early("freeze()", 0, self._shared.aim)
-            freeze(self._shared)
+            freeze(self._lead())
 
     def report(self) -> Report:
         """Report what `desparsify` would leave at this moment, per weight and in all.
@@ -297,7 +303,7 @@ class Controller:
             difference = _difference(self._shapes, state_dict.get("weights"))
             raise ValueError(f"expected a controller state of this model, got another's: {difference}")
         step, frozen = integer("step_count", state_dict["step_count"], 0), state_dict["frozen_step"]
-        self._shared.move(step, None if frozen is None else integer("frozen_step", frozen, 0))
+        self._lead().move(step, None if frozen is None else integer("frozen_step", frozen, 0))
         self._late_nan = LateNaN()
 
     def desparsify(self) -> None:
@@ -315,7 +321,7 @@ class Controller:
         here = {"_follower": None, "_late_nan": LateNaN()}  # of this one's optimizer and GPU
         own = {name: value for name, value in vars(self).items() if name not in here}
         vars(twin).update(copy.deepcopy(own, memo), **here)
-        twin._shared.source = None  # no mere copy: it has a controller of its own
+        twin._shared.controlled = True
         return twin
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from feather_param.core.config import Config
 from feather_param.core.eager import eager
 from feather_param.core.state_dict import pack_position, unpack_position
 from feather_param.shards import is_sharded, local, whole
-from feather_param.sites import Site
+from feather_param.sites import Site, originals_of
 from feather_param.thresholding import concrete, feather_threshold, smallest_kept
 
 __all__ = [
@@ -35,20 +36,20 @@ __all__ = [
 # The controller makes the thresholds at each of its steps, from the weights and the number of zeros (`move`). They
 # stand in the `Position`, and in a buffer of each parametrization, which its forward pass reads.
 # A threshold is valid for the weights that it was computed from. So a parametrization remembers which tensor its weight
-# was, and the version of that tensor, which torch counts up at each write. A forward pass that finds another version
-# has all the thresholds taken anew (`look`), for the same number of zeros. It compares its own weight only, and the
-# pass of the first weight of the model compares all. What bumps no version makes the parametrizations forget the one
-# that they have seen: `train()` and `eval()` (for writes to `.data`), `to()`, `load_state_dict()`.
+# was, and the version of that tensor, which torch counts up at each write. A forward pass that finds another tensor or
+# version has all the thresholds taken anew (`look`), for the same number of zeros. A layer's pass compares its own
+# weight; one that comes by again begins a new pass of the model, and compares all. What bumps no version makes the
+# parametrizations forget what they have seen: `train()` and `eval()` (for writes to `.data`), `to()`, and loads.
 # A pass inside of a backward pass does not look: where an optimizer steps in there, a layer that is computed once more
 # for its gradients (activation checkpointing) must find the threshold of the first time.
-# Nor does anybody look where versions tell nothing: at another tensor in the place of a Parameter (FSDP2 gathers one
-# for each pass, `torch.func` puts its own there), at tensors without values (tracers, the meta device) or made in
-# inference mode, and in compiled graphs. `Controller.refresh` is for these.
+# Nor does anybody look where versions tell nothing: where processes share the weights (FSDP2 gathers them for each
+# pass), where `torch.func` puts a tensor or a buffer of its own in the place of ours, at tensors without values
+# (tracers, the meta device) or made in inference mode, and in compiled graphs. `Controller.refresh` is for these.
 
 
 @dataclass
 class Position:
-    """How far a model has come; the copies of a model hold on to this, and to nothing else of it.
+    """How far a model has come, and its thresholds; the copies of a model hold on to this alone.
 
     Attributes:
         zeros: number of zeros of all the weights together.
@@ -86,8 +87,21 @@ class Place(NamedTuple):
     @property
     def originals(self) -> list[Tensor]:
         """The Parameters that the tensor is computed from; most parametrizations take just one."""
-        own = self.parametrizations
-        return [own.original] if own.is_tensor else [getattr(own, f"original{i}") for i in range(own.ntensors)]
+        return originals_of(self.parametrizations)
+
+    @property
+    def tied(self) -> str:
+        """What to write for the Parameter, in a message."""
+        module = self.site.name.removesuffix(self.site.tensor)
+        return f"model.{module}parametrizations.{self.site.tensor}.original"
+
+    @property
+    def watched(self) -> list[Tensor]:
+        """All that the weight depends on as it comes to our parametrization, with what those before it hold."""
+        if len(self.parametrizations) == 1:
+            return self.originals
+        before = itertools.takewhile(lambda each: not isinstance(each, FeatherParametrization), self.parametrizations)
+        return [*self.originals, *(tensor for each in before for tensor in each.parameters())]
 
 
 class SharedSparsity(nn.Module):
@@ -105,8 +119,12 @@ class SharedSparsity(nn.Module):
     Attributes:
         position: how far this model has come.
         source: of a copy, the position of the model that it was copied from (see `core.copies`).
+        controlled: of a copy, whether a copy of the controller came with it, which may step it one day.
         trained: of a copy, whether a gradient has come to its weights.
         places: where each parametrization stands, in the order in which torch goes through the model's modules.
+        read: the parametrizations that came by since all weights were compared.
+        rests: whether versions tell nothing, for processes share the weights.
+        arriving: a position that is being loaded, and the parametrizations whose weights have yet to come.
         theta: gradient scale of pruned elements where it changes in time: a 0-dim float32 tensor, else None.
     """
 
@@ -115,9 +133,11 @@ class SharedSparsity(nn.Module):
         self.config, self.budget = config, budget
         self.position = Position()
         self.source: Position | None = None
-        self.trained = False
+        self.controlled = self.trained = self.rests = False
         self.places: dict[FeatherParametrization, Place] = {}
-        self.theta = torch.ones((), device="cpu") if callable(config.theta) else None
+        self.read: set[FeatherParametrization] = set()
+        self.arriving: tuple[tuple[int, int, int | None], set[FeatherParametrization]] | None = None
+        self.theta = torch.ones((), dtype=torch.float32, device="cpu") if callable(config.theta) else None
 
     def enter(self, places: dict[FeatherParametrization, Place]) -> None:
         """Take in all parametrizations, in the order of the modules; the first one becomes the owner."""
@@ -162,7 +182,8 @@ class SharedSparsity(nn.Module):
             if other is not place and any(a is not b for a, b in zip(other.originals, place.originals, strict=True)):
                 raise ValueError(
                     f"expected {other.site.name} and {place.site.name} to share one Parameter, as when they were "
-                    "sparsified, got two: load_state_dict(assign=True) unties weights; tie them again, or load without"
+                    "sparsified, got two: load_state_dict(assign=True) unties them; load without, or tie them again: "
+                    f"{place.tied} = {other.tied}"
                 )
         return {name: first[name].dense() for name in self.budget.sizes if name in first}
 
@@ -171,6 +192,7 @@ class SharedSparsity(nn.Module):
     @torch.no_grad()
     def move(self, step: int, frozen_step: int | None = None) -> None:
         """Move to a step of the schedule, with the thresholds or masks for it; on an error nothing changes."""
+        self.arriving = None
         rate = self.config.rate(step if frozen_step is None else frozen_step)
         self.config.theta_at(rate)  # raises
         zeros = self.budget.zeros(rate)
@@ -193,22 +215,25 @@ class SharedSparsity(nn.Module):
             self.fix(self._masks_for(self.position.zeros))
 
     def keep_up(self, reader: FeatherParametrization | None = None) -> None:
-        """Look whether the thresholds still are those of the weights: of all, or of one that is not the first."""
-        place = None if reader is None else self.places.get(reader)
-        first = next(iter(self.budget.sizes))
-        readers = self.places if reader is None or (place is not None and place.name == first) else (reader,)
+        """Look if the thresholds no longer are those of the weights: of a reader that comes by, or of all."""
+        if self.rests or (reader is not None and reader.lent):
+            return
+        readers = self.places if reader is None or reader in self.read else (reader,)
+        if reader is not None:
+            if readers is self.places:
+                self.read.clear()
+            self.read.add(reader)
         if any(feather.changed for feather in readers):
             self.look()
-        elif self.places and any(f.threshold._version != f.written and concrete(f.threshold) for f in readers):
+        elif any(f.written != copies.seen([f.threshold]) and concrete(f.threshold) for f in readers):
             self._write()  # somebody has copied or averaged all buffers
 
     @eager
     def look(self) -> None:
         """Take the thresholds anew if there are values to take them from, and this is no backward pass."""
-        originals = self.originals
-        if not originals or not concrete(originals[0]) or torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1 or self.rests or not self.places:
             return
-        if all(isinstance(each, nn.Parameter) and not each.is_meta and not is_sharded(each) for each in originals):
+        if all(isinstance(o, nn.Parameter) and concrete(o) and not o.is_meta for o in self.originals):
             self.refresh()
 
     def settle(self) -> None:
@@ -243,9 +268,9 @@ class SharedSparsity(nn.Module):
             self.position.groups = self.config.allocation(self.weights(), zeros, self.budget.guards)
         self.position.zeros = zeros
         self._write()
-        sharded = self.sharded
+        self.rests = self.sharded
         for feather, place in self.places.items():
-            feather.seen, feather.stale = copies.NEVER if sharded else copies.seen(place.originals), False
+            feather.seen = copies.seen(place.watched)
             feather.bits = None if self.source is None else copies.bits(place.originals)
 
     def _write(self) -> None:
@@ -256,13 +281,13 @@ class SharedSparsity(nn.Module):
             for feather, place in self.places.items():
                 like, old = place.originals[0], feather.threshold
                 values.append(rounded_down(thresholds[place.name], like.dtype))
-                if old.dtype != values[-1].dtype or old.device != like.device or old.is_inference():
+                if old.dtype != values[-1].dtype or old.device != like.device or old.is_inference() or feather.lent:
                     feather.threshold = torch.empty_like(values[-1], device=like.device)
             torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
                 [feather.threshold for feather in self.places], values
             )
         for feather in self.places:
-            feather.written = feather.threshold._version
+            feather.written = copies.seen([feather.threshold])
 
     def write_theta(self) -> None:
         """Write theta for the position where forward passes, and compiled graphs, read it."""
@@ -277,13 +302,23 @@ class SharedSparsity(nn.Module):
         return pack_position(position.zeros, position.step, position.frozen_step)
 
     def set_extra_state(self, state: Any) -> None:
-        """Go to a saved position; the thresholds, or the masks, follow when the weights are there."""
-        position = self.position
-        position.zeros, position.step, position.frozen_step = unpack_position(state, self.budget.total)
-        self.write_theta()
-        self.fix(None)
-        for feather in self.places:
-            feather.forget(loaded=True)
+        """Note a saved position: the model goes there when all the weights have come, and stays where a part comes."""
+        self.arriving = unpack_position(state, self.budget.total), set(self.places)
+
+    def loaded(self, feather: FeatherParametrization) -> None:
+        """Note that a weight was loaded. After the last one, thresholds or masks follow at once."""
+        feather.seen = feather.bits = None
+        if self.arriving is not None:
+            (zeros, step, frozen_step), missing = self.arriving
+            missing.discard(feather)
+            if not missing:
+                self.position.zeros, self.position.step, self.position.frozen_step = zeros, step, frozen_step
+                self.arriving = None
+                self.write_theta()
+                self.fix(None)
+        if feather is next(reversed(self.places), None):
+            with contextlib.suppress(ValueError):  # NaN: whoever uses these weights hears of it, not who loads them
+                self.look()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # type: ignore[override]
         *_, missing, _, errors = args
@@ -316,9 +351,8 @@ class FeatherParametrization(nn.Module):
             saved, for it follows from the weights and the number of zeros.
         mask: once frozen, which elements stay, whatever their magnitude (bool, of the weight's shape); else None.
             It is not saved: the dense weight has its zeros where the mask is False (see `core.freezing`).
-        seen: the tensor that the threshold was computed from (see Note [Thresholds]).
-        stale: whether the next forward pass looks, whatever the version.
-        written: the version of ``threshold`` when it was written.
+        seen: what the threshold was computed from (see Note [Thresholds]); None makes the next forward pass look.
+        written: the same of ``threshold`` itself, when it was written.
         bits: of a copy, what tells whether the weight has changed since (see `core.copies`).
 
     Shape:
@@ -341,10 +375,10 @@ class FeatherParametrization(nn.Module):
         object.__setattr__(self, "shared", shared)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32), persistent=False)
         self.mask = None
-        self.seen, self.stale = copies.NEVER, False
-        self.written = 0
+        self.seen: copies.Seen | None = None
+        self.written = copies.seen([self.threshold])
         self.bits: copies.Bits | None = None
-        self.register_load_state_dict_post_hook(_loaded)
+        self.register_load_state_dict_post_hook(lambda feather, _: feather.shared.loaded(feather))
 
     def forward(self, weight: Tensor) -> Tensor:
         shared = self.shared
@@ -381,17 +415,14 @@ class FeatherParametrization(nn.Module):
     def changed(self) -> bool:
         """Whether the weight is another one than that of which the threshold is."""
         place = self.shared.places.get(self)
-        if place is None:
-            return False
-        now = copies.seen(place.originals)
-        return self.seen.identity in (now.identity, None) and (self.stale or self.seen.version != now.version)
+        return (
+            place is not None and isinstance((now := place.watched)[0], nn.Parameter) and self.seen != copies.seen(now)
+        )
 
-    def forget(self, loaded: bool = False) -> None:
-        """Have the next forward pass look; whatever was loaded is no move of a copy."""
-        self.stale = True
-        place = self.shared.places.get(self)
-        if loaded and place is not None:
-            self.seen, self.bits = copies.Seen(id(place.originals[0]), None), None
+    @property
+    def lent(self) -> bool:
+        """Whether a buffer of somebody else stands in the place of ours (`torch.func.functional_call`)."""
+        return self.written[0] != id(self.threshold)
 
     def hold(self) -> None:
         """Set the pruned elements of a frozen dense weight to zero, and those that stay to anything else."""
@@ -405,7 +436,7 @@ class FeatherParametrization(nn.Module):
 
     def train(self, mode: bool = True) -> FeatherParametrization:
         if not mode or not self.training:  # some loops call `train()` before each batch
-            self.forget()
+            self.seen = None
         return super().train(mode)
 
     def _save_to_state_dict(self, *args: Any) -> None:  # type: ignore[override]
@@ -416,22 +447,17 @@ class FeatherParametrization(nn.Module):
         before, place = self.threshold, self.shared.places.get(self)
         if self.bits is not None and place is not None:  # of a copy: a cast is no move, and hides none
             if self.bits.differ(copies.bits(place.originals)):
-                self.seen = self.seen._replace(version=-1)
+                copies.follow(self.shared)
             self.bits = copies.bits([fn(original.detach()) for original in place.originals])
         super()._apply(fn, recurse)
         if self.threshold.dtype != before.dtype:
             self.threshold = before.to(self.threshold.device)
         elif before.is_meta:
             self.threshold.zero_()  # `to_empty`
-        self.written = self.threshold._version
+        self.written = copies.seen([self.threshold])
         if self.mask is not None:
             self.mask = self.mask.to(self.threshold.device)
-        self.forget()
-        replaces = (
-            before.is_meta or self.threshold.is_meta or torch.__future__.get_overwrite_module_params_on_conversion()
-        )
-        if replaces and not self.shared.sharded:
-            self.seen = copies.ANY  # the Parameter is about to be replaced
+        self.seen = None
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FeatherParametrization:
@@ -446,14 +472,6 @@ def states_of(model: nn.Module) -> list[SharedSparsity]:
     """Return what the parametrizations of a model share, once for each part that was sparsified by itself."""
     found = [module.shared for module in model.modules() if isinstance(module, FeatherParametrization)]
     return list(dict.fromkeys(found))
-
-
-def _loaded(feather: Any, incompatible_keys: Any) -> None:
-    """Note that a weight was loaded; when it was the last one, the thresholds follow at once."""
-    feather.forget(loaded=True)
-    if feather is next(reversed(feather.shared.places), None):
-        with contextlib.suppress(ValueError):  # NaN: whoever uses these weights hears of it, not who loads them
-            feather.shared.look()
 
 
 def held(dense: Tensor, mask: Tensor) -> Tensor:

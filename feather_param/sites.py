@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-__all__ = ["LAYERS", "Site", "Weight", "full_name", "is_matrix", "names_of", "parametrizations_of", "sites_of"]
+__all__ = [
+    "LAYERS",
+    "Site",
+    "Weight",
+    "full_name",
+    "is_matrix",
+    "names_of",
+    "originals_of",
+    "parametrizations_of",
+    "sites_of",
+]
 
 LAYERS = (
     nn.Linear,
@@ -52,7 +62,7 @@ class Site:
         own = self.parametrizations
         if own is None:
             return [value] if (value := self.module._parameters.get(self.tensor)) is not None else []
-        return [own.original] if own.is_tensor else [getattr(own, f"original{i}") for i in range(own.ntensors)]
+        return originals_of(own)
 
     @property
     def parameter(self) -> Tensor | None:
@@ -89,6 +99,11 @@ def parametrizations_of(module: nn.Module) -> dict[str, parametrize.Parametrizat
     found = module._modules.get("parametrizations")
     places: Any = found._modules if isinstance(found, nn.ModuleDict) else {}
     return places
+
+
+def originals_of(own: parametrize.ParametrizationList) -> list[Tensor]:
+    """Return the Parameters that parametrizations compute a tensor from."""
+    return [own.original] if own.is_tensor else [getattr(own, f"original{i}") for i in range(own.ntensors)]
 
 
 def sites_of(model: nn.Module) -> Iterator[tuple[Site, list[str]]]:

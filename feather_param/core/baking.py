@@ -152,8 +152,8 @@ def _whole_states(model: nn.Module) -> list[SharedSparsity]:
     modules = set(model.modules())
     for shared in (states := states_of(model)):
         names = {place.name for feather, place in shared.places.items() if feather in modules}
-        here = sum(shared.budget.sizes[name] for name in names)
-        if here != shared.budget.total:
+        if not shared.places.keys() <= modules or (shared.source is None and not shared.whole):
+            here = sum(shared.budget.sizes[name] for name in names)
             raise ValueError(
                 f"expected the whole model that was sparsified, {shared.budget.total} prunable weights, got a part of "
                 f"it with {here}: desparsify the whole (or a copy of it), then take the part; "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from feather_param.allocations import Group
 from feather_param.shards import is_sharded
 from feather_param.thresholds import flat
 from feather_param.warning import warn
@@ -18,19 +19,9 @@ from feather_param.warning import warn
 if TYPE_CHECKING:
     from feather_param.parametrizations import FeatherParametrization, Position, SharedSparsity
 
-__all__ = [
-    "ANY",
-    "NEVER",
-    "Bits",
-    "Seen",
-    "bits",
-    "copy_parametrization",
-    "copy_shared",
-    "follow",
-    "moved",
-    "position",
-    "seen",
-]
+__all__ = ["Bits", "Seen", "bits", "copy_parametrization", "copy_shared", "follow", "moved", "position", "seen"]
+
+_FOLLOWERS = "feather_param followers"  # of a position, in the memo of a deepcopy
 
 # Note [Copies]
 # A deepcopy is either a snapshot (the best model so far, a teacher) or a moving average, and nobody tells which. No
@@ -43,26 +34,17 @@ __all__ = [
 # A copy of a part of the model cannot know the threshold of the whole, and takes that of its source.
 
 
-class Seen(NamedTuple):
-    """Which tensors were seen, and a number that grows with each write to them; None for any (Note [Thresholds])."""
-
-    identity: int | None
-    version: int | None
+Seen = tuple[int, int]
+"""Which tensors were seen, and a number that grows with each write to them (Note [Thresholds])."""
 
 
-NEVER = Seen(0, 0)
-"""No tensor is this one: what is never looked at."""
-
-ANY = Seen(None, None)
-"""Whatever tensor comes is a new one."""
-
-
-def seen(originals: Sequence[Tensor]) -> Seen:
-    """Return what there is to see of the tensors that a weight is computed from."""
-    version = 0
-    for tensor in originals:
+def seen(tensors: Sequence[Tensor]) -> Seen:
+    """Return what there is to see of some tensors."""
+    identity = version = 0
+    for tensor in tensors:
+        identity = 31 * identity + id(tensor)
         version += 0 if tensor.is_inference() else tensor._version
-    return Seen(id(originals[0]), version)
+    return identity, version
 
 
 class Bits(NamedTuple):
@@ -96,10 +78,6 @@ def bits(originals: Sequence[Tensor]) -> Bits:
 
 def moved(shared: SharedSparsity) -> bool:
     """Return whether the weights of a copy are no longer those that its thresholds were computed from."""
-    for feather, place in shared.places.items():
-        old, now = feather.seen, seen(place.originals)
-        if old.identity == now.identity and old.version not in (None, now.version):
-            return True
     return any(bits(p.originals).differ(f.bits) for f, p in shared.places.items() if f.bits is not None)
 
 
@@ -118,28 +96,39 @@ def follow(shared: SharedSparsity) -> None:
     own, source = shared.position, shared.source
     if source is None or shared.frozen:
         return
-    if not shared.whole:
-        if moved(shared):
-            own.groups = [replace(group, threshold=group.threshold.clone()) for group in source.groups]
+    if not shared.whole:  # a threshold of the whole cuts what equals it: a part cannot know which of these stay
+        here = {place.name for place in shared.places.values()}
+        own.groups = [
+            Group(tuple(here.intersection(group.names)), shared.budget.total, group.threshold.clone())
+            for group in (source if moved(shared) else own).groups
+        ]
         return
-    shared.position = position(shared)
-    if shared.position is own:
+    now = position(shared)
+    if now is own:
         return
-    shared.write_theta()
-    if shared.trained and source.zeros != own.zeros:
+    if shared.trained and now.zeros != own.zeros:
         warn(
             f"a copy of a sparsified model is trained, and no controller steps it: it had {own.zeros:,} zeros and "
-            f"takes the {source.zeros:,} of the model that it was copied from, as a moving average does; to give it a "
+            f"takes the {now.zeros:,} of the model that it was copied from, as a moving average does; to give it a "
             "schedule of its own, copy both: model, controller = copy.deepcopy((model, controller))"
         )
+    own.zeros, own.step = now.zeros, now.step
+    shared.write_theta()
 
 
-def copy_shared(shared: SharedSparsity, memo: dict[int, Any]) -> SharedSparsity:
+def copy_shared(shared: SharedSparsity, memo: dict[Any, Any]) -> SharedSparsity:
     """Return the state of a copy: the parametrizations of the copy enter it one by one."""
     twin = type(shared)(shared.config, shared.budget)
     memo[id(shared)] = twin
     twin.position = replace(position(shared))
-    twin.source = shared.source or shared.position
+    # Where a model is copied together with a copy of it, in whatever order, the new copy follows the new model.
+    own, source = shared.position, shared.source
+    twin.source = own if source is None or shared.controlled else memo.get(id(source), source)
+    memo[id(own)] = twin.position
+    memo.setdefault((_FOLLOWERS, id(twin.source)), []).append(twin)
+    for follower in memo.get((_FOLLOWERS, id(own)), ()):
+        if follower is not twin:
+            follower.source = twin.position
     if shared.theta is not None:
         with torch.inference_mode(False):
             twin.theta = torch.empty_like(shared.theta)
@@ -153,13 +142,14 @@ def copy_parametrization(feather: FeatherParametrization, memo: dict[int, Any]) 
     memo[id(feather)] = twin
     with torch.inference_mode(False):  # tensors made in inference mode could never change
         vars(twin).update(copy.deepcopy({name: value for name, value in vars(feather).items() if name != "bits"}, memo))
-    twin.bits, twin.written = None, twin.threshold._version
+    twin.bits, twin.written = None, seen([twin.threshold])
     place = feather.shared.places.get(feather)
     if place is not None and {id(place.parametrizations), id(place.site.module)} <= memo.keys():
         site = replace(place.site, module=memo[id(place.site.module)])
         twin.shared.places[twin] = place._replace(site=site, parametrizations=memo[id(place.parametrizations)])
-        copied: list[Any] = [memo.get(id(original)) for original in place.originals]
-        twin.seen = ANY if any(each is None for each in copied) else seen(copied)
-        twin.stale = feather.stale or feather.seen != seen(place.originals)
+        if feather.seen == seen(place.watched) and all(id(tensor) in memo for tensor in place.watched):
+            twin.seen = seen([memo[id(tensor)] for tensor in place.watched])
+        else:
+            twin.seen = None
         twin.bits = bits(place.originals)
     return twin

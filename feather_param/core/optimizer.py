@@ -137,36 +137,28 @@ def _stack() -> Iterator[FrameType]:
 
 
 class Movement:
-    """Whether training moves the weights at all: looked at in the first steps, until it does."""
+    """Whether training moves the weights at all: looked at once, after some steps."""
 
     _STEPS = 10
 
     def __init__(self) -> None:
-        self._still: int | None = 0  # steps without a move; None: they move, or nobody can tell
+        self._steps = 0
         self._bits: list[copies.Bits] = []
 
     def look(self, shared: SharedSparsity) -> None:
-        """Warn at the tenth step if no weight that takes gradients has moved since the first."""
-        if self._still is None:
+        """Warn at a step if no weight that takes gradients has moved in the ten before."""
+        if self._steps > self._STEPS or shared.sharded:
             return
-        trained = [place.originals for place in shared.places.values() if place.originals[0].requires_grad]
-        moves = any(not feather.stale and feather.changed for feather in shared.places)
-        if moves or shared.sharded or not trained:
-            self._still = None
-            return
-        # Some optimizers write without a new version (fused ones, `.data`): the values tell.
-        if not self._still:
-            self._bits = [copies.bits(originals) for originals in trained]
-        self._still += 1
-        if self._still > self._STEPS:
-            now = [copies.bits(originals) for originals in trained]
-            if not any(map(copies.Bits.differ, self._bits, now)):
+        self._steps += 1
+        if self._steps in (1, self._STEPS + 1):
+            trained = [place.originals for place in shared.places.values() if place.originals[0].requires_grad]
+            before, self._bits = self._bits, [copies.bits(originals) for originals in trained]
+            if before and len(before) == len(trained) and not any(map(copies.Bits.differ, before, self._bits)):
                 warn(
                     f"none of the {len(trained)} prunable weights has moved in {self._STEPS} steps: the optimizer does "
                     "not hold them; while sparsified, layer.weight is no Parameter, so build parameter groups from "
                     "model.named_parameters(), or before sparsify"
                 )
-            self._still, self._bits = None, []
 
 
 # Note [The order of an optimizer's state]
