@@ -36,15 +36,15 @@ __all__ = [
 # The controller makes the thresholds at each of its steps, from the weights and the number of zeros (`move`). They
 # stand in the `Position`, and in a buffer of each parametrization, which its forward pass reads.
 # A threshold is valid for the weights that it was computed from. So a parametrization remembers which tensor its weight
-# was, and the version of that tensor, which torch counts up at each write. A forward pass that finds another tensor or
-# version has all the thresholds taken anew (`look`), for the same number of zeros. A layer's pass compares its own
+# was, and the version of that tensor, which torch counts up at each write. A forward pass that finds another version
+# has all the thresholds taken anew (`look`), for the same number of zeros. A layer's pass compares its own
 # weight; one that comes by again begins a new pass of the model, and compares all. What bumps no version makes the
 # parametrizations forget what they have seen: `train()` and `eval()` (for writes to `.data`), `to()`, and loads.
 # A pass inside of a backward pass does not look: where an optimizer steps in there, a layer that is computed once more
 # for its gradients (activation checkpointing) must find the threshold of the first time.
-# Nor does anybody look where versions tell nothing: where processes share the weights (FSDP2 gathers them for each
-# pass), where `torch.func` puts a tensor or a buffer of its own in the place of ours, at tensors without values
-# (tracers, the meta device) or made in inference mode, and in compiled graphs. `Controller.refresh` is for these.
+# Nor does anybody look where versions tell nothing: at another tensor than was there outside of the pass (FSDP2 gathers
+# one for each pass, `torch.func` puts its own there, or its own buffer), at tensors without values (tracers, the meta
+# device) or made in inference mode, and in compiled graphs. `Controller.refresh` is for these.
 
 
 @dataclass
@@ -218,14 +218,16 @@ class SharedSparsity(nn.Module):
         """Look if the thresholds no longer are those of the weights: of a reader that comes by, or of all."""
         if self.rests or (reader is not None and reader.lent):
             return
-        readers = self.places if reader is None or reader in self.read else (reader,)
+        if reader is None or reader in self.read or not self.read:
+            self.read.clear()
+            readers = [*self.places]
+        else:
+            readers = [reader]
         if reader is not None:
-            if readers is self.places:
-                self.read.clear()
             self.read.add(reader)
-        if any(feather.changed for feather in readers):
+        if any(feather.changed(or_replaced=reader is None) for feather in readers):
             self.look()
-        elif any(f.written != copies.seen([f.threshold]) and concrete(f.threshold) for f in readers):
+        elif any(f.threshold._version != f.written[1] and concrete(f.threshold) for f in readers):
             self._write()  # somebody has copied or averaged all buffers
 
     @eager
@@ -307,7 +309,8 @@ class SharedSparsity(nn.Module):
 
     def loaded(self, feather: FeatherParametrization) -> None:
         """Note that a weight was loaded. After the last one, thresholds or masks follow at once."""
-        feather.seen = feather.bits = None
+        feather.forget()
+        feather.bits = None
         if self.arriving is not None:
             (zeros, step, frozen_step), missing = self.arriving
             missing.discard(feather)
@@ -393,7 +396,7 @@ class FeatherParametrization(nn.Module):
         theta: Any = shared.config.theta if shared.theta is None else shared.theta
         value = feather_threshold(weight, self.threshold, theta, shared.config.p)
         if shared.source is not None and value.requires_grad and not compiling:
-            value.register_hook(lambda gradient: setattr(shared, "trained", True))
+            value.register_hook(lambda gradient: copies.note_training(shared))
         return value
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -411,13 +414,18 @@ class FeatherParametrization(nn.Module):
         (value,) = values
         return value
 
-    @property
-    def changed(self) -> bool:
-        """Whether the weight is another one than that of which the threshold is."""
+    def changed(self, or_replaced: bool = False) -> bool:
+        """Return whether the weight was written since the threshold was computed, or another one took its place."""
         place = self.shared.places.get(self)
-        return (
-            place is not None and isinstance((now := place.watched)[0], nn.Parameter) and self.seen != copies.seen(now)
-        )
+        if place is None or self.seen is None:
+            return place is not None
+        now = copies.seen(place.watched)
+        return self.seen != now and (or_replaced or self.seen[0] == now[0])
+
+    def forget(self) -> None:
+        """Have the next forward pass look, at the tensor that is in place now."""
+        if (place := self.shared.places.get(self)) is not None:
+            self.seen = copies.seen(place.watched)[0], -1
 
     @property
     def lent(self) -> bool:
@@ -436,7 +444,7 @@ class FeatherParametrization(nn.Module):
 
     def train(self, mode: bool = True) -> FeatherParametrization:
         if not mode or not self.training:  # some loops call `train()` before each batch
-            self.seen = None
+            self.forget()
         return super().train(mode)
 
     def _save_to_state_dict(self, *args: Any) -> None:  # type: ignore[override]
@@ -457,7 +465,14 @@ class FeatherParametrization(nn.Module):
         self.written = copies.seen([self.threshold])
         if self.mask is not None:
             self.mask = self.mask.to(self.threshold.device)
-        self.seen = None
+        self.forget()
+        replaces = torch.__future__.get_overwrite_module_params_on_conversion()
+        if (
+            (replaces or before.is_meta or self.threshold.is_meta)
+            and place
+            and not any(map(is_sharded, place.originals))
+        ):
+            self.seen = None  # the Parameter is about to be replaced
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FeatherParametrization:

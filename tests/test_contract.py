@@ -92,7 +92,20 @@ class Network:
     model: nn.Module
     expected: Expected
     source: Expected | None = None  # of a copy
-    moved: bool = False  # since somebody looked
+
+    def __post_init__(self) -> None:
+        self.looked_at()
+
+    def looked_at(self) -> None:
+        self.base = self.bits()
+
+    def bits(self) -> list[Tensor]:
+        return [weight.clone().view(torch.uint8) for weight in self.weights().values()]
+
+    @property
+    def moved(self) -> bool:
+        """Whether the weights are others than when somebody looked."""
+        return not all(map(torch.equal, self.base, self.bits()))
 
     def __repr__(self) -> str:
         return f"Network({self.expected})"
@@ -104,19 +117,10 @@ class Network:
                 found[name.replace("parametrizations.", "").removesuffix(".original")] = parameter.detach()
         return dict(sorted(found.items(), key=lambda item: order_of(self.model).index(item[0])))
 
-    def wrote(self, before: dict[str, Tensor], hidden: bool) -> None:
-        """Note a write; one through `.data` shows in the values alone, and to those who are told to look for it."""
-        if hidden:
-            self.model.train().eval()
-            weights = self.weights()
-            if all(torch.equal(value, weights[name]) for name, value in before.items()):
-                return
-        self.moved = True
-
     def settled(self) -> Expected:
         """A copy that has moved takes the number of zeros of its source, and its step."""
         self.expected = self.now()
-        self.moved = False
+        self.looked_at()
         return self.expected
 
     def now(self) -> Expected:
@@ -271,12 +275,12 @@ class Machine(RuleBasedStateMachine):
         self.write(self.live, way, [(mine, theirs.detach().clone()) for mine, theirs in pairs])
 
     def write(self, network: Network, way: str, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        before = {name: weight.clone() for name, weight in network.weights().items()}
         with torch.no_grad():
             for parameter, value in pairs:
                 target = {"mul_": parameter, ".data": parameter.data, "detach": parameter.detach()}[way]
                 target.copy_(value)
-        network.wrote(before, way == ".data")
+        if way == ".data":  # shows in the values alone, and to those who are told to look for it
+            network.model.train().eval()
 
     @precondition(lambda self: len(self.copies) < 3)
     @rule(which=st.integers(0, 3))
@@ -298,17 +302,19 @@ class Machine(RuleBasedStateMachine):
         pairs = list(zip(*(m.state_dict().values() if way == "state" else m.parameters() for m in models), strict=True))
         if way == "buffers":
             pairs += list(zip(*(m.buffers() for m in models), strict=True))
-        before = {name: weight.clone() for name, weight in network.weights().items()}
         with torch.no_grad():
             for mine, theirs in pairs:
                 average = (mine.double() * weight + theirs.double() * (1 - weight)).to(mine.dtype)
                 (mine.data if way == "data" else mine).copy_(average)
-        network.wrote(before, way == "data")
+        if way == "data":
+            network.model.train().eval()
 
     @rule(which=st.integers(0, 3), dtype=st.sampled_from(DTYPES))
     def cast(self, which, dtype):
         network = self.some(which)
+        network.settled()
         network.model.to(dtype)
+        network.looked_at()
 
     @rule(which=st.integers(0, 3), train=st.booleans())
     def switch_modes(self, which, train):
@@ -339,7 +345,7 @@ class Machine(RuleBasedStateMachine):
         vars(network.expected).update(vars(expected.clone()))
         if expected.masks is not None and expected.zeros:  # what is kept may have become zero by a cast
             network.expected.masks = {name: weight != 0 for name, weight in network.weights().items()}
-        network.moved = False
+        network.looked_at()
 
     @rule(which=st.integers(0, 3), ties=st.booleans())
     def load_a_plain_model(self, which, ties):
@@ -350,7 +356,7 @@ class Machine(RuleBasedStateMachine):
         if self.make is Tied:
             state["b.weight"] = state["a.weight"]
         network.model.load_state_dict(state)
-        network.moved = False
+        network.looked_at()
 
     @precondition(lambda self: self.live.expected.masks is None)
     @rule()

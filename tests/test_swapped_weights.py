@@ -324,7 +324,7 @@ def test_a_pass_of_a_copy_looks_at_each_weight_a_few_times(monkeypatch):
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(60)))
     feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0)
     seen, calls = copies.seen, []
-    monkeypatch.setattr(copies, "seen", lambda originals: calls.append(1) or seen(originals))
+    monkeypatch.setattr(copies, "seen", lambda tensors: calls.append(1) or seen(tensors))
     counts = []
     for network in (model, copy.deepcopy(model)):
         with torch.no_grad():

@@ -19,7 +19,18 @@ from feather_param.warning import warn
 if TYPE_CHECKING:
     from feather_param.parametrizations import FeatherParametrization, Position, SharedSparsity
 
-__all__ = ["Bits", "Seen", "bits", "copy_parametrization", "copy_shared", "follow", "moved", "position", "seen"]
+__all__ = [
+    "Bits",
+    "Seen",
+    "bits",
+    "copy_parametrization",
+    "copy_shared",
+    "follow",
+    "moved",
+    "note_training",
+    "position",
+    "seen",
+]
 
 _FOLLOWERS = "feather_param followers"  # of a position, in the memo of a deepcopy
 
@@ -116,6 +127,13 @@ def follow(shared: SharedSparsity) -> None:
     shared.write_theta()
 
 
+def note_training(shared: SharedSparsity) -> None:
+    """Note that a gradient has come to a copy; one that has its own controller goes its own way then."""
+    shared.trained = True
+    if shared.controlled:
+        shared.source = None
+
+
 def copy_shared(shared: SharedSparsity, memo: dict[Any, Any]) -> SharedSparsity:
     """Return the state of a copy: the parametrizations of the copy enter it one by one."""
     twin = type(shared)(shared.config, shared.budget)
@@ -147,9 +165,9 @@ def copy_parametrization(feather: FeatherParametrization, memo: dict[int, Any]) 
     if place is not None and {id(place.parametrizations), id(place.site.module)} <= memo.keys():
         site = replace(place.site, module=memo[id(place.site.module)])
         twin.shared.places[twin] = place._replace(site=site, parametrizations=memo[id(place.parametrizations)])
-        if feather.seen == seen(place.watched) and all(id(tensor) in memo for tensor in place.watched):
-            twin.seen = seen([memo[id(tensor)] for tensor in place.watched])
-        else:
-            twin.seen = None
+        twin.seen = None
+        if all(id(tensor) in memo for tensor in place.watched):
+            identity, version = seen([memo[id(tensor)] for tensor in place.watched])
+            twin.seen = identity, version if feather.seen == seen(place.watched) else -1
         twin.bits = bits(place.originals)
     return twin
