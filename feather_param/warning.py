@@ -35,5 +35,6 @@ def warn_of_early(call: str, zeros: int, aim: int) -> None:
     purpose = "; to stop early on purpose, call freeze() first" if zeros else ""
     warn(
         f"expected {call} after the {aim:,} zeros of final_rate are reached, got it at {zeros:,}: call "
-        f"controller.step() after each optimizer.step(), or pass optimizer= to sparsify{purpose}"
+        "controller.step() after each optimizer.step(), or pass optimizer= to sparsify; of saved states, bake one from "
+        f"end_step on{purpose}"
     )
