@@ -423,7 +423,8 @@ class Machine(RuleBasedStateMachine):
         fresh.load_state_dict(state)
         assert controller.step_count == expected.step
         for model in (network.model, fresh):
-            self.compare_gradients(model, expected)
+            if model is not network.model or network is self.live:  # a copy with gradients would warn when it moves
+                self.compare_gradients(model, expected)
         again = evaluated(fresh)
         for name, value in seen.items():
             assert ((again[name] - value).abs() <= least[name]).all(), name
