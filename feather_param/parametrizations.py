@@ -279,10 +279,14 @@ class SharedSparsity(nn.Module):
         """Write the thresholds where forward passes, and compiled graphs, read them."""
         thresholds = self.position.thresholds
         values: list[Tensor] = []
+        rounded: dict[tuple[int, torch.dtype], Tensor] = {}  # most weights have the same
         with torch.inference_mode(False), torch.no_grad():
             for feather, place in self.places.items():
                 like, old = place.originals[0], feather.threshold
-                values.append(rounded_down(thresholds[place.name], like.dtype))
+                key = id(threshold := thresholds[place.name]), like.dtype
+                if key not in rounded:
+                    rounded[key] = rounded_down(threshold, like.dtype)
+                values.append(rounded[key])
                 if old.dtype != values[-1].dtype or old.device != like.device or old.is_inference() or feather.lent:
                     feather.threshold = torch.empty_like(values[-1], device=like.device)
             torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]

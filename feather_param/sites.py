@@ -103,6 +103,8 @@ def parametrizations_of(module: nn.Module) -> dict[str, parametrize.Parametrizat
 
 def originals_of(own: parametrize.ParametrizationList) -> list[Tensor]:
     """Return the Parameters that parametrizations compute a tensor from."""
+    if own._parameters:  # looked up in each forward pass
+        return [*own._parameters.values()]  # type: ignore[list-item]
     return [own.original] if own.is_tensor else [getattr(own, f"original{i}") for i in range(own.ntensors)]
 
 
