@@ -470,12 +470,9 @@ class FeatherParametrization(nn.Module):
         if self.mask is not None:
             self.mask = self.mask.to(self.threshold.device)
         self.forget()
-        replaces = torch.__future__.get_overwrite_module_params_on_conversion()
-        if (
-            (replaces or before.is_meta or self.threshold.is_meta)
-            and place
-            and not any(map(is_sharded, place.originals))
-        ):
+        overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+        replaces = overwrites or before.is_meta or self.threshold.is_meta
+        if replaces and place is not None and not any(map(is_sharded, place.originals)):
             self.seen = None  # the Parameter is about to be replaced
         return self
 

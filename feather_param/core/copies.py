@@ -94,12 +94,12 @@ def moved(shared: SharedSparsity) -> bool:
 
 def position(shared: SharedSparsity) -> Position:
     """Return the position of a model as its weights are now; see Note [Copies]."""
-    position, source = shared.position, shared.source
+    own, source = shared.position, shared.source
     if source is None or shared.frozen or not shared.whole or not moved(shared):
-        return position
+        return own
     # A copy of a model that was frozen later goes on by magnitude, from the step of which the zeros are.
     step = source.step if source.frozen_step is None else source.frozen_step
-    return replace(position, zeros=source.zeros, step=step)
+    return replace(own, zeros=source.zeros, step=step)
 
 
 def follow(shared: SharedSparsity) -> None:
@@ -110,7 +110,7 @@ def follow(shared: SharedSparsity) -> None:
     if not shared.whole:  # a threshold of the whole cuts what equals it: a part cannot know which of these stay
         here = {place.name for place in shared.places.values()}
         own.groups = [
-            Group(tuple(here.intersection(group.names)), shared.budget.total, group.threshold.clone())
+            Group(tuple(name for name in group.names if name in here), shared.budget.total, group.threshold.clone())
             for group in (source if moved(shared) else own).groups
         ]
         return
@@ -143,10 +143,9 @@ def copy_shared(shared: SharedSparsity, memo: dict[Any, Any]) -> SharedSparsity:
     own, source = shared.position, shared.source
     twin.source = own if source is None or shared.controlled else memo.get(id(source), source)
     memo[id(own)] = twin.position
-    memo.setdefault((_FOLLOWERS, id(twin.source)), []).append(twin)
     for follower in memo.get((_FOLLOWERS, id(own)), ()):
-        if follower is not twin:
-            follower.source = twin.position
+        follower.source = twin.position
+    memo.setdefault((_FOLLOWERS, id(twin.source)), []).append(twin)
     if shared.theta is not None:
         with torch.inference_mode(False):
             twin.theta = torch.empty_like(shared.theta)
