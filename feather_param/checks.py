@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["instance", "integer", "real"]
+__all__ = ["instance", "integer", "real", "require_same_shapes"]
 
 
 def real(name: str, value: Any) -> float:
@@ -29,3 +30,14 @@ def instance(value: Any, kind: type, source: str) -> None:
     """Refuse a value of another class, and tell where one of the right class comes from."""
     if not isinstance(value, kind):
         raise TypeError(f"expected a {kind.__name__} from {source}, got {type(value).__name__}")
+
+
+def require_same_shapes(what: str, ours: Mapping[str, Any], theirs: Any) -> None:
+    """Refuse the state of another model, by the shapes of its weights."""
+    if ours != theirs:
+        theirs = theirs if isinstance(theirs, Mapping) else {}
+        name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+        here, there = (shapes.get(name, "none") for shapes in (ours, theirs))
+        raise ValueError(
+            f"expected {what} of this model, got another's: {name} has shape {here} here and {there} there"
+        )

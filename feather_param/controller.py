@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from feather_param.allocations import count_zeros
-from feather_param.checks import integer
+from feather_param.checks import integer, require_same_shapes
 from feather_param.core.attach import attach, detach, links, require_attached
 from feather_param.core.baking import bake
 from feather_param.core.config import Config
@@ -85,9 +85,8 @@ class Controller:
         Raises:
             RuntimeError: the model has been desparsified, a layer of it was replaced, or the controller follows an
                 optimizer, whose steps count.
-            ValueError: a weight holds NaN or infinity (named in the message), or tied weights no longer are; the
-                controller has not advanced. On a GPU the first is noticed one or two steps late, because no step
-                waits for the device, unless there are guards or the weights are sharded.
+            ValueError: a weight holds NaN or infinity, or tied weights no longer are; the controller has not advanced.
+                On a GPU, without guards, NaN is noticed a step or two late, for no step waits for the device.
         """
         self._require("step()")
         if self._follower is not None:
@@ -98,12 +97,11 @@ class Controller:
         self._advance()
 
     def refresh(self) -> None:
-        """Take the thresholds anew, from the weights as they are now: somebody else has written to them.
+        """Take the thresholds anew, from the weights as they are now; the schedule stands.
 
-        Seldom needed: forward passes, reports and `desparsify` see that weights were loaded, swapped or scaled, and
-        ``train()`` and ``eval()`` have them look for writes through ``.data``. It is needed before an evaluation where
-        nothing tells of a write: under FSDP2 (all processes call this), in compiled models, after writes past torch,
-        and through ``.data`` without a call of ``eval()``. The schedule stands.
+        Forward passes, reports and `desparsify` see by themselves that weights were loaded, swapped or scaled, and
+        ``train()`` and ``eval()`` have them look for writes through ``.data``. Call this before an evaluation where
+        nothing tells of a write: under FSDP2 (in all processes), in compiled models, after writes past torch.
 
         Raises:
             RuntimeError: the model has been desparsified, or a layer of it was replaced.
@@ -124,22 +122,19 @@ class Controller:
             hold(self._shared)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let each step of an optimizer make this controller's, so that `step` need not be called.
+        """Let each step of an optimizer make this controller's, as ``optimizer=`` of `sparsify` does.
 
-        `sparsify` does so with its ``optimizer=``; call this where the optimizer is built after `sparsify`, as
-        FSDP2 asks: `sparsify`, ``fully_shard``, the optimizer, then this. A followed optimizer also
+        Call this where the optimizer is built later, as FSDP2 asks: `sparsify`, ``fully_shard``, the optimizer, then
+        this. Of several optimizers, give the one that steps last; another call moves over to another one. A deepcopy
+        of the controller follows none.
 
-        * warns if it steps the model after `desparsify`, which brings pruned weights back to life; where you call
-          `step` yourself, `step` raises then, but nobody watches an optimizer alone;
-        * saves the names of its parameters in its ``state_dict`` (under ``"feather_param"``), by which a state saved
-          on the other side of `sparsify` is brought into this optimizer's order. A state without names is refused.
-
-        Of several optimizers, give the one that steps last: the threshold is taken from the weights as they are then.
-        Another call moves over to another optimizer. A deepcopy of the controller follows none.
+        A followed optimizer warns if it steps the model after `desparsify`, which brings pruned weights back to life.
+        It saves the names of its parameters in its ``state_dict`` (under ``"feather_param"``), by which a state saved
+        on the other side of `sparsify` is brought into its order; it refuses a state without names.
 
         Args:
-            optimizer: it trains the weights of this model, sharded or not. Of a wrapper (accelerate's, Lookahead), the
-                optimizer inside is followed.
+            optimizer: it trains weights of this model. Of a wrapper (accelerate's, Lookahead), the one inside is
+                followed.
 
         Raises:
             TypeError: it is no ``torch.optim.Optimizer``, or a wrapper that does not show what it wraps.
@@ -201,13 +196,12 @@ class Controller:
                 self._told = bool(self.report().dead)
 
     def freeze(self) -> None:
-        """Hold the zeros as they are now while training goes on: the schedule stops, and a mask stands for magnitudes.
+        """Fix the masks while training goes on: the schedule stops, and the zeros stay where they are.
 
         The dense weights are overwritten by what the forward pass sees, so that the network stays the same; from then
         on pruned weights get no gradient, and neither momentum nor weight decay brings them back. The masks take
-        one byte a weight, and no entry in the ``state_dict``, whose weights have the zeros. A copy made before goes on
-        by magnitude. Loading a state from before the freeze, of the model or the controller, thaws the model; loading a
-        plain model's weights keeps the masks. Warns where there are no zeros yet.
+        one byte a weight, and no entry in the ``state_dict``, whose weights have the zeros. Loading a state from before
+        thaws the model; a plain model's state keeps the masks. Warns where there are no zeros yet.
 
         Raises:
             RuntimeError: the model has been desparsified.
@@ -299,9 +293,7 @@ class Controller:
                 "load it with the feather_param release that wrote it"
             )
         self._shared.config.require_same(state_dict)
-        if state_dict.get("weights") != self._shapes:
-            difference = _difference(self._shapes, state_dict.get("weights"))
-            raise ValueError(f"expected a controller state of this model, got another's: {difference}")
+        require_same_shapes("a controller state", self._shapes, state_dict.get("weights"))
         step, frozen = integer("step_count", state_dict["step_count"], 0), state_dict["frozen_step"]
         self._lead().move(step, None if frozen is None else integer("frozen_step", frozen, 0))
         self._late_nan = LateNaN()
@@ -329,11 +321,3 @@ class Controller:
         rate = f"rate={self.rate:.4f} of {config.final_rate}"
         frozen = ", frozen" if self._shared.frozen else ""
         return f"Controller({rate}, step {self.step_count} of {config.total_steps}, {budget.total:,} weights{frozen})"
-
-
-def _difference(ours: Mapping[str, list[int]], theirs: Any) -> str:
-    theirs = theirs if isinstance(theirs, Mapping) else {}
-    for name, shape in ours.items():
-        if theirs.get(name) != shape:
-            return f"{name} has shape {tuple(shape)} here and {tuple(theirs.get(name) or ()) or 'no entry'} there"
-    return f"it also has {next(name for name in theirs if name not in ours)}"

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from feather_param.checks import require_same_shapes
 from feather_param.controller import Controller
 from feather_param.tables import aligned
 
@@ -159,12 +160,7 @@ class History:
                 "load it with the feather_param release that wrote it"
             )
         theirs = {name: list(shape) for name, shape in state_dict["shapes"].items()}
-        if theirs != self._shapes:
-            name = next(name for name in {**self._shapes, **theirs} if self._shapes.get(name) != theirs.get(name))
-            raise ValueError(
-                f"expected the history of this model, got another's: {name} has shape "
-                f"{self._shapes.get(name, 'none')} here and {theirs.get(name, 'none')} there"
-            )
+        require_same_shapes("the history", self._shapes, theirs)
         totals = {name: math.prod(shape) for name, shape in theirs.items()}
         self._masks = {name: mask.cpu().numpy().copy() for name, mask in state_dict["masks"].items()}
         self.looks = [

@@ -49,19 +49,12 @@ __all__ = [
 
 @dataclass
 class Position:
-    """How far a model has come, and its thresholds; the copies of a model hold on to this alone.
+    """How far a model has come, and its thresholds; the copies of a model hold on to this alone."""
 
-    Attributes:
-        zeros: number of zeros of all the weights together.
-        step: optimizer steps seen.
-        frozen_step: the step at which the masks were fixed; None while they are not.
-        groups: how the zeros are divided among the weights, with the thresholds.
-    """
-
-    zeros: int = 0
-    step: int = 0
-    frozen_step: int | None = None
-    groups: Sequence[Group] = ()
+    zeros: int = 0  # of all the weights together
+    step: int = 0  # optimizer steps seen
+    frozen_step: int | None = None  # at which the masks were fixed
+    groups: Sequence[Group] = ()  # how the zeros are divided among the weights, with the thresholds
 
     @property
     def thresholds(self) -> dict[str, Tensor]:
@@ -70,19 +63,12 @@ class Position:
 
 
 class Place(NamedTuple):
-    """Where a parametrization stands.
+    """Where a parametrization stands."""
 
-    Attributes:
-        name: the name that the weight had when it was sparsified; tied places have the same.
-        site: the layer, its tensor, and the name that this had.
-        parametrizations: all the parametrizations of the tensor, and the Parameters that they are computed from.
-        parameter_order: the layer's parameters before any parametrization, to restore their order.
-    """
-
-    name: str
+    name: str  # that the weight had when it was sparsified; tied places have the same
     site: Site
-    parametrizations: parametrize.ParametrizationList
-    parameter_order: tuple[str, ...]
+    parametrizations: parametrize.ParametrizationList  # all those of the tensor, with its Parameters
+    parameter_order: tuple[str, ...]  # of the layer before any parametrization
 
     @property
     def originals(self) -> list[Tensor]:
@@ -112,31 +98,22 @@ class SharedSparsity(nn.Module):
     Its position is a small integer tensor in the model's ``state_dict`` (torch's *extra state*, which nobody averages
     or casts).
 
-    Args:
-        config: the settings.
-        budget: how many zeros the weights may get.
-
-    Attributes:
-        position: how far this model has come.
-        source: of a copy, the position of the model that it was copied from (see `core.copies`).
-        controlled: of a copy, whether a copy of the controller came with it, which may step it one day.
-        trained: of a copy, whether a gradient has come to its weights.
-        places: where each parametrization stands, in the order in which torch goes through the model's modules.
-        read: the parametrizations that came by since all weights were compared.
-        rests: whether versions tell nothing, for processes share the weights.
-        arriving: a position that is being loaded, and the parametrizations whose weights have yet to come.
-        theta: gradient scale of pruned elements where it changes in time: a 0-dim float32 tensor, else None.
     """
 
     def __init__(self, config: Config, budget: Budget) -> None:
         super().__init__()
         self.config, self.budget = config, budget
         self.position = Position()
+        self.places: dict[FeatherParametrization, Place] = {}  # in the order of the model's modules
+        self.read: set[FeatherParametrization] = set()  # those that came by since all weights were compared
+        self.rests = False  # versions tell nothing, for processes share the weights
+        # Of a copy (see `core.copies`): the position of the model that it was copied from, whether a copy of the
+        # controller came with it, which may step it one day, and whether a gradient has come to its weights.
         self.source: Position | None = None
-        self.controlled = self.trained = self.rests = False
-        self.places: dict[FeatherParametrization, Place] = {}
-        self.read: set[FeatherParametrization] = set()
+        self.controlled = self.trained = False
+        # A position that is being loaded, and the parametrizations whose weights have yet to come.
         self.arriving: tuple[tuple[int, int, int | None], set[FeatherParametrization]] | None = None
+        # The gradient scale of pruned elements, where it changes in time.
         self.theta = torch.ones((), dtype=torch.float32, device="cpu") if callable(config.theta) else None
 
     def enter(self, places: dict[FeatherParametrization, Place]) -> None:
@@ -350,17 +327,11 @@ class FeatherParametrization(nn.Module):
 
     Made by :func:`feather_param.sparsify`; for use with :mod:`torch.nn.utils.parametrize`.
 
-    Args:
-        shared: what it shares with the other parametrizations of its model.
-
     Attributes:
         threshold: the threshold of this weight: a 0-dim buffer, float64 where the weight is, else float32. It is not
             saved, for it follows from the weights and the number of zeros.
         mask: once frozen, which elements stay, whatever their magnitude (bool, of the weight's shape); else None.
             It is not saved: the dense weight has its zeros where the mask is False (see `core.freezing`).
-        seen: what the threshold was computed from (see Note [Thresholds]); None makes the next forward pass look.
-        written: the same of ``threshold`` itself, when it was written.
-        bits: of a copy, what tells whether the weight has changed since (see `core.copies`).
 
     Shape:
         ``forward`` maps a weight of any shape to one of the same shape and dtype.
@@ -382,9 +353,9 @@ class FeatherParametrization(nn.Module):
         object.__setattr__(self, "shared", shared)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32), persistent=False)
         self.mask = None
-        self.seen: copies.Seen | None = None
-        self.written = copies.seen([self.threshold])
-        self.bits: copies.Bits | None = None
+        self.seen: copies.Seen | None = None  # what the threshold was computed from; None: have the next pass look
+        self.written = copies.seen([self.threshold])  # the same of the threshold itself
+        self.bits: copies.Bits | None = None  # of a copy, what tells whether the weight has changed since
         self.register_load_state_dict_post_hook(lambda feather, _: feather.shared.loaded(feather))
 
     def forward(self, weight: Tensor) -> Tensor:

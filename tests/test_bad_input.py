@@ -229,10 +229,13 @@ STATES = [
     (lambda state: {**state, "theta": [1.0, 1.0, 1.0, 0.5, 0.5]}, r"theta=1.0, got \[1.0, 1.0"),
     (
         lambda state: {**state, "weights": {**state["weights"], "3.weight": [16, 99]}},
-        r"of this model, got another's: 3.weight has shape \(16, 128\) here and \(16, 99\) there",
+        r"of this model, got another's: 3.weight has shape \[16, 128\] here and \[16, 99\] there",
     ),
-    (lambda state: {**state, "weights": {}}, r"0.weight has shape \(8, 3, 3, 3\) here and no entry there"),
-    (lambda state: {**state, "weights": {**state["weights"], "9.weight": [1]}}, "it also has 9.weight"),
+    (lambda state: {**state, "weights": {}}, r"0.weight has shape \[8, 3, 3, 3\] here and none there"),
+    (
+        lambda state: {**state, "weights": {**state["weights"], "9.weight": [1]}},
+        r"9.weight has shape none here and \[1\] there",
+    ),
     (lambda state: {**state, "step_count": -1}, "step_count to be at least 0"),
 ]
 

@@ -58,14 +58,10 @@ def detach(shared: SharedSparsity) -> None:
 
 
 def remove_parametrizations(layer: nn.Module, tensor: str) -> None:
-    """Take our parametrization off a tensor of a layer, which keeps its dense weight; see the Note above.
+    """Take our parametrization off a tensor of a layer (``"weight"``), which keeps its dense weight.
 
     Like `torch.nn.utils.parametrize.remove_parametrizations`, but other libraries' parametrizations of the layer stay,
     and copies of the layer stay as they are.
-
-    Args:
-        layer: the layer.
-        tensor: the name of its tensor, ``"weight"`` for most.
     """
     places = parametrizations_of(layer)
     place = places[tensor]
@@ -108,16 +104,9 @@ def links(model: nn.Module, shared: SharedSparsity) -> list[Link]:
 
 
 def require_attached(call: str, model: nn.Module, shared: SharedSparsity, known: list[Link]) -> None:
-    """Refuse a call if some of the parametrizations are no longer in the model.
+    """Refuse a call if some of the parametrizations are no longer in the model: a layer was replaced, for example.
 
-    Args:
-        call: what was called, for the message.
-        model: the model that was sparsified.
-        shared: what its parametrizations share.
-        known: what `links` returned; it is renewed where a part of the model was wrapped since.
-
-    Raises:
-        RuntimeError: a layer was replaced, or somebody took a parametrization off.
+    What `links` returned is looked at first, and renewed where a part of the model was wrapped since.
     """
     if shared.places and all(module._modules.get(name) is child for module, name, child in known):
         return

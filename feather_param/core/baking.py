@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from feather_param.core.attach import detach
-from feather_param.parametrizations import SharedSparsity, held, rounded_down, states_of
+from feather_param.parametrizations import Place, SharedSparsity, held, rounded_down, states_of
 from feather_param.shards import held_here, is_sharded, whole
-from feather_param.sites import Weight, names_of
+from feather_param.sites import Weight
 from feather_param.thresholding import feather_threshold, smallest_kept
 from feather_param.thresholds import require_finite
 from feather_param.warning import warn_of_dead, warn_of_early
@@ -38,8 +37,7 @@ def bake(model: nn.Module) -> None:
 
 def baked(model: nn.Module) -> dict[str, Tensor]:
     """Return the state_dict that `bake` would leave, keys in the plain model's order."""
-    prefixes = names_of(model)
-    owned: dict[str, dict[str, Tensor | None]] = {}  # module prefix -> its tensors, in the plain module's order
+    found: dict[nn.Module, tuple[Place, dict[str, Tensor]]] = {}  # of each layer
     for shared in _whole_states(model):
         values = final_values(shared)
         for place in shared.places.values():
@@ -48,33 +46,31 @@ def baked(model: nn.Module) -> dict[str, Tensor]:
                     f"expected {place.site.name} to carry no parametrization but ours, got another library's too; "
                     "desparsify a copy.deepcopy(model) and take its state_dict"
                 )
-            for name in prefixes[place.site.module]:
-                tensors = owned.setdefault(f"{name}." if name else "", dict.fromkeys(place.parameter_order))
-                tensors[place.site.tensor] = values[place.name]
-    state = model.state_dict()
-    ours = tuple(
-        f"{prefix}parametrizations.{name}."
-        for prefix, tensors in owned.items()
-        for name, value in tensors.items()
-        if value is not None
-    )
-    old = {key: tensor if key.startswith(ours) else whole(tensor) for key, tensor in state.items()}
-    new: OrderedDict[str, Tensor] = OrderedDict()
-    pending = sorted(owned, key=len)
-    for key, tensor in old.items():
-        for prefix in [prefix for prefix in pending if key.startswith(prefix)]:
-            pending.remove(prefix)
-            for name, value in owned[prefix].items():
-                value = old.get(prefix + name) if value is None else value
-                if value is not None:
-                    new[prefix + name] = value
-        if not key.startswith(ours):
-            new.setdefault(key, tensor)
+            found.setdefault(place.site.module, (place, {}))[1][place.site.tensor] = values[place.name]
+
+    def plain(layer: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+        place, tensors = found[layer]
+        ours = tuple(f"{prefix}parametrizations.{name}." for name in tensors)
+        entries: list[tuple[str, Tensor]] = []  # of the layer, which are the last ones at this moment
+        while state and next(reversed(state)).startswith(prefix):
+            entries.append(state.popitem())
+        own = {key: value for key, value in reversed(entries) if not key.startswith(ours)}
+        own |= {prefix + name: value for name, value in tensors.items()}
+        in_order = [*(prefix + name for name in place.parameter_order), *own]
+        state.update({key: own[key] for key in in_order if key in own})
+
+    hooks = [layer.register_state_dict_post_hook(plain) for layer in found]
+    try:
+        state = model.state_dict()
+    finally:
+        for hook in hooks:
+            hook.remove()
     metadata = getattr(state, "_metadata", {})
-    new._metadata = {  # type: ignore[attr-defined]
-        key: value for key, value in metadata.items() if "parametrizations" not in key.split(".")
-    }
-    return new
+    for key in [key for key in metadata if "parametrizations" in key.split(".")]:
+        del metadata[key]
+    for key, value in state.items():
+        state[key] = whole(value)
+    return state
 
 
 def final_masks(model: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:

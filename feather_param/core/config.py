@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from numbers import Real
 from typing import Any
@@ -117,17 +117,11 @@ class Config:
     @cached_property
     def plain(self) -> dict[str, Any]:
         """The settings in plain Python values, to compare them with those of another run."""
-        return {
-            "final_rate": self.final_rate,
-            "total_steps": self.total_steps,
-            "start_step": self.start_step,
-            "end_step": self.end_step,
-            "schedule": [self._fraction(progress) for progress in _PROBES],
-            "p": self.p,
-            "theta": [self.theta_at(at * self.final_rate) for at in _PROBES] if callable(self.theta) else self.theta,
-            "max_rate_per_layer": self.max_rate_per_layer,
-            "min_nonzero_per_layer": self.min_nonzero_per_layer,
-        }
+        plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "allocation"}
+        plain["schedule"] = [self._fraction(progress) for progress in _PROBES]
+        if callable(self.theta):
+            plain["theta"] = [self.theta_at(at * self.final_rate) for at in _PROBES]
+        return plain
 
     def require_same(self, state: Mapping[str, Any]) -> None:
         """Raise a ValueError unless a controller's state was saved with these settings."""

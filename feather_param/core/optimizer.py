@@ -37,13 +37,9 @@ Names = list[list[str | None]]
 def checked_optimizer(optimizer: Any, weights: Mapping[str, Sequence[Tensor]]) -> Optimizer:
     """Return the optimizer that makes the steps: the one inside, of one that wraps it (accelerate's, Lookahead).
 
-    Args:
-        optimizer: what somebody wants to be followed.
-        weights: the Parameters behind each prunable weight, by name.
-
     Raises:
         TypeError: it is no optimizer, or a wrapper that does not show which one it wraps.
-        ValueError: its steps would not be steps of this model.
+        ValueError: it holds none of the Parameters behind the weights.
     """
     outer = type(optimizer).__name__
     # torch calls the hooks of an optimizer from `step`, which the constructor of `Optimizer` sees to.
@@ -80,14 +76,8 @@ class Follower:
     """Calls something after every step of an optimizer of a sparsified model, and keeps its saved states in order.
 
     The ``step`` of a subclass may call that of its base class, and torch may call the hooks in both (it patches a class
-    when its first instance is made): what counts is the outermost call.
-
-    Args:
-        optimizer: what `checked_optimizer` returned.
-        model: the sparsified model.
-        after_step: what to call.
-        active: whether the calls still matter. A hook cannot remove itself while torch goes through them, so the next
-            follower of an optimizer removes those of the last one.
+    when its first instance is made): what counts is the outermost call. A hook cannot remove itself while torch goes
+    through them, so the next follower of an optimizer removes those of one that is no longer `active`.
     """
 
     def __init__(
