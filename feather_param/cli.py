@@ -13,13 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 import feather_param
 from feather_param.architectures import build, load
 from feather_param.container import replacing
-from feather_param.extras import safetensors_torch
 from feather_param.file_report import as_json, as_text, in_training, listed, notes, zeros
 from feather_param.pages import page
 from feather_param.reading import Checkpoint, read
@@ -207,7 +207,7 @@ def _expand(arguments: argparse.Namespace) -> str:
             # Tied tensors are written twice: the format has no other way, and whoever loads them ties them again.
             tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
             try:
-                content = safetensors_torch().save(tensors, {"format": "pt"})
+                content = safetensors.torch.save(tensors, {"format": "pt"})
             except KeyError as error:
                 raise _Failed(f"{out}: safetensors cannot hold {error.args[0]}; expand to a .pt file") from error
             with replacing(out) as file:

@@ -5,32 +5,16 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["matplotlib", "numba", "safetensors_torch", "zstandard"]
+__all__ = ["extra"]
+
+_EXTRAS = {"matplotlib": "plot", "numba": "inference", "zstandard": "files"}
 
 
-def matplotlib(module: str) -> ModuleType:
-    """Return a module of `matplotlib`."""
-    return _import(f"matplotlib.{module}", "plot")
-
-
-def numba() -> ModuleType:
-    """Return `numba`."""
-    return _import("numba", "inference")
-
-
-def safetensors_torch() -> ModuleType:
-    """Return `safetensors.torch`."""
-    return _import("safetensors.torch", "files")
-
-
-def zstandard() -> ModuleType:
-    """Return `zstandard`."""
-    return _import("zstandard", "files")
-
-
-def _import(name: str, extra: str) -> ModuleType:
+def extra(name: str) -> ModuleType:
+    """Return a module of such a library."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         library = name.partition(".")[0]
-        raise ImportError(f"expected {library} to be installed: pip install 'feather_param[{extra}]'") from error
+        message = f"expected {library} to be installed: pip install 'feather_param[{_EXTRAS[library]}]'"
+        raise ImportError(message) from error

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from feather_param import extras
 from feather_param.checks import instance
+from feather_param.extras import extra
 from feather_param.history import History
 from feather_param.multiply_adds import MultiplyAdds
 from feather_param.report import Report
@@ -78,7 +78,7 @@ def history_svg(history: History) -> str:
     figure = _figure(_HISTORY_WIDTH, _HISTORY_HEIGHT)
     _draw_history(figure, history)
     file = io.StringIO()
-    with extras.matplotlib("style").context({"svg.fonttype": "none", "svg.hashsalt": "feather_param"}):
+    with extra("matplotlib.style").context({"svg.fonttype": "none", "svg.hashsalt": "feather_param"}):
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return file.getvalue()[file.getvalue().index("<svg") :]
 
@@ -99,15 +99,15 @@ def draw_survivors(axes: Axes, report: Report) -> None:
         axes.text(max(part, overall) + 0.01 * longest, i, label, va="center", fontsize=7, color=color)
     axes.set_xlim(0, 1.45 * longest)  # room for the labels
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 1])
-    axes.xaxis.set_major_formatter(extras.matplotlib("ticker").PercentFormatter(1.0, decimals=None))
+    axes.xaxis.set_major_formatter(extra("matplotlib.ticker").PercentFormatter(1.0, decimals=None))
     axes.axvline(overall, color=_GREY, linewidth=1, linestyle="--")
     axes.set_xlabel(f"weights that survive, of each layer (dashed: all layers, {percent(overall)})")
 
 
 def _figure(width: float, height: float) -> Figure:
     """Return an empty figure of so many inches that no window system knows of."""
-    figure = extras.matplotlib("figure").Figure(figsize=(width, height), dpi=120, layout="constrained")
-    extras.matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
+    figure = extra("matplotlib.figure").Figure(figsize=(width, height), dpi=120, layout="constrained")
+    extra("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure
 
 
@@ -123,7 +123,7 @@ def _draw_multiply_adds(axes: Axes, counted: MultiplyAdds, named: bool) -> None:
         axes.text(row.dense + 0.01 * longest, i, label, va="center", fontsize=7, color=_INK)
     axes.set_xlim(0, 1.4 * longest)
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= longest])
-    axes.xaxis.set_major_formatter(extras.matplotlib("ticker").EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(extra("matplotlib.ticker").EngFormatter(sep=""))
     whole = f"{percent(counted.left / max(1, counted.dense))} of {short(counted.dense)}"
     axes.set_xlabel(f"multiply-adds of each layer, dark: without the zeros (all layers: {whole})")
 
@@ -136,7 +136,7 @@ def _name_rows(axes: Axes, names: list[str]) -> None:
 
 
 def _draw_history(part: Figure | SubFigure, history: History) -> None:
-    ticker = extras.matplotlib("ticker")
+    ticker = extra("matplotlib.ticker")
     top, middle, bottom = part.subplots(3, 1, sharex=True)
     part.align_ylabels()
     looks = history.looks

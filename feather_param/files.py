@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from feather_param.api import baked_state_dict
-from feather_param.container import Place, parse, read_header, replacing, write
+from feather_param.container import opened, parse, replacing, write
 from feather_param.core.state_dict import of_sparsified
 from feather_param.packing import LARGEST, Bytes, crc, pack, unpack
 from feather_param.parametrizations import states_of
 from feather_param.shards import is_sharded
 from feather_param.warning import warn
 
-__all__ = ["load_sparse", "save_sparse"]
+__all__ = ["SPARSE", "load_sparse", "save_sparse"]
 
-_KEY = "feather_param sparse"
+SPARSE = "feather_param sparse"  # entries of a file's metadata
 _CRC = "feather_param crc32"
 _VERSION = 1
 _ALIGNMENT = 64  # bytes, as torch's own allocator does
@@ -41,13 +41,13 @@ _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a file says of one tensor, where its parts lie, and its place in memory."""
+    """What a file says of one tensor, which parts it has, and its place in memory."""
 
     dtype: torch.dtype
     shape: list[int]
     zstd: bool
     crc32: int
-    places: dict[str, Place]
+    parts: list[str]
     memory: slice
 
 
@@ -101,7 +101,7 @@ def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
             parts.update({f"{part}:{name}": content for part, content in own.items()})
     text = json.dumps({"version": _VERSION, "tensors": tensors}, separators=(",", ":"))
     with replacing(Path(path)) as file:
-        write(file, {_KEY: text, _CRC: str(zlib.crc32(text.encode()))}, parts)
+        write(file, {SPARSE: text, _CRC: str(zlib.crc32(text.encode()))}, parts)
 
 
 def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -125,48 +125,33 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     if not isinstance(path, str | os.PathLike):  # open would take a number for a file that is open already
         raise TypeError(f"expected a path, got {type(path).__name__}")
+    other = "which is damaged or another one"
     with open(path, "rb") as file:
-        try:
-            metadata, places = read_header(file)
-            text = metadata[_KEY]
-            header = parse(text)
-            version = header["version"]
-            if type(version) is not int:
-                raise ValueError("the version is no number")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            other = _other(file) or "which is damaged or another one"
-            raise ValueError(f"expected a file of save_sparse, got {path}, {other}") from error
-        if version != _VERSION:
-            raise ValueError(
-                f"expected a sparse file of version {_VERSION}, got {version} in {path}; "
-                "load it with the feather_param release that wrote it"
-            )
-        try:
-            if metadata.get(_CRC) != str(zlib.crc32(text.encode())):
-                raise ValueError("the checksum of the header is wrong")
-            return _read(file, header.get("tensors"), places)
-        except (ValueError, RecursionError) as error:  # the latter of showing something deep
-            raise ValueError(f"expected a whole file of save_sparse, got {path}, which is damaged: {error}") from error
-
-
-def _other(file: BinaryIO) -> str:
-    """Return what a file of another kind is and what loads it, or ""."""
-    file.seek(0)
-    start = file.read(8)
-    if start[:4] == b"PK\x03\x04":
-        return "a zip file, as torch.save writes; load it with torch.load(path, weights_only=True)"
-    length = int.from_bytes(start, "little")
-    if length > os.fstat(file.fileno()).st_size - 8:
-        return ""
+        if file.read(4) == b"PK\x03\x04":
+            other = "a zip file, as torch.save writes; load it with torch.load(path, weights_only=True)"
     try:
-        header = parse(file.read(length).decode())
-    except ValueError:
-        return ""
-    metadata = header.pop("__metadata__", {})
-    tensors = all(type(part) is dict and "data_offsets" in part for part in header.values())
-    if not header or not tensors or type(metadata) is not dict or _KEY in metadata:
-        return ""
-    return "a safetensors file of another program; load it with safetensors.torch.load_file(path)"
+        container = opened(path)
+        metadata = container.metadata() or {}
+        if SPARSE not in metadata and container.keys():
+            other = "a safetensors file of another program; load it with safetensors.torch.load_file(path)"
+        text = metadata[SPARSE]
+        header = parse(text)
+        version = header["version"]
+        if type(version) is not int:
+            raise ValueError("the version is no number")
+    except (ValueError, KeyError, RecursionError) as error:
+        raise ValueError(f"expected a file of save_sparse, got {path}, {other}") from error
+    if version != _VERSION:
+        raise ValueError(
+            f"expected a sparse file of version {_VERSION}, got {version} in {path}; "
+            "load it with the feather_param release that wrote it"
+        )
+    try:
+        if metadata.get(_CRC) != str(zlib.crc32(text.encode())):
+            raise ValueError("the checksum of the header is wrong")
+        return _read(container, header.get("tensors"))
+    except (ValueError, RecursionError) as error:  # the latter of showing something deep
+        raise ValueError(f"expected a whole file of save_sparse, got {path}, which is damaged: {error}") from error
 
 
 def _check(name: object, tensor: object) -> None:
@@ -215,15 +200,21 @@ def _elements(tensor: Tensor) -> NDArray[Any]:
     return bits.view(f"u{width}").astype(f"<u{width}", copy=False)
 
 
-def _read(file: BinaryIO, tensors: Any, places: dict[str, Place]) -> dict[str, Tensor]:
+def _read(container: Any, tensors: Any) -> dict[str, Tensor]:
     """Return the tensors of a file."""
-    entries, names = _entries(tensors, places)
+    sizes: dict[str, int] = {}
+    for part in container.keys():  # noqa: SIM118 # it is no dict
+        content = container.get_slice(part)
+        if content.get_dtype() != "U8" or len(content.get_shape()) != 1:
+            raise ValueError(f"{part} is not stored as bytes")
+        (sizes[part],) = content.get_shape()
+    entries, names = _entries(tensors, sizes)
     size = max((entry.memory.stop for entry in entries.values()), default=0)
     memory = np.zeros(size + _ALIGNMENT, np.uint8)  # one block: fresh pages are most of what loading costs
     memory = memory[-memory.ctypes.data % _ALIGNMENT :]
     loaded: dict[str, Tensor] = {}
     for name, entry in entries.items():
-        parts = {part: _content(file, place) for part, place in entry.places.items()}
+        parts = {part: container.get_tensor(f"{part}:{name}") for part in entry.parts}
         raw = memory[entry.memory]
         try:
             if crc(parts) != entry.crc32:
@@ -235,12 +226,7 @@ def _read(file: BinaryIO, tensors: Any, places: dict[str, Place]) -> dict[str, T
     return {name: loaded[described] for name, described in names.items()}
 
 
-def _content(file: BinaryIO, place: Place) -> Bytes:
-    file.seek(place[0])
-    return np.frombuffer(file.read(place[1] - place[0]), np.uint8)
-
-
-def _entries(tensors: Any, places: dict[str, Place]) -> tuple[dict[str, _Entry], dict[str, str]]:
+def _entries(tensors: Any, sizes: dict[str, int]) -> tuple[dict[str, _Entry], dict[str, str]]:
     """Return what a file has of each tensor that it describes, and for each name, the one it is described under."""
     if type(tensors) is not dict:
         raise ValueError("it tells of no tensors")
@@ -261,15 +247,15 @@ def _entries(tensors: Any, places: dict[str, Place]) -> tuple[dict[str, _Entry],
             raise ValueError(f"{name} has the shape {str(shape)[:80]}")
         if type(raw["zstd"]) is not bool or type(raw["crc32"]) is not int:
             raise ValueError(f"{name} is described by {str(raw)[:80]}")
-        own = {part: places[key] for part in ("gaps", "values") if (key := f"{part}:{name}") in places}
+        own = [part for part in ("gaps", "values") if f"{part}:{name}" in sizes]
         if "values" not in own:
             raise ValueError(f"{name} has no values")
         used += len(own)
-        stored = sum(end - start for start, end in own.values())
+        stored = sum(sizes[f"{part}:{name}"] for part in own)
         end = begin + _nbytes(name, [_DTYPES[dtype].itemsize, *shape], LARGEST * (stored + 1))
         entries[name] = _Entry(_DTYPES[dtype], shape, raw["zstd"], raw["crc32"], own, slice(begin, end))
         begin = end + -end % _ALIGNMENT
-    if used != len(places):
+    if used != len(sizes):
         raise ValueError("it has parts that belong to no tensor")
     return entries, names
 

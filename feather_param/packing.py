@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from feather_param.extras import extra
+
 __all__ = ["LARGEST", "crc", "pack", "unpack"]
 
 Bytes = NDArray[np.uint8]
@@ -110,15 +112,11 @@ def _size(parts: Mapping[str, Bytes]) -> int:
 
 
 def _compress(content: NDArray[Any]) -> Bytes:
-    from feather_param.extras import zstandard
-
-    return np.frombuffer(zstandard().ZstdCompressor(level=_LEVEL).compress(content.tobytes()), np.uint8)
+    return np.frombuffer(extra("zstandard").ZstdCompressor(level=_LEVEL).compress(content.tobytes()), np.uint8)
 
 
 def _expand(content: Bytes, most: int) -> Bytes:
-    from feather_param.extras import zstandard
-
-    library = zstandard()
+    library = extra("zstandard")
     data = content.data
     try:
         size = library.frame_content_size(data)

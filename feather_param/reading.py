@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import warnings
@@ -12,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from feather_param.extras import safetensors_torch
-from feather_param.files import load_sparse
+from feather_param.files import SPARSE, load_sparse
 
 __all__ = ["Checkpoint", "read"]
 
 _USUAL = ("state_dict", "model_state_dict", "model")
-_SPARSE = "feather_param sparse"  # the entry of the metadata that `save_sparse` writes
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,8 @@ def read(path: Path, key: str | None = None) -> Checkpoint:
     """
     with path.open("rb") as file:
         start = file.read(9)
-        if start[8:] == b"{":
-            length = int.from_bytes(start[:8], "little")
-            header = b"{" + file.read(min(length, 100_000_000) - 1)  # the most that safetensors itself allows
-            return _read_safetensors(path, header, key)
+    if start[8:] == b"{":
+        return _read_safetensors(path, key)
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         return _take(_load_torch(path), path, key)
     what = "one of another kind" if start else "an empty one"
@@ -78,21 +75,16 @@ def read(path: Path, key: str | None = None) -> Checkpoint:
     raise ValueError(f"expected {path} to be a file of torch, safetensors or save_sparse, got {what}")
 
 
-def _read_safetensors(path: Path, header: bytes, key: str | None) -> Checkpoint:
+def _read_safetensors(path: Path, key: str | None) -> Checkpoint:
     if key:
         raise ValueError(f"expected no key for {path}: a safetensors file holds one set of tensors")
     try:
-        metadata = json.loads(header).get("__metadata__") or {}
-    except (ValueError, AttributeError, RecursionError) as error:
+        with safe_open(path, "pt") as file:
+            sparse = SPARSE in (file.metadata() or {})
+        tensors = {} if sparse else load_file(path)
+    except Exception as error:  # of safetensors' own class, or what torch makes of a dtype that it lacks
         raise ValueError(f"expected a safetensors file, got {path}, which is damaged: {error}") from error
-    if _SPARSE in metadata:
-        return Checkpoint("sparse", load_sparse(path))
-    safetensors = safetensors_torch()
-    try:
-        tensors = safetensors.load_file(path)
-    except Exception as error:  # of safetensors' own class
-        raise ValueError(f"expected a safetensors file, got {path}, which is damaged: {error}") from error
-    return _take(tensors, path, None, "safetensors")
+    return Checkpoint("sparse", load_sparse(path)) if sparse else _take(tensors, path, None, "safetensors")
 
 
 def _load_torch(path: Path) -> Any:

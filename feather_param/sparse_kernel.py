@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from feather_param.extras import numba
+from feather_param.extras import extra
 
 __all__ = ["compiled", "sum_of_slices"]
 
@@ -83,7 +83,7 @@ def compiled() -> Callable[..., None] | None:
         True
     """
     try:
-        njit = numba().njit
+        njit = extra("numba").njit
     except ImportError:
         return None
     signature = "void(i4[::1], i4[::1], f4[::1], i8[::1], f4[::1], f4[::1], f4[:, ::1], i8)"
