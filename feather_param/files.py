@@ -24,7 +24,7 @@ from feather_param.parametrizations import states_of
 from feather_param.shards import is_sharded
 from feather_param.warning import warn
 
-__all__ = ["SPARSE", "load_sparse", "save_sparse"]
+__all__ = ["SPARSE", "load_sparse", "save_sparse", "ties"]
 
 SPARSE = "feather_param sparse"  # entries of a file's metadata
 _CRC = "feather_param crc32"
@@ -89,16 +89,13 @@ def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
             "expected baked weights, got the state_dict of a sparsified model, whose zeros are not in it yet: it is "
             "saved dense; to save the zeros, pass the model, or baked_state_dict(model)"
         )
-    first: dict[Any, str] = {}
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, Any] = ties(state)
     parts: dict[str, Bytes] = {}
-    for name, tensor in state.items():
-        tensors[name] = first.setdefault(_place(name, tensor), name)
-        if tensors[name] == name:
-            own, shrunk = pack(_elements(tensor), zstd)
-            dtype, shape = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
-            tensors[name] = {"dtype": dtype, "shape": shape, "zstd": shrunk, "crc32": crc(own)}
-            parts.update({f"{part}:{name}": content for part, content in own.items()})
+    for name in [name for name, first in tensors.items() if name == first]:
+        own, shrunk = pack(_elements(state[name]), zstd)
+        dtype, shape = str(state[name].dtype).removeprefix("torch."), list(state[name].shape)
+        tensors[name] = {"dtype": dtype, "shape": shape, "zstd": shrunk, "crc32": crc(own)}
+        parts.update({f"{part}:{name}": content for part, content in own.items()})
     text = json.dumps({"version": _VERSION, "tensors": tensors}, separators=(",", ":"))
     with replacing(Path(path)) as file:
         write(file, {SPARSE: text, _CRC: str(zlib.crc32(text.encode()))}, parts)
@@ -183,12 +180,21 @@ def _has_memory(tensor: Tensor) -> bool:
         return False
 
 
-def _place(name: str, tensor: Tensor) -> Any:
-    """Return what tied tensors have in common."""
-    if not tensor.numel():
-        return name
-    view = (tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-    return tensor.device, tensor.data_ptr(), tensor.dtype, *view
+def ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return for each name the first one of the same tensor.
+
+    Example:
+        >>> weight = torch.ones(2)
+        >>> ties({"embedding": weight, "head": weight, "other": torch.ones(2)})
+        {'embedding': 'embedding', 'head': 'embedding', 'other': 'other'}
+    """
+    first: dict[Any, str] = {}
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        view = (tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, *view) if tensor.numel() else name
+        found[name] = first.setdefault(place, name)
+    return found
 
 
 def _elements(tensor: Tensor) -> NDArray[Any]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from feather_param.files import save_sparse
+from feather_param.files import save_sparse, ties
 
 __all__ = ["file_sizes", "untied"]
 
@@ -57,24 +57,8 @@ def file_sizes(tensors: Mapping[str, Tensor], progress: Progress = lambda what, 
 
 
 def untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return each tensor once, by its first name.
-
-    Example:
-        >>> weight = torch.ones(2)
-        >>> list(untied({"embedding": weight, "head": weight, "other": torch.ones(2)}))
-        ['embedding', 'other']
-    """
-    first: dict[object, str] = {}
-    for name, tensor in tensors.items():
-        place = (
-            tensor.untyped_storage().data_ptr(),
-            tensor.storage_offset(),
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-        )
-        first.setdefault(place if tensor.numel() else name, name)
-    return {name: tensors[name] for name in first.values()}
+    """Return each tensor once, by its first name."""
+    return {name: tensors[name] for name, first in ties(tensors).items() if name == first}
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
