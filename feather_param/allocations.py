@@ -23,21 +23,15 @@ __all__ = ["Allocation", "Budget", "Group", "count_zeros", "global_magnitude", "
 
 @dataclass(frozen=True)
 class Group:
-    """Weights that are ranked together: how many elements they lose, and the largest magnitude among these.
-
-    Attributes:
-        names: the weights.
-        zeros: number of zeros of them all together.
-        threshold: 0-dim, float64 if one of the weights is, else float32.
-    """
+    """Weights that are ranked together."""
 
     names: tuple[str, ...]
-    zeros: int
-    threshold: Tensor
+    zeros: int  # of them all together
+    threshold: Tensor  # the largest magnitude that is pruned: 0-dim, float64 if one of the weights is, else float32
 
 
 Allocation = Callable[[Mapping[str, Tensor], int, Mapping[str, int]], list[Group]]
-"""Divides zeros among weights: from (weights by name, number of zeros, guards by name) to groups.
+"""Divides zeros among weights: from (weights by name, number of zeros, most zeros of some weights by name) to groups.
 
 The weights may be sharded over processes; then all processes call it.
 """
@@ -49,11 +43,6 @@ def global_magnitude(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[
     This is what the greedy rule gives: go through all elements by magnitude, equal ones in the order of the weights
     and of their elements, and prune each one whose weight is not at its guard yet. Elements that are zero anyway are
     pruned whatever the guard. The weights below their guards form the first group, each other one its own.
-
-    Args:
-        weights: the weights by name.
-        zeros: number of elements to prune.
-        guards: most zeros of a weight, by name; others have no guard.
 
     Raises:
         ValueError: a weight holds NaN or infinity.
@@ -138,12 +127,7 @@ def _compared(weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many zeros a set of tensors may get: fewer than all, and from none more than its guards leave.
-
-    Args:
-        sizes: number of elements of each tensor, by name.
-        max_rate: largest fraction of zeros of each tensor.
-        min_nonzero: least number of elements of each tensor that survive.
+    """How many zeros a set of tensors may get: fewer than all, and in none more than its guard.
 
     Example:
         >>> budget = Budget({"a": 100, "b": 8}, max_rate=0.99, min_nonzero=5)
@@ -151,9 +135,9 @@ class Budget:
         ({'a': 95, 'b': 3}, 98, 97)
     """
 
-    sizes: Mapping[str, int]
-    max_rate: float = 1.0
-    min_nonzero: int = 0
+    sizes: Mapping[str, int]  # number of elements, by name
+    max_rate: float = 1.0  # largest fraction of zeros in each
+    min_nonzero: int = 0  # least number of elements that survive in each
 
     @property
     def total(self) -> int:

@@ -39,29 +39,26 @@ def sparsify(
     """Make a model train towards an exact sparsity, with Feather (https://arxiv.org/abs/2310.02448).
 
     Every Conv and Linear weight gets a `FeatherParametrization`: the forward pass sees the thresholded weight,
-    the optimizer goes on training the dense one. Layers are not replaced and Parameters keep their identity, so
-    the optimizer may be built before or after. Distributed wrappers (DDP, FSDP) come after.
+    the optimizer goes on training the dense one. The optimizer may be built before or after, for Parameters keep
+    their identity; distributed wrappers (DDP, FSDP) come after.
 
     Args:
         model: any model, unmodified; it may itself be a layer.
         final_rate: fraction of zeros among all prunable weights together, in (0, 1).
         total_steps: number of optimizer steps of the training; it counts only where ``end_step`` is None.
         start_step: first step at which weights are pruned.
-        end_step: step from which the rate is ``final_rate``; ``total_steps // 2`` if None, so with a single step
-            everything is pruned at once.
+        end_step: step from which the rate is ``final_rate``; ``total_steps // 2`` if None.
         schedule: maps progress in [0, 1] between these steps to the fraction of ``final_rate`` in [0, 1].
         p: exponent of the operator, a number >= 1 (1: soft thresholding) or ``math.inf`` (hard).
-        theta: scale of the gradient of pruned weights; None takes the paper's rule, 0.5 where ``final_rate``
-            is above 0.95, else 1. A function of the current rate may change it over time
-            (``lambda rate: 1.0 if rate < 0.9 else 0.5``).
+        theta: scale of the gradient of pruned weights, also a function of the current rate
+            (``lambda rate: 1.0 if rate < 0.9 else 0.5``); None: 0.5 where ``final_rate`` is above 0.95, else 1.
         include: glob patterns or a predicate ``(name, module) -> bool``: prune only these (see `select`).
         exclude: the same for what stays dense.
         min_params: weights with fewer elements stay dense.
         max_rate_per_layer: no weight gets a larger fraction of zeros than this, in (0, 1); the others get more
-            instead, and the total is as exact as without (`plan` tells whether it can be reached).
+            instead (`plan` tells whether the total can be reached).
         min_nonzero_per_layer: in no weight fewer elements than this survive.
-        optimizer: if given, each of its steps makes the controller's, so ``step()`` need not be called
-            (see `Controller.follow`, also for one that is built later).
+        optimizer: if given, each of its steps makes the controller's (see `Controller.follow`).
 
     Returns:
         The controller of this model.
@@ -118,16 +115,12 @@ def desparsify(model: nn.Module) -> None:
     """Bake exact zeros into a sparsified model and give it back its plain layers.
 
     Afterwards exactly ``round(rate * N)`` of its N prunable weights are zero (more only if more were exactly zero
-    by themselves), kept weights are not, and classes, Parameter objects, their order and the state_dict keys
-    are those from before `sparsify`. The threshold is computed from the model's own weights, so a deepcopy or an
-    EMA copy is exact too; other copies go on unharmed. Ties at the threshold are broken by position, and those
-    kept become the smallest non-zero number of the dtype, so that the network computes what was evaluated.
+    by themselves), and classes, Parameter objects, their order and the state_dict keys are those from before
+    `sparsify`. Deepcopies and EMA copies are exact too. Ties at the threshold are broken by position, and those kept
+    become the smallest non-zero number of the dtype, so that the network computes what was evaluated.
 
-    Do not step the old optimizer afterwards: momentum and weight decay would revive the zeros. One that the
-    controller follows (`Controller.follow`) warns if it is stepped; no other can.
-
-    Warns before the schedule's end, where the zeros are fewer than ``final_rate`` asks for: the usual cause is a
-    forgotten `Controller.step`. Copies of the model and frozen ones may be baked early without a word.
+    Do not step the old optimizer afterwards: momentum and weight decay would revive the zeros. Warns before the
+    schedule's end, as after a forgotten `Controller.step`; copies and frozen models may be baked early.
 
     Raises:
         ValueError: the model is not sparsified, or holds NaN or infinity; it is then untouched.

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feather_param.allocations import count_zeros
 from feather_param.checks import integer, require_same_shapes
 from feather_param.core.attach import attach, detach, links, require_attached
 from feather_param.core.baking import bake
@@ -20,10 +19,9 @@ from feather_param.core.freezing import freeze, hold
 from feather_param.core.optimizer import Follower, Movement, checked_optimizer
 from feather_param.late_nan import LateNaN
 from feather_param.parametrizations import SharedSparsity, states_of
-from feather_param.report import Report, rows
+from feather_param.report import Report, rows, warn_of_dead
 from feather_param.selection import Selection
-from feather_param.thresholds import PruneCount
-from feather_param.warning import warn, warn_of_dead, warn_of_early
+from feather_param.warning import warn, warn_of_early
 
 __all__ = ["Controller"]
 
@@ -234,12 +232,8 @@ class Controller:
         self._require("report()")
         shared = self._shared
         shared.settle()
-        if shared.frozen:
-            counts = {name: PruneCount(int((~mask).sum())) for name, mask in shared.masks().items()}
-        else:
-            counts = count_zeros(shared.weights(), shared.position.groups)
-        report = Report(rows(shared.weights(), counts), dict(self._skipped))
-        warn_of_dead(report.dead, [row.name for row in report.rows if row.ties])
+        report = Report(rows(shared.weights(), shared.counts()), dict(self._skipped))
+        warn_of_dead(report)
         return report
 
     def masks(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from feather_param.allocations import Budget, Group, masks
+from feather_param.allocations import Budget, Group, count_zeros, masks
 from feather_param.core import copies
 from feather_param.core.config import Config
 from feather_param.core.eager import eager
@@ -20,6 +20,7 @@ from feather_param.core.state_dict import pack_position, unpack_position
 from feather_param.shards import is_sharded, local, whole
 from feather_param.sites import Site, originals_of
 from feather_param.thresholding import concrete, feather_threshold, smallest_kept
+from feather_param.thresholds import PruneCount
 
 __all__ = [
     "FeatherParametrization",
@@ -223,6 +224,12 @@ class SharedSparsity(nn.Module):
         """Return which elements of each weight stay, by name, by the thresholds as they are."""
         fixed = {place.name: feather.mask for feather, place in self.places.items() if feather.mask is not None}
         return fixed if self.frozen else masks(self.weights(), self.position.groups)
+
+    def counts(self) -> dict[str, PruneCount]:
+        """Return how many elements of each weight `masks` leaves out, and how many it keeps that compute as zero."""
+        if self.frozen:
+            return {name: PruneCount(int((~mask).sum())) for name, mask in self.masks().items()}
+        return count_zeros(self.weights(), self.position.groups)
 
     def fix(self, fixed: Mapping[str, Tensor] | None) -> None:
         """Let masks stand in for the thresholds, by name, or no longer."""

@@ -30,30 +30,22 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `sparsify` would do with the same arguments.
+    """What `sparsify` would do with the same arguments."""
 
-    Attributes:
-        rows: the prunable weights in the model's order.
-        skipped: names of the weights left dense, with the reason.
-        total: number of prunable weights, N.
-        zeros: number of zeros aimed at, ``round(final_rate * N)``.
-        most: the most zeros that can be reached.
-        reachable: whether `zeros` can be reached.
-        largest_rate: the largest rate that can.
-    """
-
-    rows: tuple[PlannedWeight, ...]
-    total: int
-    zeros: int
-    most: int
-    skipped: dict[str, str] = field(default_factory=dict)
+    rows: tuple[PlannedWeight, ...]  # the prunable weights in the model's order
+    total: int  # number of elements of all of them, N
+    zeros: int  # number of zeros aimed at, round(final_rate * N)
+    most: int  # the most zeros that can be reached
+    skipped: dict[str, str] = field(default_factory=dict)  # the weights left dense, with the reason
 
     @property
     def reachable(self) -> bool:
+        """Whether `zeros` can be reached."""
         return self.zeros <= self.most
 
     @property
     def largest_rate(self) -> float:
+        """The largest rate that can be reached."""
         return self.most / self.total
 
     def __str__(self) -> str:
@@ -86,12 +78,7 @@ def plan(
     The zeros of each weight are those by the magnitudes of today: a forecast for a pretrained model, hardly one for a
     new one. The totals are exact.
 
-    Args:
-        model: the model, plain.
-        final_rate: as for `sparsify`, and so are the others.
-
-    Returns:
-        The plan; ``str()`` is a readable table.
+    The arguments are those of `sparsify`; ``str()`` of the plan is a readable table.
 
     Raises:
         ValueError: `sparsify` would refuse the model or an argument; only a rate out of reach is no error here.

@@ -24,21 +24,13 @@ _USUAL = ("state_dict", "model_state_dict", "model")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds.
+    """What a file holds."""
 
-    Attributes:
-        kind: ``"torch"``, ``"safetensors"`` or ``"sparse"``.
-        tensors: the dense tensors by name, on the CPU.
-        others: what else stands among them, by name: a short description.
-        key: where in the file they are, names joined by dots; empty where they are the whole.
-        beside: names of what is in the file beside them.
-    """
-
-    kind: str
-    tensors: dict[str, Tensor]
-    others: dict[str, str] = field(default_factory=dict)
-    key: str = ""
-    beside: tuple[str, ...] = ()
+    kind: str  # "torch", "safetensors" or "sparse"
+    tensors: dict[str, Tensor]  # the dense tensors by name, on the CPU
+    others: dict[str, str] = field(default_factory=dict)  # what else stands among them: a short description by name
+    key: str = ""  # where in the file they are, names joined by dots; empty where they are the whole
+    beside: tuple[str, ...] = ()  # names of what is in the file beside them
 
 
 def read(path: Path, key: str | None = None) -> Checkpoint:

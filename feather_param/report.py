@@ -9,8 +9,9 @@ from torch import Tensor
 
 from feather_param.tables import aligned, grouped
 from feather_param.thresholds import PruneCount
+from feather_param.warning import warn
 
-__all__ = ["Report", "Row", "rows"]
+__all__ = ["Report", "Row", "rows", "warn_of_dead"]
 
 
 @dataclass(frozen=True)
@@ -110,3 +111,16 @@ def rows(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]) -> tup
         Row(name, tuple(weight.shape), weight.numel(), counts[name].zeros, left[name] / whole, counts[name].ties)
         for name, weight in weights.items()
     )
+
+
+def warn_of_dead(report: Report) -> None:
+    """Warn of weights of which nothing survives; of some of them because all that is kept equals the threshold."""
+    if not report.dead:
+        return
+    hint = "lower final_rate, or leave these dense with exclude"
+    if ties := [row.name for row in report.rows if row.name in report.dead and row.ties]:
+        hint += (
+            f"; all that is kept of {', '.join(ties)} equals the threshold (weights clipped to one magnitude?), and "
+            "the operator makes that zero: clip to a wider range"
+        )
+    warn(f"nothing survives in {', '.join(report.dead)}: the network behind gets a constant; {hint}")

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from feather_param.core.attach import detach
 from feather_param.parametrizations import Place, SharedSparsity, held, rounded_down, states_of
+from feather_param.report import Report, rows, warn_of_dead
 from feather_param.shards import held_here, is_sharded, whole
 from feather_param.sites import Weight
 from feather_param.thresholding import feather_threshold, smallest_kept
 from feather_param.thresholds import require_finite
-from feather_param.warning import warn_of_dead, warn_of_early
+from feather_param.warning import warn_of_early
 
 __all__ = ["bake", "baked", "check_other_parametrizations", "final_masks", "final_values", "refuse_shards", "write"]
 
@@ -88,7 +89,6 @@ def final_values(shared: SharedSparsity) -> dict[str, Tensor]:
     kept = _settled(shared).masks()
     thresholds = shared.position.thresholds
     values: dict[str, Tensor] = {}
-    dead: dict[str, bool] = {}  # and whether something is left by name
     for name, dense in shared.weights().items():
         weight = whole(dense.detach())
         mask, least = kept[name].to(weight.device), smallest_kept(weight.dtype)
@@ -101,10 +101,8 @@ def final_values(shared: SharedSparsity) -> dict[str, Tensor]:
                 # What is kept but came out as zero (a tie, or an underflow) becomes the smallest number there is.
                 value = torch.where(value == 0, weight.sign() * least, value)
                 values[name] = torch.where(mask, value, 0.0)
-            left = mask if shared.frozen else values[name].abs() > least
-            if weight.numel() and shared.position.zeros and not left.any():
-                dead[name] = bool(values[name].any())
-    warn_of_dead(list(dead), [name for name, tied in dead.items() if tied])
+    if shared.position.zeros:
+        warn_of_dead(Report(rows(values, shared.counts())))
     return values
 
 
