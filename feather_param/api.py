@@ -16,8 +16,6 @@ from feather_param.selection import Filter, Selection, select
 from feather_param.thresholds import require_finite
 from feather_param.warning import warn
 
-__all__ = ["baked_state_dict", "desparsify", "sparsify"]
-
 
 def sparsify(
     model: nn.Module,

@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["build", "load"]
-
 _WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DDP and torch.compile put before every name
 
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["instance", "integer", "real", "require_same_shapes"]
-
 
 def real(name: str, value: Any) -> float:
     """Return a number as a float."""

@@ -26,8 +26,6 @@ from feather_param.reading import Checkpoint, read
 from feather_param.sizes import file_sizes
 from feather_param.tables import percent
 
-__all__ = ["main"]
-
 _PROGRAM = "feather-param"
 _TORCH = (".pt", ".pth", ".bin")
 _SAFETENSORS = ".safetensors"

@@ -17,8 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["opened", "parse", "replacing", "write"]
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:

@@ -23,8 +23,6 @@ from feather_param.report import Report, rows, warn_of_dead
 from feather_param.selection import Selection
 from feather_param.warning import warn, warn_of_early
 
-__all__ = ["Controller"]
-
 _VERSION = 1  # of a saved state
 
 

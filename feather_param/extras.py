@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["extra"]
-
 _EXTRAS = {"matplotlib": "plot", "numba": "inference", "zstandard": "files"}
 
 

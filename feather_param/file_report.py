@@ -15,8 +15,6 @@ from feather_param.report import Report, Row
 from feather_param.sizes import untied
 from feather_param.tables import aligned, percent
 
-__all__ = ["as_json", "as_text", "in_training", "listed", "notes", "zeros"]
-
 
 def zeros(checkpoint: Checkpoint) -> Report:
     """Count the zeros of a checkpoint's weights: its floating tensors of two or more dimensions, tied ones once.

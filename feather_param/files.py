@@ -24,8 +24,6 @@ from feather_param.parametrizations import states_of
 from feather_param.shards import is_sharded
 from feather_param.warning import warn
 
-__all__ = ["SPARSE", "load_sparse", "save_sparse", "ties"]
-
 SPARSE = "feather_param sparse"  # entries of a file's metadata
 _CRC = "feather_param crc32"
 _VERSION = 1

@@ -34,19 +34,12 @@ class LayerLook:
 
 @dataclass(frozen=True)
 class Look:
-    """All weights at one look.
+    """All weights at one look."""
 
-    Attributes:
-        step: optimizer steps made.
-        rate: the scheduled rate.
-        threshold: the threshold.
-        layers: the prunable weights in the model's order.
-    """
-
-    step: int
-    rate: float
+    step: int  # optimizer steps made
+    rate: float  # the scheduled one
     threshold: float
-    layers: tuple[LayerLook, ...]
+    layers: tuple[LayerLook, ...]  # the prunable weights in the model's order
 
     @property
     def total(self) -> int:

@@ -21,8 +21,6 @@ from feather_param import sparse_kernel
 from feather_param.parametrizations import states_of
 from feather_param.tables import aligned
 
-__all__ = ["InferenceReport", "InferenceRow", "to_sparse_inference"]
-
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _OWN_FORWARDS = {name: {getattr(layer, name, None) for layer in _LAYERS} for name in ("forward", "_conv_forward")}
 _ROOT = "(the model)"  # in tables, for a layer that is the whole model and has no name
@@ -34,43 +32,22 @@ _CLEARLY_IN_ALL = 0.95  # of the dense network's
 
 @dataclass(frozen=True)
 class InferenceRow:
-    """One Linear or Conv layer: what it takes dense, and in the fastest sparse form that was tried.
-
-    Attributes:
-        name: the layer's name in the model.
-        shape: of its weight.
-        rate: fraction of zeros in the weight.
-        way: what the returned model computes: ``"dense"``, ``"csr"`` or ``"kernel"`` (see `SparseLayer`).
-        dense_ms: milliseconds of all its calls in one pass; None if they were not measured.
-        sparse_ms: the same of the fastest sparse form.
-        dense_mb: megabytes (10^6 bytes) of weight and bias.
-        sparse_mb: the same of the sparse form; None where it was not made.
-        reason: why the layer stays dense, or "".
-    """
+    """One Linear or Conv layer: what it takes dense, and in the fastest sparse form that was tried, if any was."""
 
     name: str
-    shape: tuple[int, ...]
-    rate: float
-    way: str
-    dense_ms: float | None
+    shape: tuple[int, ...]  # of its weight
+    rate: float  # fraction of zeros in the weight
+    way: str  # what the returned model computes: "dense", "csr" or "kernel" (see `SparseLayer`)
+    dense_ms: float | None  # milliseconds of all its calls in one pass
     sparse_ms: float | None
-    dense_mb: float
+    dense_mb: float  # megabytes (10^6 bytes) of weight and bias
     sparse_mb: float | None
-    reason: str = ""
+    reason: str = ""  # why it stays dense
 
 
 @dataclass(frozen=True)
 class InferenceReport:
-    """What `to_sparse_inference` measured: a row per layer, and the network as a whole.
-
-    Attributes:
-        rows: the Linear and Conv layers in the model's order.
-        dense_ms: milliseconds of the whole network for the example input, dense.
-        sparse_ms: the same of the returned one.
-        dense_mb: megabytes of all parameters and buffers.
-        sparse_mb: the same of the returned one.
-        threads: `torch.get_num_threads()` at the time.
-        notes: what is good to know besides.
+    """What `to_sparse_inference` measured: a row per layer, and the network as a whole, dense and as returned.
 
     Example:
         >>> row = InferenceRow("fc", (8, 4), 0.75, "csr", 1.0, 0.25, 0.4, 0.2)
@@ -81,13 +58,13 @@ class InferenceReport:
         float32, CPU threads: 1
     """
 
-    rows: tuple[InferenceRow, ...]
-    dense_ms: float
+    rows: tuple[InferenceRow, ...]  # the Linear and Conv layers in the model's order
+    dense_ms: float  # milliseconds of the whole network for the example input
     sparse_ms: float
-    dense_mb: float
+    dense_mb: float  # megabytes of all parameters and buffers
     sparse_mb: float
-    threads: int
-    notes: tuple[str, ...] = ()
+    threads: int  # `torch.get_num_threads()` at the time
+    notes: tuple[str, ...] = ()  # what is good to know besides
 
     def __str__(self) -> str:
         cells = [["layer", "shape", "zeros", "way", "dense ms", "sparse ms", "gain", "dense MB", "sparse MB"]]

@@ -17,8 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["add_histogram", "serves", "shrink"]
-
 _BLOCK = 1024
 _PROGRAMS = 2048  # at most, for the histogram: each adds its own to the common one once
 

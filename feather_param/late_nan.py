@@ -11,8 +11,6 @@ from torch import Tensor
 from feather_param.shards import held_here
 from feather_param.thresholds import refuse_non_finite
 
-__all__ = ["LateNaN"]
-
 
 class LateNaN:
     """A look at the threshold of the step before, which is NaN where a weight was not finite.

@@ -45,15 +45,10 @@ class LayerMultiplyAdds:
 
 @dataclass(frozen=True)
 class MultiplyAdds:
-    """The multiply-adds of one forward pass.
+    """The multiply-adds of one forward pass."""
 
-    Attributes:
-        rows: the weights that were counted, in the model's order.
-        uncounted: names of other matrices and kernels, with the reason why they were not.
-    """
-
-    rows: tuple[LayerMultiplyAdds, ...]
-    uncounted: dict[str, str] = field(default_factory=dict)
+    rows: tuple[LayerMultiplyAdds, ...]  # the weights that were counted, in the model's order
+    uncounted: dict[str, str] = field(default_factory=dict)  # other matrices and kernels, with the reason
 
     @property
     def dense(self) -> int:

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from feather_param.extras import extra
 
-__all__ = ["LARGEST", "crc", "pack", "unpack"]
-
 Bytes = NDArray[np.uint8]
 Elements = NDArray[Any]  # unsigned integers, one-dimensional; only whether all bits of one are 0 matters
 

@@ -11,8 +11,6 @@ from torch import nn
 
 from feather_param.sites import Site, full_name, is_matrix, sites_of
 
-__all__ = ["Filter", "Rule"]
-
 Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
 """Glob patterns on names, or a predicate on (module name, module)."""
 

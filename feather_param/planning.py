@@ -14,8 +14,6 @@ from feather_param.selection import Filter, select
 from feather_param.tables import aligned, grouped
 from feather_param.thresholds import require_finite
 
-__all__ = ["Plan", "PlannedWeight", "plan"]
-
 
 @dataclass(frozen=True)
 class PlannedWeight:

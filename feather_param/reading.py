@@ -17,8 +17,6 @@ from torch import Tensor
 
 from feather_param.files import SPARSE, load_sparse
 
-__all__ = ["Checkpoint", "read"]
-
 _USUAL = ("state_dict", "model_state_dict", "model")
 
 

@@ -11,8 +11,6 @@ from feather_param.tables import aligned, grouped
 from feather_param.thresholds import PruneCount
 from feather_param.warning import warn
 
-__all__ = ["Report", "Row", "rows", "warn_of_dead"]
-
 
 @dataclass(frozen=True)
 class Row:

@@ -13,10 +13,8 @@ from feather_param.checks import integer
 from feather_param.parametrizations import states_of
 from feather_param.patterns import Filter, Rule
 from feather_param.shards import is_sharded
-from feather_param.sites import Site, Weight, is_matrix, names_of, sites_of
+from feather_param.sites import Site, Weight, is_matrix, sites_of
 from feather_param.tables import grouped
-
-__all__ = ["Filter", "Selection", "Site", "Weight", "names_of", "select"]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from feather_param.thresholds import Sum
 
-__all__ = ["held_here", "is_sharded", "local", "whole"]
-
 
 def is_sharded(tensor: object) -> bool:
     """Return whether something is a tensor distributed over processes."""

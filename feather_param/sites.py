@@ -10,18 +10,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-__all__ = [
-    "LAYERS",
-    "Site",
-    "Weight",
-    "full_name",
-    "is_matrix",
-    "names_of",
-    "originals_of",
-    "parametrizations_of",
-    "sites_of",
-]
-
 LAYERS = (
     nn.Linear,
     nn.Conv1d,

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from feather_param.files import save_sparse, ties
 
-__all__ = ["file_sizes", "untied"]
-
 _CHUNK = 1 << 20
 _LEVEL = 6  # gzip's own
 

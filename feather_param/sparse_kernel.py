@@ -16,8 +16,6 @@ from typing import Any
 
 from feather_param.extras import extra
 
-__all__ = ["compiled", "sum_of_slices"]
-
 _BLOCK = 1024  # columns whose sums stay in the nearest cache while a row is added up
 
 

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from feather_param import sparse_kernel
 
-__all__ = ["SparseLayer"]
-
 Sizes = tuple[int, ...]
 
 _COPIED = 2**18  # elements that are copied at once: a megabyte stays in the cache, and needs no fresh pages
@@ -181,20 +179,14 @@ class _Layout:
 
     With stride s, windows move by s pixels. The grid therefore keeps pixels of the same remainder modulo s together, as
     an image each, so that in there windows move by one again.
-
-    Attributes:
-        grid: shape [remainders, in channels, batch, *sizes].
-        copies: index into the grid and index into the input, channels first, of what is copied.
-        starts: where in the grid the first window's element begins, of each column of the matrix, int64.
-        out: sizes of the output, which are the first ones of the grid's.
-        width: from the first output to the last one in the grid.
     """
 
-    grid: Sizes
+    grid: Sizes  # [remainders, in channels, batch, *sizes]
+    # Of what is copied, the index into the grid and the index into the input, channels first.
     copies: list[tuple[tuple[Any, ...], tuple[Any, ...]]]
-    starts: Tensor
-    out: Sizes
-    width: int
+    starts: Tensor  # where in the grid the first window's element begins, of each column of the matrix, int64
+    out: Sizes  # of the output, which are the first ones of the grid's
+    width: int  # from the first output to the last one in the grid
 
     @staticmethod
     def of(shape: Sizes, kernel: Sizes, stride: Sizes, dilation: Sizes, ends: Sizes) -> _Layout:

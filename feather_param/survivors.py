@@ -19,8 +19,6 @@ from torch import Tensor
 from feather_param.threads import in_threads
 from feather_param.thresholds import INTEGER
 
-__all__ = ["serves", "shrink"]
-
 # Elements handled at a time, so that what is made of them stays in the cache (`benchmarks.operator`).
 _CHUNK = 1 << 17
 

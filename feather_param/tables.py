@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-__all__ = ["aligned", "grouped", "percent", "short"]
-
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """Return lines of cells as columns: the first two to the left, for names and shapes, the others to the right.

@@ -8,8 +8,6 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["in_threads"]
-
 T = TypeVar("T")
 
 # With fewer elements than this, threads take longer than they save: torch's own still spin for a while on their cores.

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from feather_param import survivors
 from feather_param.thresholds import flat, kernels
 
-__all__ = ["concrete", "feather_threshold", "smallest_kept"]
-
 # With fewer elements than this, the gradient is not worth cutting into parts (`benchmarks.operator`).
 _SMALL = 1 << 18
 

@@ -21,18 +21,6 @@ from torch import Tensor
 
 from feather_param.threads import in_threads
 
-__all__ = [
-    "INTEGER",
-    "PruneCount",
-    "Sum",
-    "count_pruned",
-    "flat",
-    "kernels",
-    "kth_magnitude",
-    "refuse_non_finite",
-    "require_finite",
-]
-
 Bits = NDArray[np.signedinteger[Any]]
 
 Sum = Callable[[Tensor], Tensor]

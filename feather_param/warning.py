@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 
-__all__ = ["warn", "warn_of_early"]
-
 
 def warn(message: str) -> None:
     """Warn from the nearest caller outside this library and torch, so that each line of the user's warns once."""

@@ -14,8 +14,6 @@ from feather_param.core.state_dict import accept_dense
 from feather_param.parametrizations import FeatherParametrization, Place, SharedSparsity
 from feather_param.sites import Weight, names_of, parametrizations_of
 
-__all__ = ["attach", "detach", "links", "remove_parametrizations", "require_attached"]
-
 # Note [The class of a parametrized layer]
 # torch gives each parametrized layer a class of its own, which has the weight as a property, and takes it away with the
 # last parametrization. What we need of a layer are methods of that class: they are gone with it, whoever removes the

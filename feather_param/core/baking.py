@@ -19,8 +19,6 @@ from feather_param.thresholding import feather_threshold, smallest_kept
 from feather_param.thresholds import require_finite
 from feather_param.warning import warn_of_early
 
-__all__ = ["bake", "baked", "check_other_parametrizations", "final_masks", "final_values", "refuse_shards", "write"]
-
 
 def bake(model: nn.Module) -> None:
     """Write the exact zeros into the Parameters and remove our parametrizations; on an error nothing changes."""

@@ -14,8 +14,6 @@ from feather_param.allocations import Allocation, Budget, global_magnitude
 from feather_param.checks import integer, real
 from feather_param.schedules import Schedule
 
-__all__ = ["Config", "Theta"]
-
 Theta = Callable[[float], float]
 """Maps the current rate to the gradient scale of pruned elements."""
 

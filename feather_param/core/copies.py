@@ -19,19 +19,6 @@ from feather_param.warning import warn
 if TYPE_CHECKING:
     from feather_param.parametrizations import FeatherParametrization, Position, SharedSparsity
 
-__all__ = [
-    "Bits",
-    "Seen",
-    "bits",
-    "copy_parametrization",
-    "copy_shared",
-    "follow",
-    "moved",
-    "note_training",
-    "position",
-    "seen",
-]
-
 _FOLLOWERS = "feather_param followers"  # of a position, in the memo of a deepcopy
 
 # Note [Copies]

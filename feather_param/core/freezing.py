@@ -9,8 +9,6 @@ from feather_param.parametrizations import SharedSparsity, held
 from feather_param.shards import held_here
 from feather_param.thresholds import kth_magnitude
 
-__all__ = ["freeze", "hold"]
-
 # Note [Frozen weights]
 # A frozen model computes with masks, and its dense weights have zeros where these are False. An optimizer step may
 # move the zeros (momentum, weight decay): the masks keep that from the forward pass, and `hold` sets them to zero

@@ -19,8 +19,6 @@ from feather_param.core.eager import eager
 from feather_param.parametrizations import SharedSparsity
 from feather_param.warning import warn
 
-__all__ = ["Follower", "Movement", "checked_optimizer"]
-
 _KEY = "feather_param"  # of what we add to a saved state, beside torch's "state" and "param_groups"
 
 _TORCHS = Optimizer.__init__.__code__.co_filename  # where the wrapper of `step` is that calls hooks

@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["methods", "plain_again"]
-
 
 def methods(layer: nn.Module) -> dict[str, Callable[..., Any]]:
     """Return methods for the class of a parametrized layer, with which it keeps no list; none for other layers.

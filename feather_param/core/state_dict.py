@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["accept_dense", "of_sparsified", "pack_position", "unpack_position"]
-
 # The dense weights have the names that `torch.nn.utils.parametrize` gives them. One entry beside them holds the
 # position, as four int64 numbers: a version, the number of zeros, the optimizer steps, and the step at which the masks
 # were fixed, or -1. Thresholds and masks are not saved, for they follow from these and the weights.
