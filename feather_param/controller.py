@@ -68,7 +68,7 @@ class Controller:
         Weights at their guard (``max_rate_per_layer``, ``min_nonzero_per_layer``) have smaller ones. Once frozen, it
         stays as it was.
         """
-        self._shared.keep_up()
+        self._shared.check()
         first, *others = (group.threshold for group in self._shared.position.groups if group.names)
         return reduce(torch.maximum, (threshold.to(first.device) for threshold in others), first).detach().clone()
 
@@ -229,7 +229,7 @@ class Controller:
         """
         self._require("report()")
         shared = self._shared
-        shared.settle()
+        shared.refresh_if_changed()
         report = Report(rows(shared.weights(), shared.counts()), dict(self._skipped))
         warn_of_dead(report)
         return report
@@ -249,7 +249,7 @@ class Controller:
                     [ True,  True]])
         """
         self._require("masks()")
-        self._shared.settle()
+        self._shared.refresh_if_changed()
         return self._shared.masks()
 
     def state_dict(self) -> dict[str, Any]:

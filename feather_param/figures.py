@@ -47,11 +47,7 @@ def draw(
         >>> [axes.get_xlabel() for axes in figure.axes]
         ['weights that survive, of each layer (dashed: all layers, 25.0%)']
     """
-    instance(report, Report, "controller.report()")
-    if history is not None:
-        instance(history, History, "History(controller)")
-    if multiply_adds is not None:
-        instance(multiply_adds, MultiplyAdds, "multiply_adds(model, input)")
+    check_arguments(report, history, multiply_adds)
     history = history if history and len(history.looks) > 1 else None
     layers = max(_FEWEST_ROWS, len(report.rows), len(multiply_adds.rows) if multiply_adds else 0)
     widths = [_HISTORY_WIDTH] * bool(history) + [7.0] + [6.0] * (multiply_adds is not None)
@@ -67,6 +63,15 @@ def draw(
         same = [row.name for row in report.rows] == [row.name for row in multiply_adds.rows]
         _draw_multiply_adds(parts.pop(0).subplots(), multiply_adds, named=not same)
     return figure
+
+
+def check_arguments(report: Any, history: Any, multiply_adds: Any) -> None:
+    """Raise a TypeError for what is no report, history or count; the latter two may be None."""
+    instance(report, Report, "controller.report()")
+    if history is not None:
+        instance(history, History, "History(controller)")
+    if multiply_adds is not None:
+        instance(multiply_adds, MultiplyAdds, "multiply_adds(model, input)")
 
 
 def history_svg(history: History) -> str:

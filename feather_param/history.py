@@ -68,9 +68,6 @@ class History:
     A weight survives if `desparsify` would leave it at that moment. The first look is taken at once. The masks of
     the last look are kept in memory, one bit a weight; a look takes about as long as baking the model would.
 
-    Args:
-        controller: what `sparsify` returned.
-
     Attributes:
         looks: all looks so far, the oldest first.
 

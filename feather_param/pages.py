@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from feather_param.checks import instance
-from feather_param.figures import history_svg
+from feather_param.figures import check_arguments, history_svg
 from feather_param.history import History, Look
 from feather_param.multiply_adds import MultiplyAdds
 from feather_param.report import Report
@@ -60,11 +59,7 @@ def page(
         >>> html[:15], "a &lt;small&gt; layer" in html, "12 of 16 weights are zero" in html
         ('<!doctype html>', True, True)
     """
-    instance(report, Report, "controller.report()")
-    if history is not None:
-        instance(history, History, "History(controller)")
-    if multiply_adds is not None:
-        instance(multiply_adds, MultiplyAdds, "multiply_adds(model, input)")
+    check_arguments(report, history, multiply_adds)
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{_summary(report, multiply_adds)}</p>"]
     if sizes:
         parts += ["<h2>File size</h2>", _sizes(sizes)]

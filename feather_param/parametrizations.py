@@ -22,30 +22,21 @@ from feather_param.sites import Site, originals_of
 from feather_param.thresholding import concrete, feather_threshold, smallest_kept
 from feather_param.thresholds import PruneCount
 
-__all__ = [
-    "FeatherParametrization",
-    "Place",
-    "Position",
-    "SharedSparsity",
-    "feather_threshold",
-    "held",
-    "rounded_down",
-    "states_of",
-]
+__all__ = ["FeatherParametrization", "feather_threshold"]
 
 # Note [Thresholds]
 # The controller makes the thresholds at each of its steps, from the weights and the number of zeros (`move`). They
 # stand in the `Position`, and in a buffer of each parametrization, which its forward pass reads.
 # A threshold is valid for the weights that it was computed from. So a parametrization remembers which tensor its weight
 # was, and the version of that tensor, which torch counts up at each write. A forward pass that finds another version
-# has all the thresholds taken anew (`look`), for the same number of zeros. A layer's pass compares its own
-# weight; one that comes by again begins a new pass of the model, and compares all. What bumps no version makes the
+# has all the thresholds taken anew (`check`), for the same number of zeros. A layer's pass compares its own weight; one
+# that comes by again begins a new pass of the model, and compares all. What bumps no version makes the
 # parametrizations forget what they have seen: `train()` and `eval()` (for writes to `.data`), `to()`, and loads.
-# A pass inside of a backward pass does not look: where an optimizer steps in there, a layer that is computed once more
-# for its gradients (activation checkpointing) must find the threshold of the first time.
-# Nor does anybody look where versions tell nothing: at another tensor than was there outside of the pass (FSDP2 gathers
-# one for each pass, `torch.func` puts its own there, or its own buffer), at tensors without values (tracers, the meta
-# device) or made in inference mode, and in compiled graphs. `Controller.refresh` is for these.
+# A pass inside of a backward pass refreshes nothing: where an optimizer steps in there, a layer that is computed once
+# more for its gradients (activation checkpointing) must find the threshold of the first time.
+# Nor does one where versions tell nothing: at another tensor than was there outside of the pass (FSDP2 gathers one for
+# each pass, `torch.func` puts its own there, or its own buffer), at tensors without values (tracers, the meta device)
+# or made in inference mode, and in compiled graphs. `Controller.refresh` is for these.
 
 
 @dataclass
@@ -176,9 +167,9 @@ class SharedSparsity(nn.Module):
         zeros = self.budget.zeros(rate)
         if frozen_step is None:
             self._take(zeros)
-            self.fix(None)
+            self.set_masks(None)
         elif not self.frozen or self._masks_are_lost:
-            self.fix(self._masks_for(zeros))
+            self.set_masks(self._masks_for(zeros))
             self.position.zeros = zeros
         self.position.step, self.position.frozen_step = step, frozen_step
         self.write_theta()
@@ -190,10 +181,10 @@ class SharedSparsity(nn.Module):
         if not self.frozen:
             self._take(self.position.zeros)
         elif self._masks_are_lost:
-            self.fix(self._masks_for(self.position.zeros))
+            self.set_masks(self._masks_for(self.position.zeros))
 
-    def keep_up(self, reader: FeatherParametrization | None = None) -> None:
-        """Look if the thresholds no longer are those of the weights: of a reader that comes by, or of all."""
+    def check(self, reader: FeatherParametrization | None = None) -> None:
+        """Refresh if the thresholds no longer are those of the weights: of a reader that comes by, or of all."""
         if self.rests or (reader is not None and reader.lent):
             return
         if reader is None or reader in self.read or not self.read:
@@ -204,21 +195,21 @@ class SharedSparsity(nn.Module):
         if reader is not None:
             self.read.add(reader)
         if any(feather.changed(or_replaced=reader is None) for feather in readers):
-            self.look()
+            self.refresh_if_possible()
         elif any(f.threshold._version != f.written[1] and concrete(f.threshold) for f in readers):
             self._write()  # somebody has copied or averaged all buffers
 
     @eager
-    def look(self) -> None:
+    def refresh_if_possible(self) -> None:
         """Take the thresholds anew if there are values to take them from, and this is no backward pass."""
         if torch._C._current_graph_task_id() != -1 or self.rests or not self.places:
             return
         if all(isinstance(o, nn.Parameter) and concrete(o) and not o.is_meta for o in self.originals):
             self.refresh()
 
-    def settle(self) -> None:
+    def refresh_if_changed(self) -> None:
         """Have the thresholds or masks that an evaluation would have."""
-        self.refresh() if self.sharded else self.keep_up()
+        self.refresh() if self.sharded else self.check()
 
     def masks(self) -> dict[str, Tensor]:
         """Return which elements of each weight stay, by name, by the thresholds as they are."""
@@ -231,7 +222,7 @@ class SharedSparsity(nn.Module):
             return {name: PruneCount(int((~mask).sum())) for name, mask in self.masks().items()}
         return count_zeros(self.weights(), self.position.groups)
 
-    def fix(self, fixed: Mapping[str, Tensor] | None) -> None:
+    def set_masks(self, fixed: Mapping[str, Tensor] | None) -> None:
         """Let masks stand in for the thresholds, by name, or no longer."""
         for feather, place in self.places.items():
             feather.mask = None if fixed is None else fixed[place.name]
@@ -306,10 +297,10 @@ class SharedSparsity(nn.Module):
                 self.position.zeros, self.position.step, self.position.frozen_step = zeros, step, frozen_step
                 self.arriving = None
                 self.write_theta()
-                self.fix(None)
+                self.set_masks(None)
         if feather is next(reversed(self.places), None):
             with contextlib.suppress(ValueError):  # NaN: whoever uses these weights hears of it, not who loads them
-                self.look()
+                self.refresh_if_possible()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # type: ignore[override]
         *_, missing, _, errors = args
@@ -370,9 +361,9 @@ class FeatherParametrization(nn.Module):
         compiling = torch.compiler.is_compiling()
         if self.mask is None:
             if not compiling:
-                shared.keep_up(self)
+                shared.check(self)
             elif shared.source is not None:  # nobody could call `Controller.refresh` for a copy: a break in the graph
-                shared.look()
+                shared.refresh_if_possible()
         if self.mask is not None:
             return torch.where(self.mask, weight, 0.0)
         theta: Any = shared.config.theta if shared.theta is None else shared.theta
@@ -422,7 +413,7 @@ class FeatherParametrization(nn.Module):
         with torch.no_grad():
             original: Any = place.originals[0]
             part = original.to_local() if is_sharded(original) else original
-            part.copy_(held(part, local(self.mask, original)))
+            part.copy_(with_zeros(part, local(self.mask, original)))
 
     def train(self, mode: bool = True) -> FeatherParametrization:
         if not mode or not self.training:  # some loops call `train()` before each batch
@@ -468,7 +459,7 @@ def states_of(model: nn.Module) -> list[SharedSparsity]:
     return list(dict.fromkeys(found))
 
 
-def held(dense: Tensor, mask: Tensor) -> Tensor:
+def with_zeros(dense: Tensor, mask: Tensor) -> Tensor:
     """Return a weight with zeros where the mask is False, and only there."""
     return torch.where(mask, torch.where(dense == 0, smallest_kept(dense.dtype), dense), 0.0)
 

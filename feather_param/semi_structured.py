@@ -16,20 +16,14 @@ _FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def is_semi_structured(tensor_or_model: Tensor | nn.Module) -> bool:
-    """Tell whether of each 4 neighbours along the last dimension at most 2 are non-zero.
+    """Return whether of each 4 neighbours along the last dimension at most 2 are non-zero.
 
-    The last dimension of a Linear weight is that of the inputs, along which the GPU multiplies. Dtype and device do
-    not matter here. A tensor whose last dimension is no multiple of 4 is not 2:4. NaN counts as non-zero, -0.0 as zero.
+    The last dimension of a Linear weight is that of the inputs, along which the GPU multiplies. A tensor whose last
+    dimension is no multiple of 4 is not 2:4. NaN counts as non-zero, -0.0 as zero. Of a model, all Linear weights are
+    looked at, as the forward pass sees them; one without is not 2:4.
 
     A rate of 0.5 is necessary and by far not sufficient: pruning by magnitude leaves some group of 4 with 3 survivors
     even at high rates.
-
-    Args:
-        tensor_or_model: a tensor of one or more dimensions; or a model, of which all Linear weights are looked at, as
-            the forward pass sees them.
-
-    Returns:
-        Whether it holds; False for a model without Linear layers.
 
     Raises:
         TypeError: it is neither.
@@ -61,12 +55,9 @@ def to_semi_structured(model: nn.Module) -> list[str]:
     Save the model before: converted weights load with neither ``weights_only=True`` nor safetensors. They hold
     about 9/16 of the dense bytes and take no gradient. torch warns, once, that its 2:4 tensors are a prototype.
 
-    Args:
-        model: a plain model (after `desparsify`) on an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, its
-            Linear weights 2:4, float16 or bfloat16, their shapes multiples of 32 x 64; it may itself be a layer.
-
-    Returns:
-        The names of the converted layers; those converted before are not among them.
+    The model is plain (after `desparsify`) and on an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, its Linear
+    weights 2:4, float16 or bfloat16, their shapes multiples of 32 x 64; it may itself be a layer. Returned are the
+    names of the layers that were converted now.
 
     Raises:
         ValueError: a layer is not as described (each is named, with what to do), or there is none.

@@ -25,13 +25,8 @@ def file_sizes(tensors: Mapping[str, Tensor], progress: Progress = lambda what, 
     """Return the bytes that tensors take: dense, dense and gzipped, and as `save_sparse` writes them.
 
     The dense ones are counted without the header, of some kilobytes, that each format has; tied tensors once.
-
-    Args:
-        tensors: what to measure.
-        progress: called now and then, for gzip and zstandard take seconds for 100 MB.
-
-    Returns:
-        Bytes by format; ``"sparse + zstd"`` only where zstandard is installed (``pip install feather_param[files]``).
+    ``"sparse + zstd"`` is there only where zstandard is installed (``pip install feather_param[files]``).
+    gzip and zstandard take seconds for 100 MB: `progress` is called now and then.
 
     Example:
         >>> weight = torch.where(torch.rand(500, 500) < 0.1, torch.randn(500, 500), 0.0)

@@ -13,18 +13,16 @@ __all__ = ["ScalarWriter", "add_look", "add_multiply_adds", "add_report"]
 
 
 class ScalarWriter(Protocol):
-    """What is needed of a writer: ``torch.utils.tensorboard.SummaryWriter`` has it, and so have others."""
+    """What is needed of a writer.
+
+    ``torch.utils.tensorboard.SummaryWriter`` has it (``pip install 'feather_param[tensorboard]'``), and so have others.
+    """
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> Any: ...
 
 
 def add_report(writer: ScalarWriter, report: Report, step: int) -> None:
-    """Write the fraction of each weight that survives, as ``survivors/NAME``.
-
-    Args:
-        writer: a SummaryWriter (``pip install 'feather_param[tensorboard]'``), or anything with its ``add_scalar``.
-        report: what `Controller.report` returned.
-        step: optimizer steps made.
+    """Write the fraction of each weight that survives after so many optimizer steps, as ``survivors/NAME``.
 
     Example:
         >>> class Writer:

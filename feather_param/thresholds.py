@@ -50,14 +50,14 @@ def kth_magnitude(weights: Mapping[str, Tensor], k: int, add_up: Sum | None = No
     """Return the exact k-th smallest magnitude of all the weights together.
 
     On a CPU it costs about two passes over the weights and hardly any memory: a sample gives a narrow bracket around
-    the k-th magnitude, one pass counts what lies below and collects what lies inside, and the rest is ranked. A bracket
-    that misses, which only the order of the weights can bring about, costs time but not exactness. Elsewhere, and over
-    several processes, it is found by counting, without waiting for the device: digit by digit on a GPU with triton,
-    else bit by bit. On a device other than the CPU, NaN or infinity in the weights gives NaN instead of an error.
+    the k-th magnitude, one pass counts what lies below and collects what lies inside, and that is ranked. A bracket
+    that misses costs time but not exactness. Elsewhere, and over several processes, it is found by counting, without
+    waiting for the device, digit by digit on a GPU with triton, else bit by bit; NaN or infinity on another device than
+    the CPU gives NaN instead of an error.
 
     Args:
         weights: tensors by name, of any shape, floating dtype, memory format and device.
-        k: 1 for the smallest; 0 stands below them all and gives 0.
+        k: 1 for the smallest; 0 gives 0.
         add_up: where each process holds a part of the weights, sums counts over the processes: 4 times 256 numbers
             on a GPU with triton, else 32 times one. All get the same result, or the same error.
 

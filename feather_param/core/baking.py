@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from feather_param.core.attach import detach
-from feather_param.parametrizations import Place, SharedSparsity, held, rounded_down, states_of
+from feather_param.parametrizations import Place, SharedSparsity, rounded_down, states_of, with_zeros
 from feather_param.report import Report, rows, warn_of_dead
 from feather_param.shards import held_here, is_sharded, whole
 from feather_param.sites import Weight
@@ -92,7 +92,7 @@ def final_values(shared: SharedSparsity) -> dict[str, Tensor]:
         mask, least = kept[name].to(weight.device), smallest_kept(weight.dtype)
         with torch.no_grad():
             if shared.frozen:
-                values[name] = held(weight, mask)
+                values[name] = with_zeros(weight, mask)
             else:
                 threshold = rounded_down(thresholds[name], weight.dtype).to(weight.device)
                 value = feather_threshold(weight, threshold, p=shared.config.p)

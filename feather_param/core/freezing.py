@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from feather_param.core.baking import final_values, refuse_shards, write
-from feather_param.parametrizations import SharedSparsity, held
+from feather_param.parametrizations import SharedSparsity, with_zeros
 from feather_param.shards import held_here
 from feather_param.thresholds import kth_magnitude
 
@@ -25,7 +25,7 @@ def freeze(shared: SharedSparsity) -> None:
         if not shared.position.zeros:  # what is zero before the pruning begins is not pruned
             fixed = {name: torch.ones_like(mask) for name, mask in fixed.items()}
         write(shared, values)
-        shared.fix(fixed)
+        shared.set_masks(fixed)
         shared.position.frozen_step = shared.position.step
 
 
@@ -42,5 +42,7 @@ def hold(shared: SharedSparsity) -> torch.Tensor:
         feather.hold()
     stacked = {place.name for place in shared.places.values() if len(place.parametrizations) > 1}
     if stacked:
-        write(shared, {name: held(dense, kept[name]) for name, dense in shared.weights().items() if name in stacked})
+        write(
+            shared, {name: with_zeros(dense, kept[name]) for name, dense in shared.weights().items() if name in stacked}
+        )
     return zero

@@ -22,11 +22,7 @@ def pack_position(zeros: int, step: int, frozen_step: int | None) -> Tensor:
 
 
 def unpack_position(state: Any, total: int) -> tuple[int, int, int | None]:
-    """Return the number of zeros, the step and the frozen step that a tensor holds.
-
-    Args:
-        state: what `pack_position` returned, on any device.
-        total: number of prunable weights; there cannot be more zeros.
+    """Return the number of zeros, the step and the frozen step that a tensor holds, of a model of so many weights.
 
     Raises:
         ValueError: it is no such tensor, or from another model or version.
