@@ -6,7 +6,8 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -21,7 +22,7 @@ from feather_param.warning import warn
 
 _KEY = "feather_param"  # of what we add to a saved state, beside torch's "state" and "param_groups"
 
-_TORCHS = Optimizer.__init__.__code__.co_filename  # where the wrapper of `step` is that calls hooks
+_WRAPPER = Optimizer.__init__.__code__.co_filename, "wrapper"  # where torch calls the hooks of `step`
 
 # What makes an optimizer's state before it loads one, by a step with a learning rate of 0 that trains nothing.
 _INITIALISER = os.path.join("distributed", "checkpoint", "state_dict.py")
@@ -86,12 +87,9 @@ class Follower:
             if isinstance(other, Follower) and not other._active():
                 other.detach()
         self._after_step, self._active = after_step, active
-        self._depth = 0
-        self._outermost: FrameType | None = None
         order = _Order(model)
         self._handles = (
-            optimizer.register_step_pre_hook(self._enter),
-            optimizer.register_step_post_hook(self._leave),
+            optimizer.register_step_post_hook(self._note),
             optimizer.register_state_dict_post_hook(order.write),
             optimizer.register_load_state_dict_pre_hook(order.restore),
         )
@@ -102,26 +100,17 @@ class Follower:
             handle.remove()
 
     @eager
-    def _enter(self, *_: Any) -> None:
-        if not self._depth or all(frame is not self._outermost for frame in _stack()):  # or one raised: it has no end
-            self._depth = 0
-            self._outermost = next((frame for frame in _stack() if frame.f_code.co_filename == _TORCHS), None)
-        self._depth += 1
-
-    @eager
-    def _leave(self, *_: Any) -> None:
-        self._depth -= 1
-        if self._depth <= 0:
-            self._depth, self._outermost = 0, None
-            if not any(frame.f_code.co_filename.endswith(_INITIALISER) for frame in _stack()):
-                self._after_step()
+    def _note(self, optimizer: Optimizer, *_: Any) -> None:
+        stack = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
+        initialises = any(frame.f_code.co_filename.endswith(_INITIALISER) for frame in stack)
+        if not initialises and sum(_is_step(frame, optimizer) for frame in stack) <= 1:
+            self._after_step()
 
 
-def _stack() -> Iterator[FrameType]:
-    frame = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+def _is_step(frame: FrameType, optimizer: Optimizer) -> bool:
+    """Return whether a frame is that of the function in which torch wraps `step`, called of an optimizer."""
+    where = frame.f_code.co_filename, frame.f_code.co_name
+    return where == _WRAPPER and frame.f_locals.get("args", ())[:1] == (optimizer,)
 
 
 class Movement:
