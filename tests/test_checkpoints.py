@@ -306,3 +306,25 @@ def test_to_empty_then_an_initialisation_of_ones_own():
     controller.step()
     feather_param.desparsify(model)
     assert sum(int((model[i].weight == 0).sum()) for i in (0, 2)) == zeros
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, controller: controller.report(),
+        lambda model, controller: controller.masks(),
+        lambda model, controller: controller.freeze(),
+        lambda model, controller: feather_param.desparsify(model),
+        lambda model, controller: feather_param.baked_state_dict(model),
+    ],
+)
+def test_weights_without_values_are_refused(call):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
+        controller = feather_param.sparsify(model, final_rate=0.9, total_steps=2, end_step=0)
+    with pytest.raises(ValueError, match=r"expected weights with values, got 0\.weight on the meta device; load them"):
+        call(model, controller)
+    model.to_empty(device="cpu")
+    for i in (0, 1):
+        nn.init.normal_(model[i].parametrizations.weight.original)
+    assert controller.report().zeros == round(0.9 * 800)
