@@ -89,7 +89,6 @@ class SharedSparsity(nn.Module):
     ``state_dict``, ``to`` and ``deepcopy`` come by once, and the plain references of a deepcopy lead to the copy's own.
     Its position is a small integer tensor in the model's ``state_dict`` (torch's *extra state*, which nobody averages
     or casts).
-
     """
 
     def __init__(self, config: Config, budget: Budget) -> None:
