@@ -34,8 +34,11 @@ def require_same_shapes(what: str, ours: Mapping[str, Any], theirs: Any) -> None
     """Refuse the state of another model, by the shapes of its weights."""
     if ours != theirs:
         theirs = theirs if isinstance(theirs, Mapping) else {}
-        name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
-        here, there = (shapes.get(name, "none") for shapes in (ours, theirs))
+        here, there, name = next(
+            (here, there, name)
+            for name in {**ours, **theirs}
+            if (here := ours.get(name, "none")) != (there := theirs.get(name, "none"))
+        )
         raise ValueError(
             f"expected {what} of this model, got another's: {name} has shape {here} here and {there} there"
         )

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -68,16 +69,20 @@ def write(file: BinaryIO, metadata: Mapping[str, str], parts: Mapping[str, NDArr
 
 
 def opened(path: str | os.PathLike[str]) -> Any:
-    """Open a safetensors file; what the library lets pass, a name that stands twice, is refused.
+    """Open a safetensors file; a name that stands twice in it, which the library accepts, is refused.
 
     Raises:
         ValueError: it is no such file, or one whose parts overlap, leave bytes out or end after it.
+        OSError: it cannot be read.
     """
-    try:
-        container = safe_open(path, "numpy")
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
     with open(path, "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is a device or pipe")
+        try:
+            # Not mapped into memory: there, a file that somebody cuts short would end the process.
+            container = safe_open(os.fsdecode(path), "numpy", backend="pread")
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
         parse(file.read(int.from_bytes(file.read(8), "little")).decode())
     return container
 

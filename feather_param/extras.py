@@ -9,7 +9,7 @@ _EXTRAS = {"matplotlib": "plot", "numba": "inference", "zstandard": "files"}
 
 
 def extra(name: str) -> ModuleType:
-    """Return a module of such a library."""
+    """Import a module of an optional library; the ImportError names the extra to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -87,7 +89,7 @@ def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
             "expected baked weights, got the state_dict of a sparsified model, whose zeros are not in it yet: it is "
             "saved dense; to save the zeros, pass the model, or baked_state_dict(model)"
         )
-    tensors: dict[str, Any] = ties(state)
+    tensors: dict[str, Any] = first_names(state)
     parts: dict[str, Bytes] = {}
     for name in [name for name, first in tensors.items() if name == first]:
         own, shrunk = pack(_elements(state[name]), zstd)
@@ -108,7 +110,7 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         TypeError: the path is none.
         ValueError: the file is damaged, or another one; the message tells where, or what to load it with.
-        FileNotFoundError: there is none.
+        OSError: it cannot be read.
         ImportError: zstandard is not installed: ``pip install feather_param[files]``.
 
     Example:
@@ -121,9 +123,6 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not isinstance(path, str | os.PathLike):  # open would take a number for a file that is open already
         raise TypeError(f"expected a path, got {type(path).__name__}")
     other = "which is damaged or another one"
-    with open(path, "rb") as file:
-        if file.read(4) == b"PK\x03\x04":
-            other = "a zip file, as torch.save writes; load it with torch.load(path, weights_only=True)"
     try:
         container = opened(path)
         metadata = container.metadata() or {}
@@ -135,6 +134,8 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if type(version) is not int:
             raise ValueError("the version is no number")
     except (ValueError, KeyError, RecursionError) as error:
+        if os.path.isfile(path) and zipfile.is_zipfile(path):  # to open a pipe again would wait for ever
+            other = "a zip file, as torch.save writes; load it with torch.load(path, weights_only=True)"
         raise ValueError(f"expected a file of save_sparse, got {path}, {other}") from error
     if version != _VERSION:
         raise ValueError(
@@ -178,12 +179,12 @@ def _has_memory(tensor: Tensor) -> bool:
         return False
 
 
-def ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return for each name the first one of the same tensor.
 
     Example:
         >>> weight = torch.ones(2)
-        >>> ties({"embedding": weight, "head": weight, "other": torch.ones(2)})
+        >>> first_names({"embedding": weight, "head": weight, "other": torch.ones(2)})
         {'embedding': 'embedding', 'head': 'embedding', 'other': 'other'}
     """
     first: dict[Any, str] = {}
@@ -218,14 +219,14 @@ def _read(container: Any, tensors: Any) -> dict[str, Tensor]:
     memory = memory[-memory.ctypes.data % _ALIGNMENT :]
     loaded: dict[str, Tensor] = {}
     for name, entry in entries.items():
-        parts = {part: container.get_tensor(f"{part}:{name}") for part in entry.parts}
         raw = memory[entry.memory]
         try:
+            parts = {part: container.get_tensor(f"{part}:{name}") for part in entry.parts}
             if crc(parts) != entry.crc32:
                 raise ValueError("the checksum is wrong")
             unpack(parts, entry.zstd, raw.view(f"u{_width(entry.dtype)}"))
             loaded[name] = torch.from_numpy(raw).view(entry.dtype).reshape(entry.shape)
-        except ValueError as error:
+        except (ValueError, SafetensorError) as error:
             raise ValueError(f"{name}: {error}") from error
     return {name: loaded[described] for name, described in names.items()}
 

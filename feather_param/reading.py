@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from feather_param.container import opened
 from feather_param.files import SPARSE, load_sparse
 
 _USUAL = ("state_dict", "model_state_dict", "model")
@@ -69,8 +69,7 @@ def _read_safetensors(path: Path, key: str | None) -> Checkpoint:
     if key:
         raise ValueError(f"expected no key for {path}: a safetensors file holds one set of tensors")
     try:
-        with safe_open(path, "pt") as file:
-            sparse = SPARSE in (file.metadata() or {})
+        sparse = SPARSE in (opened(path).metadata() or {})
         tensors = {} if sparse else load_file(path)
     except Exception as error:  # of safetensors' own class, or what torch makes of a dtype that it lacks
         raise ValueError(f"expected a safetensors file, got {path}, which is damaged: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ LAYERS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and activation checkpointing
 
 # The input projections of `nn.MultiheadAttention`: three Linear layers in all but class, in one tensor or three.
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -120,6 +123,17 @@ def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
 def full_name(module: str, tensor: str) -> str:
     """Return the name of a tensor of a module; the root's tensors have names without a dot."""
     return f"{module}.{tensor}" if module else tensor
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a parameter in the plain model, without a parametrization and wrappers.
+
+    Example:
+        >>> plain_name("_orig_mod.0.parametrizations.weight.original")
+        '0.weight'
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    return re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", ".".join(parts))
 
 
 def is_matrix(parameter: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from feather_param.files import save_sparse, ties
+from feather_param.files import first_names, save_sparse
 
 _CHUNK = 1 << 20
 _LEVEL = 6  # gzip's own
@@ -51,7 +51,7 @@ def file_sizes(tensors: Mapping[str, Tensor], progress: Progress = lambda what, 
 
 def untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return each tensor once, by its first name."""
-    return {name: tensors[name] for name, first in ties(tensors).items() if name == first}
+    return {name: tensors[name] for name, first in first_names(tensors).items() if name == first}
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:

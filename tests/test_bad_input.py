@@ -231,6 +231,7 @@ STATES = [
         lambda state: {**state, "weights": {**state["weights"], "3.weight": [16, 99]}},
         r"of this model, got another's: 3.weight has shape \[16, 128\] here and \[16, 99\] there",
     ),
+    (lambda state: {**state, "weights": {**state["weights"], "9.weight": None}}, "has shape none here and None there"),
     (lambda state: {**state, "weights": {}}, r"0.weight has shape \[8, 3, 3, 3\] here and none there"),
     (
         lambda state: {**state, "weights": {**state["weights"], "9.weight": [1]}},

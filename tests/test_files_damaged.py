@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import random
 import struct
 import sys
@@ -20,7 +21,7 @@ import safetensors.torch
 import torch
 from safetensors.numpy import save
 
-from feather_param import load_sparse, save_sparse
+from feather_param import files, load_sparse, save_sparse
 from tests.sparse_files import SIZES, Refused, parts_of, read
 from tests.test_files import bits, example
 
@@ -291,6 +292,45 @@ OTHERS = {
 def test_other_files(tmp_path, content):
     (tmp_path / "t").write_bytes(content)
     with pytest.raises(ValueError, match=r"expected a file of save_sparse, got .*t, which is damaged or another one"):
+        load_sparse(tmp_path / "t")
+
+
+class Encoded(os.PathLike):
+    def __init__(self, path: Path) -> None:
+        self.path = os.fsencode(path)
+
+    def __fspath__(self) -> bytes:
+        return self.path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes are POSIX's")
+def test_paths_of_other_kinds(tmp_path):
+    content = example(tmp_path / "t", zstd=False)
+    assert load_sparse(Encoded(tmp_path / "t")).keys() == load_sparse(tmp_path / "t").keys()
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDWR)
+    os.write(pipe, content[:9])
+    for path in (tmp_path / "pipe", os.devnull):
+        with pytest.raises(
+            ValueError, match=r"expected a file of save_sparse, got .*, which is damaged or another one"
+        ):
+            load_sparse(path)
+    os.close(pipe)
+    with pytest.raises(IsADirectoryError):
+        load_sparse(tmp_path)
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path, monkeypatch):
+    """An error, not the end of the process, as for memory that is mapped from it."""
+    example(tmp_path / "t", zstd=False)
+
+    def cut(tensors, sizes):
+        os.truncate(tmp_path / "t", 8)
+        return entries(tensors, sizes)
+
+    entries = files._entries
+    monkeypatch.setattr(files, "_entries", cut)
+    with pytest.raises(ValueError, match=r"expected a whole file of save_sparse, got .*, which is damaged: "):
         load_sparse(tmp_path / "t")
 
 

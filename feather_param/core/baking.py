@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from feather_param.core.attach import detach
 from feather_param.parametrizations import Place, SharedSparsity, rounded_down, states_of, with_zeros
 from feather_param.report import Report, rows, warn_of_dead
 from feather_param.shards import held_here, is_sharded, whole
-from feather_param.sites import Weight
+from feather_param.sites import Weight, full_name, names_of, plain_name
 from feather_param.thresholding import feather_threshold, smallest_kept
 from feather_param.thresholds import require_finite
 from feather_param.warning import warn_of_early
@@ -36,7 +37,9 @@ def bake(model: nn.Module) -> None:
 
 def baked(model: nn.Module) -> dict[str, Tensor]:
     """Return the state_dict that `bake` would leave, keys in the plain model's order."""
-    found: dict[nn.Module, tuple[Place, dict[str, Tensor]]] = {}  # of each layer
+    names = names_of(model)
+    found: dict[str, tuple[Place, Tensor]] = {}  # by the name of the tensor in the plain model
+    ours: list[str] = []  # modules that are not in the plain model
     for shared in _whole_states(model):
         values = final_values(shared)
         for place in shared.places.values():
@@ -45,31 +48,44 @@ def baked(model: nn.Module) -> dict[str, Tensor]:
                     f"expected {place.site.name} to carry no parametrization but ours, got another library's too; "
                     "desparsify a copy.deepcopy(model) and take its state_dict"
                 )
-            found.setdefault(place.site.module, (place, {}))[1][place.site.tensor] = values[place.name]
-
-    def plain(layer: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-        place, tensors = found[layer]
-        ours = tuple(f"{prefix}parametrizations.{name}." for name in tensors)
-        entries: list[tuple[str, Tensor]] = []  # of the layer, which are the last ones at this moment
-        while state and next(reversed(state)).startswith(prefix):
-            entries.append(state.popitem())
-        own = {key: value for key, value in reversed(entries) if not key.startswith(ours)}
-        own |= {prefix + name: value for name, value in tensors.items()}
-        in_order = [*(prefix + name for name in place.parameter_order), *own]
-        state.update({key: own[key] for key in in_order if key in own})
-
-    hooks = [layer.register_state_dict_post_hook(plain) for layer in found]
-    try:
-        state = model.state_dict()
-    finally:
-        for hook in hooks:
-            hook.remove()
+            for name in names[place.site.module]:
+                found[plain_name(full_name(name, place.site.tensor))] = place, values[place.name]
+                ours.append(full_name(name, f"parametrizations.{place.site.tensor}"))
+    state = model.state_dict()
+    layers: dict[str, dict[str, Tensor | None]] = {}  # the tensors of each layer in the plain order, by prefix
+    for key in state:
+        prefix, parametrized, tensor = key.removesuffix(".original").rpartition("parametrizations.")
+        if parametrized and (at := found.get(plain_name(key))):
+            layers.setdefault(prefix, dict.fromkeys(at[0].parameter_order))[tensor] = at[1]
+    written = {id(value) for tensors in layers.values() for value in tensors.values()}
+    if missing := [place.site.name for place, value in found.values() if id(value) not in written]:
+        raise ValueError(
+            f"expected the model's state_dict() to hold {missing[0]} under the name that torch gives it, got it without"
+            "; desparsify a copy.deepcopy(model) and take its state_dict"
+        )
+    gone = tuple(
+        f"{prefix}parametrizations.{name}."
+        for prefix, tensors in layers.items()
+        for name, value in tensors.items()
+        if value is not None
+    )
+    new: OrderedDict[str, Tensor] = OrderedDict()
+    pending = sorted(layers, key=len)
+    for key, tensor in state.items():
+        for prefix in [prefix for prefix in pending if key.startswith(prefix)]:
+            pending.remove(prefix)
+            for name, value in layers[prefix].items():
+                value = whole(state.get(prefix + name)) if value is None else value
+                if value is not None:
+                    new[prefix + name] = value
+        if not key.startswith(gone) and key not in new:
+            new[key] = whole(tensor)
     metadata = getattr(state, "_metadata", {})
-    for key in [key for key in metadata if "parametrizations" in key.split(".")]:
-        del metadata[key]
-    for key, value in state.items():
-        state[key] = whole(value)
-    return state
+    left = [key for key in metadata if not f"{key}.".startswith(tuple(f"{name}." for name in ours))]
+    needed = {key.rpartition(".")[0] for key in left}
+    empty = {name.rpartition(".")[0] for name in ours} - needed
+    new._metadata = {key: metadata[key] for key in left if key not in empty}  # type: ignore[attr-defined]
+    return new
 
 
 def final_masks(model: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:

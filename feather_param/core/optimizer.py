@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch.optim import Optimizer
 from feather_param.core import copies
 from feather_param.core.eager import eager
 from feather_param.parametrizations import SharedSparsity
+from feather_param.sites import plain_name
 from feather_param.warning import warn
 
 _KEY = "feather_param"  # of what we add to a saved state, beside torch's "state" and "param_groups"
@@ -26,8 +26,6 @@ _WRAPPER = Optimizer.__init__.__code__.co_filename, "wrapper"  # where torch cal
 
 # What makes an optimizer's state before it loads one, by a step with a learning rate of 0 that trains nothing.
 _INITIALISER = os.path.join("distributed", "checkpoint", "state_dict.py")
-
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and activation checkpointing
 
 Names = list[list[str | None]]
 """For each parameter group, the name of each parameter; None for one that is not the model's."""
@@ -110,7 +108,8 @@ class Follower:
 def _is_step(frame: FrameType, optimizer: Optimizer) -> bool:
     """Return whether a frame is that of the function in which torch wraps `step`, called of an optimizer."""
     where = frame.f_code.co_filename, frame.f_code.co_name
-    return where == _WRAPPER and frame.f_locals.get("args", ())[:1] == (optimizer,)
+    args = frame.f_locals.get("args")
+    return where == _WRAPPER and bool(args) and args[0] is optimizer
 
 
 class Movement:
@@ -195,15 +194,9 @@ class _Order:
     def _names(self, optimizer: Optimizer) -> Names:
         names: dict[int, str] = {}  # of a tied parameter the smallest, for `sparsify` changes which one is the first
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            plain = _plain_name(name)
+            plain = plain_name(name)
             names[id(parameter)] = min(plain, names.get(id(parameter), plain))
         return [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
-
-
-def _plain_name(name: str) -> str:
-    """Return the name of a parameter in the plain model, without a parametrization and wrappers."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    return re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", ".".join(parts))
 
 
 def _find(own: Names, theirs: Any) -> list[list[int]] | None:
@@ -212,10 +205,7 @@ def _find(own: Names, theirs: Any) -> list[list[int]] | None:
     What has no name in `own` stays where it is. All the names in `theirs` may have one more prefix.
     """
     found: list[list[Any]] = [
-        [
-            _plain_name(name) if isinstance(name, str) and mine else None
-            for name, mine in zip(names, group, strict=False)
-        ]
+        [plain_name(name) if isinstance(name, str) and mine else None for name, mine in zip(names, group, strict=False)]
         for names, group in zip(theirs, own, strict=False)
     ]
     wanted, given = (sorted(filter(None, itertools.chain(*names))) for names in (own, found))
