@@ -31,8 +31,9 @@ class Group:
 
 
 Allocation = Callable[[Mapping[str, Tensor], int, Mapping[str, int]], list[Group]]
-"""Divides zeros among weights: from (weights by name, number of zeros, most zeros of some weights by name) to groups.
+"""Divides zeros among weights: from (weights by name, number of zeros, guards by name) to groups.
 
+A guard is the most zeros of a weight; those without a name have none.
 The weights may be sharded over processes; then all processes call it.
 """
 
@@ -79,7 +80,6 @@ def global_magnitude(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[
 
 def count_zeros(weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, PruneCount]:
     """Count the zeros that each weight gets, in the order of the mapping; all processes call this."""
-    _require_values(weights)
     parts, add_up = held_here(weights)
     counts: dict[str, PruneCount] = {}
     for group in groups:
@@ -100,7 +100,6 @@ def masks(weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, T
         >>> masks(weights, [Group(("a",), 1, torch.tensor(1.0))])
         {'a': tensor([False,  True,  True])}
     """
-    _require_values(weights)
     found: dict[str, Tensor] = {}
     for group in groups:
         spare = -group.zeros  # of the elements that equal the threshold, those that stay
@@ -119,11 +118,6 @@ def masks(weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, T
                 found[name] |= tied & (rank > count - spare)
                 spare -= min(count, spare)
     return {name: found[name] for name in weights}
-
-
-def _require_values(weights: Mapping[str, Tensor]) -> None:
-    if empty := [name for name, weight in weights.items() if weight.is_meta]:
-        raise ValueError(f"expected weights with values, got {empty[0]} on the meta device; load them first")
 
 
 def _compared(weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:

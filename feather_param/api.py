@@ -45,7 +45,7 @@ def sparsify(
         final_rate: fraction of zeros among all prunable weights together, in (0, 1).
         total_steps: number of optimizer steps of the training; it counts only where ``end_step`` is None.
         start_step: first step at which weights are pruned.
-        end_step: step from which the rate is ``final_rate``; ``total_steps // 2`` if None.
+        end_step: step from which the rate is ``final_rate``; ``total_steps // 2`` if None, so a single step prunes all.
         schedule: maps progress in [0, 1] between these steps to the fraction of ``final_rate`` in [0, 1].
         p: exponent of the operator, a number >= 1 (1: soft thresholding) or ``math.inf`` (hard).
         theta: scale of the gradient of pruned weights, also a function of the current rate
@@ -56,7 +56,8 @@ def sparsify(
         max_rate_per_layer: no weight gets a larger fraction of zeros than this, in (0, 1); the others get more
             instead (`plan` tells whether the total can be reached).
         min_nonzero_per_layer: in no weight fewer elements than this survive.
-        optimizer: if given, each of its steps makes the controller's (see `Controller.follow`).
+        optimizer: if given, each of its steps makes the controller's, and nobody calls ``step()`` (see
+            `Controller.follow`).
 
     Returns:
         The controller of this model.
@@ -117,11 +118,12 @@ def desparsify(model: nn.Module) -> None:
     `sparsify`. Deepcopies and EMA copies are exact too. Ties at the threshold are broken by position, and those kept
     become the smallest non-zero number of the dtype, so that the network computes what was evaluated.
 
-    Do not step the old optimizer afterwards: momentum and weight decay would revive the zeros. Warns before the
-    schedule's end, as after a forgotten `Controller.step`; copies and frozen models may be baked early.
+    Do not step the old optimizer afterwards: momentum and weight decay would revive the zeros (one that the controller
+    follows warns). Warns before the schedule's end, as after a forgotten `Controller.step`; copies and frozen models
+    may be baked early.
 
     Raises:
-        ValueError: the model is not sparsified, or holds NaN or infinity; it is then untouched.
+        ValueError: the model is not sparsified, or holds NaN, infinity or no values; it is then untouched.
         TypeError: it is no model.
 
     Example:
@@ -140,7 +142,7 @@ def baked_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Tensors that were not pruned are the model's own, as in ``model.state_dict()``; pruned ones are new.
 
     Raises:
-        ValueError: the model is not sparsified, or holds NaN or infinity.
+        ValueError: the model is not sparsified, or holds NaN, infinity or no values.
         TypeError: it is no model.
 
     Example:

@@ -68,7 +68,7 @@ class Controller:
         Weights at their guard (``max_rate_per_layer``, ``min_nonzero_per_layer``) have smaller ones. Once frozen, it
         stays as it was.
         """
-        self._shared.check()
+        self._shared.refresh_if_changed()
         first, *others = (group.threshold for group in self._shared.position.groups if group.names)
         return reduce(torch.maximum, (threshold.to(first.device) for threshold in others), first).detach().clone()
 
@@ -82,7 +82,8 @@ class Controller:
             RuntimeError: the model has been desparsified, a layer of it was replaced, or the controller follows an
                 optimizer, whose steps count.
             ValueError: a weight holds NaN or infinity, or tied weights no longer are; the controller has not advanced.
-                On a GPU, without guards, NaN is noticed a step or two late, for no step waits for the device.
+                On a GPU, NaN is noticed a step or two late, for no step waits for the device, unless there are guards
+                or the weights are sharded.
         """
         self._require("step()")
         if self._follower is not None:
@@ -95,13 +96,13 @@ class Controller:
     def refresh(self) -> None:
         """Take the thresholds anew, from the weights as they are now; the schedule stands.
 
-        Forward passes, reports and `desparsify` see by themselves that weights were loaded, swapped or scaled, and
-        ``train()`` and ``eval()`` have them look for writes through ``.data``. Call this before an evaluation where
-        nothing tells of a write: under FSDP2 (in all processes), in compiled models, after writes past torch.
+        Reports and `desparsify` do so by themselves, and a forward pass does if weights were loaded, swapped or scaled
+        since. Call this before an evaluation where nothing tells of a write: under FSDP2 (in all processes), in
+        compiled models, after writes through ``.data`` without a call of ``train()`` or ``eval()``, or past torch.
 
         Raises:
             RuntimeError: the model has been desparsified, or a layer of it was replaced.
-            ValueError: a weight holds NaN or infinity.
+            ValueError: a weight holds NaN or infinity, or no values (on the meta device).
 
         Example:
             >>> model = nn.Linear(4, 4)
@@ -121,8 +122,8 @@ class Controller:
         """Let each step of an optimizer make this controller's, as ``optimizer=`` of `sparsify` does.
 
         Call this where the optimizer is built later, as FSDP2 asks: `sparsify`, ``fully_shard``, the optimizer, then
-        this. Of several optimizers, give the one that steps last; another call moves over to another one. A deepcopy
-        of the controller follows none.
+        this. Of several optimizers, give the one that steps last: the threshold is taken from the weights as they are
+        then. Another call moves over to another one. A deepcopy of the controller follows none.
 
         A followed optimizer warns if it steps the model after `desparsify`, which brings pruned weights back to life.
         It saves the names of its parameters in its ``state_dict`` (under ``"feather_param"``), by which a state saved
@@ -196,12 +197,13 @@ class Controller:
 
         The dense weights are overwritten by what the forward pass sees, so that the network stays the same; from then
         on pruned weights get no gradient, and neither momentum nor weight decay brings them back. The masks take
-        one byte a weight, and no entry in the ``state_dict``, whose weights have the zeros. Loading a state from before
-        thaws the model; a plain model's state keeps the masks. Warns where there are no zeros yet.
+        one byte a weight, and no entry in the ``state_dict``, whose weights have the zeros. A copy made before goes on
+        by magnitude. Loading a state from before, of the model or the controller, thaws the model; a plain model's
+        state keeps the masks. Warns where there are no zeros yet.
 
         Raises:
             RuntimeError: the model has been desparsified.
-            ValueError: the weights are sharded over processes, or hold NaN or infinity.
+            ValueError: the weights are sharded over processes, or hold NaN, infinity or no values.
 
         Example:
             >>> model = nn.Linear(4, 4)
@@ -222,14 +224,15 @@ class Controller:
     def report(self) -> Report:
         """Report what `desparsify` would leave at this moment, per weight and in all.
 
-        Warns of weights of which nothing survives.
+        Warns of weights of which nothing survives. Where the weights are sharded, all processes call this.
 
         Raises:
-            RuntimeError: the model has been desparsified.
+            RuntimeError: the model has been desparsified, or a layer of it was replaced.
+            ValueError: a weight holds NaN, infinity or no values.
         """
         self._require("report()")
         shared = self._shared
-        shared.refresh_if_changed()
+        shared.refresh()
         report = Report(rows(shared.weights(), shared.counts()), dict(self._skipped))
         warn_of_dead(report)
         return report
@@ -239,7 +242,7 @@ class Controller:
 
         Raises:
             RuntimeError: the model has been desparsified, or a layer of it was replaced.
-            ValueError: a weight holds NaN or infinity.
+            ValueError: a weight holds NaN, infinity or no values.
 
         Example:
             >>> layer = nn.Linear(2, 2)
@@ -249,7 +252,7 @@ class Controller:
                     [ True,  True]])
         """
         self._require("masks()")
-        self._shared.refresh_if_changed()
+        self._shared.refresh()
         return self._shared.masks()
 
     def state_dict(self) -> dict[str, Any]:

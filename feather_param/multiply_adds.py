@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from feather_param.core.baking import final_masks
-from feather_param.sites import names_of, parametrizations_of
+from feather_param.sites import is_matrix, names_of, parametrizations_of
 from feather_param.tables import aligned, grouped
 
 __all__ = ["LayerMultiplyAdds", "MultiplyAdds", "multiply_adds"]
@@ -138,14 +138,9 @@ def _counted(model: nn.Module, uses: Mapping[nn.Module, int]) -> MultiplyAdds:
             continue
         kind = parametrize.type_before_parametrizations(module).__name__
         reason = "its layer is not called in this pass" if isinstance(module, _COUNTED) else f"a weight of {kind}"
-        uncounted.update({prefix + tensor: reason for tensor in _matrices(module)})
+        matrices = [tensor for tensor, value in module._parameters.items() if is_matrix(value)]
+        uncounted.update({prefix + tensor: reason for tensor in [*matrices, *parametrizations_of(module)]})
     return MultiplyAdds(tuple(rows), uncounted)
-
-
-def _matrices(module: nn.Module) -> list[str]:
-    """Return the names of a module's own parameters of two or more dimensions, parametrized or not."""
-    plain = [name for name, value in module._parameters.items() if value is not None and value.dim() >= 2]
-    return [*plain, *parametrizations_of(module)]
 
 
 def _applications(module: nn.Module, given: Tensor, output: Tensor) -> int:

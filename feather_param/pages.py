@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -115,7 +116,7 @@ def _layers(report: Report, looks: Sequence[Look], counted: MultiplyAdds | None)
     heads += ["over time", ">entered", ">left"] * bool(looks) + [">multiply-adds", ">without zeros"] * bool(counted)
     rows: list[str] = []
     for row, part in zip(report.rows, kept, strict=True):
-        cells = [_name(row.name), _left("x".join(map(str, row.shape))), _right(f"{row.total:,}")]
+        cells = [_name(row.name), _cell("x".join(map(str, row.shape))), _right(f"{row.total:,}")]
         cells += [
             _right(f"{row.zeros:,}"),
             _right(percent(part)),
@@ -124,16 +125,16 @@ def _layers(report: Report, looks: Sequence[Look], counted: MultiplyAdds | None)
         if looks:
             layer = latest.get(row.name)
             trail = trails[row.name]
-            cells.append(f"<td>{_sparkline(trail)}</td>" if trail else _left(""))
+            cells.append(f"<td>{_sparkline(trail)}</td>" if trail else _cell(""))
             cells += [_right(f"{layer.entered:,}" if layer else ""), _right(f"{layer.left:,}" if layer else "")]
         if counted is not None:
             add = adds.get(row.name)
             cells += [_right(short(add.dense) if add else "-"), _right(short(add.left) if add else "-")]
         rows.append("".join(cells))
-    total = [_name("all"), _left(""), _right(f"{report.total:,}"), _right(f"{report.zeros:,}")]
-    total += [_right(percent(overall)), _left("")]
+    total = [_name("all"), _cell(""), _right(f"{report.total:,}"), _right(f"{report.zeros:,}")]
+    total += [_right(percent(overall)), _cell("")]
     if looks:
-        total += [_left(""), _right(f"{looks[-1].entered:,}"), _right(f"{looks[-1].left:,}")]
+        total += [_cell(""), _right(f"{looks[-1].entered:,}"), _right(f"{looks[-1].left:,}")]
     if counted is not None:
         total += [_right(short(counted.dense)), _right(short(counted.left))]
     classes = ["dead" if row.name in report.dead else "" for row in report.rows]
@@ -144,7 +145,7 @@ def _layers(report: Report, looks: Sequence[Look], counted: MultiplyAdds | None)
 
 
 def _reasons(reasons: Mapping[str, str]) -> str:
-    return _table(["weight", "reason"], [_name(name) + _left(reason) for name, reason in reasons.items()])
+    return _table(["weight", "reason"], [_name(name) + _cell(reason) for name, reason in reasons.items()])
 
 
 def _table(heads: Sequence[str], rows: Sequence[str], classes: Sequence[str] = ()) -> str:
@@ -173,13 +174,8 @@ def _sparkline(ys: Sequence[float]) -> str:
     return f'<svg class="spark" viewBox="0 0 100 20" preserveAspectRatio="none">{line}</svg>'
 
 
-def _name(text: str) -> str:
-    return f'<td class="name">{escape(text)}</td>'
+def _cell(text: str, kind: str = "") -> str:
+    return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
 
 
-def _left(text: str) -> str:
-    return f"<td>{escape(text)}</td>"
-
-
-def _right(text: str) -> str:
-    return f'<td class="n">{escape(text)}</td>'
+_name, _right = (functools.partial(_cell, kind=kind) for kind in ("name", "n"))

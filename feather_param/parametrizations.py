@@ -25,12 +25,15 @@ from feather_param.thresholds import PruneCount
 __all__ = ["FeatherParametrization", "feather_threshold"]
 
 # Note [Thresholds]
-# The controller makes the thresholds at each of its steps, from the weights and the number of zeros (`move`). They
-# stand in the `Position`, and in a buffer of each parametrization, which its forward pass reads.
+# The controller has the thresholds made at each of its steps, from the weights and the number of zeros: `move` calls
+# `_take`, which calls the allocation. They stand in the `Position`, which reports and bakes read; `_write` copies them
+# into a buffer of each parametrization, which forward passes and compiled graphs read. A deepcopy has its own buffers
+# and shares the tensors of the `Position`, which are replaced and never written to, until its weights move
+# (Note [Copies]).
 # A threshold is valid for the weights that it was computed from. So a parametrization remembers which tensor its weight
 # was, and the version of that tensor, which torch counts up at each write. A forward pass that finds another version
-# has all the thresholds taken anew (`check`), for the same number of zeros. A layer's pass compares its own weight; one
-# that comes by again begins a new pass of the model, and compares all. What bumps no version makes the
+# has all the thresholds taken anew (`refresh_if_changed`), for the same zeros. A layer's pass compares its own weight;
+# one that comes by again begins a new pass of the model, and compares all. What bumps no version makes the
 # parametrizations forget what they have seen: `train()` and `eval()` (for writes to `.data`), `to()`, and loads.
 # A pass inside of a backward pass refreshes nothing: where an optimizer steps in there, a layer that is computed once
 # more for its gradients (activation checkpointing) must find the threshold of the first time.
@@ -68,18 +71,17 @@ class Place(NamedTuple):
         return originals_of(self.parametrizations)
 
     @property
-    def tied(self) -> str:
-        """What to write for the Parameter, in a message."""
-        module = self.site.name.removesuffix(self.site.tensor)
-        return f"model.{module}parametrizations.{self.site.tensor}.original"
+    def before(self) -> list[nn.Module]:
+        """The parametrizations of other libraries that were there before ours."""
+        found = self.parametrizations
+        return [*itertools.takewhile(lambda each: not isinstance(each, FeatherParametrization), found)]
 
     @property
     def watched(self) -> list[Tensor]:
         """All that the weight depends on as it comes to our parametrization, with what those before it hold."""
         if len(self.parametrizations) == 1:
             return self.originals
-        before = itertools.takewhile(lambda each: not isinstance(each, FeatherParametrization), self.parametrizations)
-        return [*self.originals, *(tensor for each in before for tensor in each.parameters())]
+        return [*self.originals, *(tensor for each in self.before for tensor in each.parameters())]
 
 
 class SharedSparsity(nn.Module):
@@ -98,12 +100,11 @@ class SharedSparsity(nn.Module):
         self.places: dict[FeatherParametrization, Place] = {}  # in the order of the model's modules
         self.read: set[FeatherParametrization] = set()  # those that came by since all weights were compared
         self.rests = False  # versions tell nothing, for processes share the weights
-        # Of a copy (see `core.copies`): the position of the model that it was copied from, whether a copy of the
-        # controller came with it, which may step it one day, and whether a gradient has come to its weights.
-        self.source: Position | None = None
-        self.controlled = self.trained = False
         # A position that is being loaded, and the parametrizations whose weights have yet to come.
         self.arriving: tuple[tuple[int, int, int | None], set[FeatherParametrization]] | None = None
+        self.source: Position | None = None  # of a copy, that of the model it was copied from (see `core.copies`)
+        self.controlled = False  # of a copy: a copy of the controller came with it, which may step it one day
+        self.trained = False  # of a copy: a gradient has come to its weights
         # The gradient scale of pruned elements, where it changes in time.
         self.theta = torch.ones((), dtype=torch.float32, device="cpu") if callable(config.theta) else None
 
@@ -148,10 +149,12 @@ class SharedSparsity(nn.Module):
         for feather, place in self.places.items():
             other = self.places[first.setdefault(place.name, feather)]
             if other is not place and any(a is not b for a, b in zip(other.originals, place.originals, strict=True)):
+                sites = [(each.site.name.removesuffix(each.site.tensor), each.site.tensor) for each in (place, other)]
+                again = " = ".join(f"model.{layer}parametrizations.{tensor}.original" for layer, tensor in sites)
                 raise ValueError(
                     f"expected {other.site.name} and {place.site.name} to share one Parameter, as when they were "
                     "sparsified, got two: load_state_dict(assign=True) unties them; load without, or tie them again: "
-                    f"{place.tied} = {other.tied}"
+                    f"{again}"
                 )
         return {name: first[name].dense() for name in self.budget.sizes if name in first}
 
@@ -176,13 +179,14 @@ class SharedSparsity(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Take the thresholds anew, from the weights as they are now; of a frozen model, its masks if they are lost."""
+        self._require_values()
         copies.follow(self)
         if not self.frozen:
             self._take(self.position.zeros)
         elif self._masks_are_lost:
             self.set_masks(self._masks_for(self.position.zeros))
 
-    def check(self, reader: FeatherParametrization | None = None) -> None:
+    def refresh_if_changed(self, reader: FeatherParametrization | None = None) -> None:
         """Refresh if the thresholds no longer are those of the weights: of a reader that comes by, or of all."""
         if self.rests or (reader is not None and reader.lent):
             return
@@ -206,10 +210,6 @@ class SharedSparsity(nn.Module):
         if all(isinstance(o, nn.Parameter) and concrete(o) and not o.is_meta for o in self.originals):
             self.refresh()
 
-    def refresh_if_changed(self) -> None:
-        """Have the thresholds or masks that an evaluation would have."""
-        self.refresh() if self.sharded else self.check()
-
     def masks(self) -> dict[str, Tensor]:
         """Return which elements of each weight stay, by name, by the thresholds as they are."""
         fixed = {place.name: feather.mask for feather, place in self.places.items() if feather.mask is not None}
@@ -232,11 +232,19 @@ class SharedSparsity(nn.Module):
 
     def _masks_for(self, zeros: int) -> dict[str, Tensor]:
         """Return masks of so many zeros: those of the smallest magnitudes, or of the zeros that are there already."""
+        self._require_values()
         weights = self.weights()
         with torch.inference_mode(False):  # else they could not be part of a later backward pass
             if not zeros:  # what is zero before the pruning begins is not pruned
                 return {name: torch.ones_like(whole(weight), dtype=torch.bool) for name, weight in weights.items()}
             return masks(weights, self.config.allocation(weights, zeros, self.budget.guards))
+
+    def _require_values(self) -> None:
+        for place in self.places.values():
+            if place.originals[0].is_meta:
+                raise ValueError(
+                    f"expected weights with values, got {place.site.name} on the meta device; load them first"
+                )
 
     def _take(self, zeros: int) -> None:
         """Compute the thresholds for a number of zeros; a copied part, which does not know the whole, keeps its own."""
@@ -360,7 +368,7 @@ class FeatherParametrization(nn.Module):
         compiling = torch.compiler.is_compiling()
         if self.mask is None:
             if not compiling:
-                shared.check(self)
+                shared.refresh_if_changed(self)
             elif shared.source is not None:  # nobody could call `Controller.refresh` for a copy: a break in the graph
                 shared.refresh_if_possible()
         if self.mask is not None:
@@ -378,13 +386,7 @@ class FeatherParametrization(nn.Module):
     def dense(self) -> Tensor:
         """Return the weight as it comes here: past the parametrizations registered before."""
         place = self.shared.places[self]
-        values: list[Any] = list(place.originals)
-        for parametrization in place.parametrizations:
-            if parametrization is self:
-                break
-            values = [parametrization(*values)]
-        (value,) = values
-        return value
+        return through(place.before, place.originals)
 
     def changed(self, or_replaced: bool = False) -> bool:
         """Return whether the weight was written since the threshold was computed, or another one took its place."""
@@ -436,7 +438,7 @@ class FeatherParametrization(nn.Module):
             self.threshold.zero_()  # `to_empty`
         self.written = copies.seen([self.threshold])
         if self.mask is not None:
-            self.mask = self.mask.to(self.threshold.device)
+            self.mask = None if self.mask.is_meta else self.mask.to(self.threshold.device)
         self.forget()
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         replaces = overwrites or before.is_meta or self.threshold.is_meta
@@ -458,8 +460,16 @@ def states_of(model: nn.Module) -> list[SharedSparsity]:
     return list(dict.fromkeys(found))
 
 
+def through(parametrizations: Sequence[nn.Module], tensors: Sequence[Tensor]) -> Tensor:
+    """Return what parametrizations make of the Parameters of a tensor, one after the other."""
+    for parametrization in parametrizations:
+        tensors = [parametrization(*tensors)]
+    (value,) = tensors
+    return value
+
+
 def with_zeros(dense: Tensor, mask: Tensor) -> Tensor:
-    """Return a weight with zeros where the mask is False, and only there."""
+    """Return a weight with zeros where the mask is False; other zeros become the smallest number."""
     return torch.where(mask, torch.where(dense == 0, smallest_kept(dense.dtype), dense), 0.0)
 
 

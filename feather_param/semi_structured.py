@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.sparse import SparseSemiStructuredTensor
+from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 __all__ = ["is_semi_structured", "to_semi_structured"]
 
@@ -99,7 +99,8 @@ def to_semi_structured(model: nn.Module) -> list[str]:
     for name, layer in layers.items():
         _refuse_device(name, layer.weight.device)
     weights = {id(layer.weight): layer.weight for layer in layers.values()}  # tied ones once
-    converted = {key: nn.Parameter(_compress(weight), requires_grad=False) for key, weight in weights.items()}
+    compressed = {key: to_sparse_semi_structured(weight.detach().contiguous()) for key, weight in weights.items()}
+    converted = {key: nn.Parameter(weight, requires_grad=False) for key, weight in compressed.items()}
     for layer in layers.values():
         layer.weight = converted[id(layer.weight)]
     return list(layers)
@@ -158,10 +159,6 @@ def _refuse_device(name: str, device: torch.device) -> None:
             f"expected a GPU of compute capability 8.0 (Ampere) or newer, got {'.'.join(map(str, capability))} "
             f"for {_called(name)}; older ones have no 2:4 kernels"
         )
-
-
-def _compress(weight: Tensor) -> Tensor:
-    return torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
 
 
 def _called(name: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations as torch_parametrizations
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -139,6 +140,68 @@ def test_baked_state_dict_is_what_desparsify_leaves(how):
     for key, value in after.items():
         assert torch.equal(value, state[key])
     net().load_state_dict(state)
+
+
+class OwnState(nn.Module):
+    """Saves itself in its own way: `how` makes a state_dict from it."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.net, self.how = net(), how
+
+    def state_dict(self, *args, **kwargs):
+        return self.how(self)
+
+
+def test_baked_state_dict_of_models_that_save_themselves():
+    """Baked, or refused with the model untouched; never dense without a word."""
+    model = OwnState(lambda model: {name: each.detach().clone() for name, each in model.named_parameters()})
+    now(model)
+    state = feather_param.baked_state_dict(model)
+    feather_param.desparsify(model)
+    assert list(state) == list(model.state_dict())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    for how in (lambda model: model.net.state_dict(), lambda model: {"net": model.net.state_dict()}):
+        model = OwnState(how)
+        now(model)
+        with pytest.raises(ValueError, match=r"to hold net.0.weight under the name that torch gives it.*deepcopy"):
+            feather_param.baked_state_dict(model)
+        feather_param.desparsify(copy.deepcopy(model))
+
+
+def test_baked_state_dict_of_wrapped_layers():
+    for wrap in (checkpoint_wrapper, lambda layer: torch.compile(layer, backend="eager")):
+        model = net()
+        for i in (0, 4):
+            model[i] = wrap(model[i])
+        now(model)
+        state = feather_param.baked_state_dict(model)
+        feather_param.desparsify(model)
+        assert list(state) == list(model.state_dict())
+        assert state._metadata == model.state_dict()._metadata
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_baked_state_dict_leaves_other_parametrizations_their_entries():
+    model = net()
+    torch_parametrizations.weight_norm(model[4])
+    now(model, exclude="4.*")
+    state = feather_param.baked_state_dict(model)
+    feather_param.desparsify(model)
+    assert list(state) == list(model.state_dict())
+    assert state._metadata == model.state_dict()._metadata
+
+
+def test_a_report_is_what_is_baked_after_writes_that_nobody_sees():
+    model = net()
+    controller = now(model)
+    model.eval()(torch.randn(2, 3, 6, 6))
+    model[0].parametrizations.weight.original.data.mul_(torch.rand(8, 3, 3, 3))
+    masks, report = controller.masks(), controller.report()
+    state = feather_param.baked_state_dict(model)
+    assert report.zeros == twins.count_zeros(state[name] for name in masks)
+    assert all(torch.equal(state[name] != 0, mask) for name, mask in masks.items())
+    assert all(torch.equal(model.get_submodule(name[:-7]).weight != 0, mask) for name, mask in masks.items())
 
 
 def test_a_deepcopy_is_baked_from_its_own_weights_and_harms_neither():

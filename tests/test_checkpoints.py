@@ -308,9 +308,23 @@ def test_to_empty_then_an_initialisation_of_ones_own():
     assert sum(int((model[i].weight == 0).sum()) for i in (0, 2)) == zeros
 
 
+def test_a_frozen_model_goes_over_the_meta_device():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=2, end_step=0)
+    controller.freeze()
+    state, masks = copy.deepcopy(model.state_dict()), controller.masks()
+    model.to("meta")
+    with pytest.raises(ValueError, match=r"expected weights with values, got 0.weight on the meta device; load them"):
+        controller.report()
+    model.to_empty(device="cpu").load_state_dict(state)
+    assert all(torch.equal(mask, masks[name]) for name, mask in controller.masks().items())
+
+
 @pytest.mark.parametrize(
     "call",
     [
+        lambda model, controller: controller.refresh(),
         lambda model, controller: controller.report(),
         lambda model, controller: controller.masks(),
         lambda model, controller: controller.freeze(),

@@ -258,7 +258,7 @@ def test_the_fast_path_of_attention_takes_no_converted_weights():
 @pytest.fixture
 def without_gpu(monkeypatch):
     monkeypatch.setattr(semi_structured, "_refuse_device", lambda name, device: None)
-    monkeypatch.setattr(semi_structured, "_compress", on_cpu)
+    monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", on_cpu)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -309,7 +309,7 @@ def test_torch_failing_on_a_later_layer_leaves_the_model_untouched(without_gpu, 
             raise RuntimeError("no kernel")
         return on_cpu(weight)
 
-    monkeypatch.setattr(semi_structured, "_compress", fail_on_the_second)
+    monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", fail_on_the_second)
     model = net()
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="no kernel"):

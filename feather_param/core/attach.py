@@ -29,7 +29,9 @@ def attach(model: nn.Module, shared: SharedSparsity, weights: Sequence[Weight]) 
     try:
         for name, site in sites:
             layer = site.module
-            _leave_shared_class(layer)
+            if parametrizations_of(layer) and _METHODS not in vars(type(layer)):  # its copies share its class
+                layer.__class__ = _class_like(type(layer))
+                setattr(type(layer), _BEFORE, before[layer][0])
             feather = FeatherParametrization(shared)
             # unsafe: the check would run the operator, and our shapes and dtypes are right by construction.
             parametrize.register_parametrization(layer, site.tensor, feather, unsafe=True)
@@ -37,9 +39,9 @@ def attach(model: nn.Module, shared: SharedSparsity, weights: Sequence[Weight]) 
             shared.places[feather] = Place(name, site, place, before[layer][1])
             layer._modules["parametrizations"].train(layer.training)  # type: ignore[union-attr]
             if _METHODS not in vars(type(layer)):  # another tensor of the layer came first
-                for key, method in (methods := _methods(layer)).items():
-                    setattr(type(layer), key, method)
-                setattr(type(layer), _METHODS, tuple(methods))
+                methods = _methods(layer)
+                for key, value in {**methods, _METHODS: tuple(methods)}.items():
+                    setattr(type(layer), key, value)
         in_order = [module for module in model.modules() if isinstance(module, FeatherParametrization)]
         shared.enter({feather: shared.places[feather] for feather in in_order})
     except BaseException:
@@ -85,12 +87,8 @@ def remove_parametrizations(layer: nn.Module, tensor: str) -> None:
         recurrent.plain_again(layer)
 
 
-Link = tuple[nn.Module, str, nn.Module]
-"""A module, the name of a child, and the child."""
-
-
-def links(model: nn.Module, shared: SharedSparsity) -> list[Link]:
-    """Return the links that lead from a model, which was sparsified itself, to the parametrizations of its layers."""
+def links(model: nn.Module, shared: SharedSparsity) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Return what leads from a model to the parametrizations of its layers: (module, name of a child, child)."""
     names = names_of(model)
     found: dict[tuple[nn.Module, str], nn.Module] = {}
     for place in shared.places.values():
@@ -101,7 +99,9 @@ def links(model: nn.Module, shared: SharedSparsity) -> list[Link]:
     return [(module, name, child) for (module, name), child in found.items()]
 
 
-def require_attached(call: str, model: nn.Module, shared: SharedSparsity, known: list[Link]) -> None:
+def require_attached(
+    call: str, model: nn.Module, shared: SharedSparsity, known: list[tuple[nn.Module, str, nn.Module]]
+) -> None:
     """Refuse a call if some of the parametrizations are no longer in the model: a layer was replaced, for example.
 
     What `links` returned is looked at first, and renewed where a part of the model was wrapped since.
@@ -153,14 +153,6 @@ def _methods(layer: nn.Module) -> dict[str, Any]:
     if "__deepcopy__" not in vars(type(layer)):  # torch adds one, unless the layer has its own
         methods["__deepcopy__"] = __deepcopy__
     return methods | recurrent.methods(layer)
-
-
-def _leave_shared_class(layer: nn.Module) -> None:
-    """Give a layer that another library has parametrized a class of its own, and remember that from before."""
-    before = type(layer)
-    if parametrizations_of(layer) and _METHODS not in vars(before):
-        layer.__class__ = _class_like(before)
-        setattr(type(layer), _BEFORE, before)
 
 
 def _class_like(cls: type, without: Collection[str] = ()) -> type:

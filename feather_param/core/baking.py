@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from feather_param.core.attach import detach
-from feather_param.parametrizations import Place, SharedSparsity, rounded_down, states_of, with_zeros
+from feather_param.parametrizations import Place, SharedSparsity, rounded_down, states_of, through, with_zeros
 from feather_param.report import Report, rows, warn_of_dead
 from feather_param.shards import held_here, is_sharded, whole
 from feather_param.sites import Weight, full_name, names_of, plain_name
@@ -53,22 +52,18 @@ def baked(model: nn.Module) -> dict[str, Tensor]:
                 ours.append(full_name(name, f"parametrizations.{place.site.tensor}"))
     state = model.state_dict()
     layers: dict[str, dict[str, Tensor | None]] = {}  # the tensors of each layer in the plain order, by prefix
+    gone: tuple[str, ...] = ()  # prefixes of entries that are not in the plain model's
     for key in state:
         prefix, parametrized, tensor = key.removesuffix(".original").rpartition("parametrizations.")
         if parametrized and (at := found.get(plain_name(key))):
             layers.setdefault(prefix, dict.fromkeys(at[0].parameter_order))[tensor] = at[1]
+            gone += (f"{prefix}parametrizations.{tensor}.",)
     written = {id(value) for tensors in layers.values() for value in tensors.values()}
     if missing := [place.site.name for place, value in found.values() if id(value) not in written]:
         raise ValueError(
             f"expected the model's state_dict() to hold {missing[0]} under the name that torch gives it, got it without"
             "; desparsify a copy.deepcopy(model) and take its state_dict"
         )
-    gone = tuple(
-        f"{prefix}parametrizations.{name}."
-        for prefix, tensors in layers.items()
-        for name, value in tensors.items()
-        if value is not None
-    )
     new: OrderedDict[str, Tensor] = OrderedDict()
     pending = sorted(layers, key=len)
     for key, tensor in state.items():
@@ -122,15 +117,14 @@ def final_values(shared: SharedSparsity) -> dict[str, Tensor]:
 
 def write(shared: SharedSparsity, values: Mapping[str, Tensor]) -> None:
     """Write values into the Parameters that weights are computed from; on an error nothing is written."""
-    todo = []
-    for feather, place in reversed(shared.places.items()):  # the first place of a tied weight comes last, and counts
+    todo: list[Place] = []
+    for place in reversed(shared.places.values()):  # the first place of a tied weight comes last, and counts
         if place.name in values:
-            before = list(itertools.takewhile(lambda each, ours=feather: each is not ours, place.parametrizations))
-            _inverted(place.name, place.originals, copy.deepcopy(before), values[place.name])  # raises before a write
-            todo.append((place, before))
-    for place, before in todo:
+            _inverted(place.name, place.originals, copy.deepcopy(place.before), values[place.name])  # raises
+            todo.append(place)
+    for place in todo:
         with torch.no_grad():
-            tensors = _inverted(place.name, place.originals, before, values[place.name])
+            tensors = _inverted(place.name, place.originals, place.before, values[place.name])
             for parameter, tensor in zip(place.originals, tensors, strict=True):
                 parameter.copy_(tensor)
 
@@ -186,12 +180,12 @@ def _inverted(name: str, originals: Sequence[Tensor], before: Sequence[nn.Module
             tensors = parametrization.right_inverse(tensors)  # type: ignore[operator]
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         # A normalisation of nothing but zeros is 0 / 0: there the old direction stays, its length becomes 0.
-        undefined = _through(before, tensors).isnan()
+        undefined = through(before, tensors).isnan()
         tensors = [
             torch.where(undefined, old, new) if new.shape == undefined.shape else new
             for old, new in zip(originals, tensors, strict=True)
         ]
-        made = _through(before, tensors)
+        made = through(before, tensors)
         rounding = 100 * torch.finfo(value.dtype).eps
         if not (torch.equal(made == 0, value == 0) and torch.allclose(made, value, rtol=rounding, atol=0.0)):
             names = ", ".join(type(parametrization).__name__ for parametrization in before)
@@ -201,10 +195,3 @@ def _inverted(name: str, originals: Sequence[Tensor], before: Sequence[nn.Module
                 f"or leave the weight dense with exclude={name!r}"
             )
     return tensors
-
-
-def _through(parametrizations: Sequence[nn.Module], tensors: Sequence[Tensor]) -> Tensor:
-    for parametrization in parametrizations:
-        tensors = [parametrization(*tensors)]
-    (value,) = tensors
-    return value

@@ -24,7 +24,6 @@ _KEY = "feather_param"  # of what we add to a saved state, beside torch's "state
 
 _WRAPPER = Optimizer.__init__.__code__.co_filename, "wrapper"  # where torch calls the hooks of `step`
 
-# What makes an optimizer's state before it loads one, by a step with a learning rate of 0 that trains nothing.
 _INITIALISER = os.path.join("distributed", "checkpoint", "state_dict.py")
 
 Names = list[list[str | None]]
@@ -73,8 +72,9 @@ class Follower:
     """Calls something after every step of an optimizer of a sparsified model, and keeps its saved states in order.
 
     The ``step`` of a subclass may call that of its base class, and torch may call the hooks in both (it patches a class
-    when its first instance is made): what counts is the outermost call. A hook cannot remove itself while torch goes
-    through them, so the next follower of an optimizer removes those of one that is no longer `active`.
+    when its first instance is made): what counts is the outermost call. `active` tells whether the model is still
+    sparsified: a hook cannot remove itself while torch goes through them, so the next follower of an optimizer removes
+    those of one that is not.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class Follower:
     @eager
     def _note(self, optimizer: Optimizer, *_: Any) -> None:
         stack = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
+        # torch.distributed.checkpoint makes the state of an optimizer by a step that trains nothing.
         initialises = any(frame.f_code.co_filename.endswith(_INITIALISER) for frame in stack)
         if not initialises and sum(_is_step(frame, optimizer) for frame in stack) <= 1:
             self._after_step()
