@@ -34,11 +34,9 @@ def require_same_shapes(what: str, ours: Mapping[str, Any], theirs: Any) -> None
     """Refuse the state of another model, by the shapes of its weights."""
     if ours != theirs:
         theirs = theirs if isinstance(theirs, Mapping) else {}
-        here, there, name = next(
-            (here, there, name)
-            for name in {**ours, **theirs}
-            if (here := ours.get(name, "none")) != (there := theirs.get(name, "none"))
-        )
+        both = {**ours, **theirs}
+        name = next(n for n in both if (n in ours, ours.get(n)) != (n in theirs, theirs.get(n)))
+        here, there = (shapes.get(name, "none") for shapes in (ours, theirs))
         raise ValueError(
             f"expected {what} of this model, got another's: {name} has shape {here} here and {there} there"
         )

@@ -75,9 +75,10 @@ def opened(path: str | os.PathLike[str]) -> Any:
         ValueError: it is no such file, or one whose parts overlap, leave bytes out or end after it.
         OSError: it cannot be read.
     """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open a pipe may take for ever
+        raise ValueError("it is a device or pipe")
     with open(path, "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is a device or pipe")
         try:
             # Not mapped into memory: there, a file that somebody cuts short would end the process.
             container = safe_open(os.fsdecode(path), "numpy", backend="pread")

@@ -41,7 +41,8 @@ class Controller:
         self._follower: Follower | None = None
         self._late_nan = LateNaN()
         self._movement = Movement()
-        self._warned = self._told = False
+        self._warned = False
+        self._counted = 0  # zeros at which dead weights were looked for
         attach(model, self._shared, selection.weights)
         try:
             self._shared.move(0)
@@ -96,9 +97,9 @@ class Controller:
     def refresh(self) -> None:
         """Take the thresholds anew, from the weights as they are now; the schedule stands.
 
-        Reports and `desparsify` do so by themselves, and a forward pass does if weights were loaded, swapped or scaled
-        since. Call this before an evaluation where nothing tells of a write: under FSDP2 (in all processes), in
-        compiled models, after writes through ``.data`` without a call of ``train()`` or ``eval()``, or past torch.
+        Reports and `desparsify` take them anew by themselves, and so does a forward pass if weights were loaded,
+        swapped or scaled since. Call this before an evaluation where nothing tells of a write: under FSDP2 (in all
+        processes), in compiled models, after writes past torch, or through ``.data`` without ``train()`` or ``eval()``.
 
         Raises:
             RuntimeError: the model has been desparsified, or a layer of it was replaced.
@@ -188,9 +189,10 @@ class Controller:
         self._late_nan.look(threshold, sharded=shared.sharded)
         if threshold.device.type == "cpu" and not shared.frozen:
             # The rate is final now, or many weights equal the threshold, which does not grow with the zeros.
-            tied = zeros < shared.position.zeros and bool(threshold) and torch.equal(threshold, before)
-            if self.step_count == shared.config.end_step or (tied and not self._told):
-                self._told = bool(self.report().dead)
+            now = shared.position.zeros
+            tied = zeros < now and bool(threshold) and torch.equal(threshold, before)
+            if self.step_count == shared.config.end_step or (tied and now - self._counted >= shared.aim // 16):
+                self._counted = shared.budget.total if self._report().dead else now
 
     def freeze(self) -> None:
         """Fix the masks while training goes on: the schedule stops, and the zeros stay where they are.
@@ -231,9 +233,11 @@ class Controller:
             ValueError: a weight holds NaN, infinity or no values.
         """
         self._require("report()")
-        shared = self._shared
-        shared.refresh()
-        report = Report(rows(shared.weights(), shared.counts()), dict(self._skipped))
+        self._shared.settle()
+        return self._report()
+
+    def _report(self) -> Report:
+        report = Report(rows(self._shared.weights(), self._shared.counts()), dict(self._skipped))
         warn_of_dead(report)
         return report
 
@@ -252,7 +256,7 @@ class Controller:
                     [ True,  True]])
         """
         self._require("masks()")
-        self._shared.refresh()
+        self._shared.settle()
         return self._shared.masks()
 
     def state_dict(self) -> dict[str, Any]:

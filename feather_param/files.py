@@ -134,9 +134,10 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if type(version) is not int:
             raise ValueError("the version is no number")
     except (ValueError, KeyError, RecursionError) as error:
-        if os.path.isfile(path) and zipfile.is_zipfile(path):  # to open a pipe again would wait for ever
+        if os.path.isfile(path) and zipfile.is_zipfile(path):
             other = "a zip file, as torch.save writes; load it with torch.load(path, weights_only=True)"
-        raise ValueError(f"expected a file of save_sparse, got {path}, {other}") from error
+        why = f" ({error})" if isinstance(error, ValueError) else ""
+        raise ValueError(f"expected a file of save_sparse, got {path}, {other}{why}") from error
     if version != _VERSION:
         raise ValueError(
             f"expected a sparse file of version {_VERSION}, got {version} in {path}; "

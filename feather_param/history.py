@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from feather_param.checks import require_same_shapes
 from feather_param.controller import Controller
@@ -108,7 +107,7 @@ class History:
         """
         controller = self._controller
         masks = controller.masks()
-        packed = {name: _pack(mask) for name, mask in masks.items()}
+        packed = {name: np.packbits(mask.cpu().numpy()) for name, mask in masks.items()}
         layers: list[LayerLook] = []
         for name, now in packed.items():
             before = self._masks.get(name, now)
@@ -171,10 +170,6 @@ class History:
             counts = (f"{count:,}" for count in (look.survivors, look.entered, look.left))
             cells.append((f"{look.step:,}", f"{look.rate:.3%}", f"{look.threshold:.4g}", *counts))
         return "\n".join(aligned(cells))
-
-
-def _pack(mask: Tensor) -> NDArray[np.uint8]:
-    return np.packbits(mask.cpu().numpy())
 
 
 def _count(bits: NDArray[np.uint8]) -> int:

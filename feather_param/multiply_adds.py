@@ -115,7 +115,10 @@ def multiply_adds(model: nn.Module, example_input: Any) -> MultiplyAdds:
     hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
     try:
         with _evaluating(model), torch.no_grad():
-            _call(model, example_input)
+            if isinstance(example_input, Mapping):
+                model(**example_input)
+            else:
+                model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
             return _counted(model, uses)
     finally:
         for hook in hooks:
@@ -151,15 +154,6 @@ def _applications(module: nn.Module, given: Tensor, output: Tensor) -> int:
         return given.numel() // max(1, module.in_channels)
     assert isinstance(module, _CONVOLUTIONS)
     return output.numel() // max(1, module.out_channels)
-
-
-def _call(model: nn.Module, example_input: Any) -> None:
-    if isinstance(example_input, Mapping):
-        model(**example_input)
-    elif isinstance(example_input, tuple):
-        model(*example_input)
-    else:
-        model(example_input)
 
 
 @contextmanager

@@ -17,34 +17,36 @@ from feather_param.core import copies
 from feather_param.core.config import Config
 from feather_param.core.eager import eager
 from feather_param.core.state_dict import pack_position, unpack_position
-from feather_param.shards import is_sharded, local, whole
+from feather_param.shards import held_here, is_sharded, local, whole
 from feather_param.sites import Site, originals_of
 from feather_param.thresholding import concrete, feather_threshold, smallest_kept
-from feather_param.thresholds import PruneCount
+from feather_param.thresholds import PruneCount, require_finite
 
 __all__ = ["FeatherParametrization", "feather_threshold"]
 
 # Note [Thresholds]
 # The controller has the thresholds made at each of its steps, from the weights and the number of zeros: `move` calls
 # `_take`, which calls the allocation. They stand in the `Position`, which reports and bakes read; `_write` copies them
-# into a buffer of each parametrization, which forward passes and compiled graphs read. A deepcopy has its own buffers
-# and shares the tensors of the `Position`, which are replaced and never written to, until its weights move
-# (Note [Copies]).
+# into a buffer of each parametrization, in the precision of its weight, which forward passes and compiled graphs read.
+# A deepcopy has its own buffers and its own `Position` (Note [Copies]). Both Positions hold the same tensors until one
+# of them gets new thresholds; no such tensor is ever written to.
 # A threshold is valid for the weights that it was computed from. So a parametrization remembers which tensor its weight
 # was, and the version of that tensor, which torch counts up at each write. A forward pass that finds another version
-# has all the thresholds taken anew (`refresh_if_changed`), for the same zeros. A layer's pass compares its own weight;
-# one that comes by again begins a new pass of the model, and compares all. What bumps no version makes the
-# parametrizations forget what they have seen: `train()` and `eval()` (for writes to `.data`), `to()`, and loads.
+# has all the thresholds taken anew (`refresh_if_changed`), for the same zeros. A layer's pass compares its own weight.
+# A layer that comes by a second time since all weights were compared begins a new pass of the model: all are compared
+# again. What bumps no version makes the parametrizations forget what they have seen: `train()` and `eval()` (for writes
+# to `.data`), `to()`, and loads.
 # A pass inside of a backward pass refreshes nothing: where an optimizer steps in there, a layer that is computed once
 # more for its gradients (activation checkpointing) must find the threshold of the first time.
-# Nor does one where versions tell nothing: at another tensor than was there outside of the pass (FSDP2 gathers one for
-# each pass, `torch.func` puts its own there, or its own buffer), at tensors without values (tracers, the meta device)
-# or made in inference mode, and in compiled graphs. `Controller.refresh` is for these.
+# Nor does a pass refresh anything where versions tell nothing: if its tensor is another than the one that was there
+# outside of the pass (FSDP2 gathers one for each pass, `torch.func` puts its own there), if a foreign buffer stands in
+# place of ours, at tensors without values (tracers, the meta device) or made in inference mode, and in compiled graphs.
+# `Controller.refresh` is for these.
 
 
 @dataclass
 class Position:
-    """How far a model has come, and its thresholds; the copies of a model hold on to this alone."""
+    """How far a model has come, and its thresholds; of the model that it was copied from, a copy keeps this alone."""
 
     zeros: int = 0  # of all the weights together
     step: int = 0  # optimizer steps seen
@@ -72,7 +74,7 @@ class Place(NamedTuple):
 
     @property
     def before(self) -> list[nn.Module]:
-        """The parametrizations of other libraries that were there before ours."""
+        """Other libraries' parametrizations that were registered before ours, in order."""
         found = self.parametrizations
         return [*itertools.takewhile(lambda each: not isinstance(each, FeatherParametrization), found)]
 
@@ -99,7 +101,7 @@ class SharedSparsity(nn.Module):
         self.position = Position()
         self.places: dict[FeatherParametrization, Place] = {}  # in the order of the model's modules
         self.read: set[FeatherParametrization] = set()  # those that came by since all weights were compared
-        self.rests = False  # versions tell nothing, for processes share the weights
+        self.unwatched = False  # versions tell nothing, for processes share the weights
         # A position that is being loaded, and the parametrizations whose weights have yet to come.
         self.arriving: tuple[tuple[int, int, int | None], set[FeatherParametrization]] | None = None
         self.source: Position | None = None  # of a copy, that of the model it was copied from (see `core.copies`)
@@ -186,9 +188,15 @@ class SharedSparsity(nn.Module):
         elif self._masks_are_lost:
             self.set_masks(self._masks_for(self.position.zeros))
 
+    def settle(self) -> None:
+        """Refresh before a report or a bake, which refuse NaN and infinity, also on a GPU and in frozen weights."""
+        parts, add_up = held_here(self.weights())
+        require_finite(parts, add_up)
+        self.refresh()
+
     def refresh_if_changed(self, reader: FeatherParametrization | None = None) -> None:
         """Refresh if the thresholds no longer are those of the weights: of a reader that comes by, or of all."""
-        if self.rests or (reader is not None and reader.lent):
+        if self.unwatched or (reader is not None and reader.lent):
             return
         if reader is None or reader in self.read or not self.read:
             self.read.clear()
@@ -205,7 +213,7 @@ class SharedSparsity(nn.Module):
     @eager
     def refresh_if_possible(self) -> None:
         """Take the thresholds anew if there are values to take them from, and this is no backward pass."""
-        if torch._C._current_graph_task_id() != -1 or self.rests or not self.places:
+        if torch._C._current_graph_task_id() != -1 or self.unwatched or not self.places:
             return
         if all(isinstance(o, nn.Parameter) and concrete(o) and not o.is_meta for o in self.originals):
             self.refresh()
@@ -241,7 +249,7 @@ class SharedSparsity(nn.Module):
 
     def _require_values(self) -> None:
         for place in self.places.values():
-            if place.originals[0].is_meta:
+            if any(original.is_meta for original in place.originals):
                 raise ValueError(
                     f"expected weights with values, got {place.site.name} on the meta device; load them first"
                 )
@@ -252,7 +260,7 @@ class SharedSparsity(nn.Module):
             self.position.groups = self.config.allocation(self.weights(), zeros, self.budget.guards)
         self.position.zeros = zeros
         self._write()
-        self.rests = self.sharded
+        self.unwatched = self.sharded
         for feather, place in self.places.items():
             feather.seen = copies.seen(place.watched)
             feather.bits = None if self.source is None else copies.bits(place.originals)
@@ -438,7 +446,8 @@ class FeatherParametrization(nn.Module):
             self.threshold.zero_()  # `to_empty`
         self.written = copies.seen([self.threshold])
         if self.mask is not None:
-            self.mask = None if self.mask.is_meta else self.mask.to(self.threshold.device)
+            empty = self.mask.is_meta or self.threshold.is_meta
+            self.mask = None if empty else self.mask.to(self.threshold.device)
         self.forget()
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         replaces = overwrites or before.is_meta or self.threshold.is_meta

@@ -50,7 +50,10 @@ class Rule:
             return
         missed = ", ".join(repr(pattern) for pattern in self._unused)
         hint = "" if self._predicate else _meant(next(iter(self._unused)), model, self._argument)
-        hint = hint or _some_names(model)
+        layers = [site.name for site, _ in sites_of(model) if site.by_default][:3]
+        hint = hint or (
+            f"some of this model's names: {', '.join(layers)}" if layers else "this model has no such layer"
+        )
         raise ValueError(f"expected {self._argument} to match a weight, got {missed}, which matches none; {hint}")
 
 
@@ -98,8 +101,3 @@ def _by_name(pattern: str, sites: list[tuple[Site, list[str]]]) -> str:
         if all(_fits(f"{stem}.{last}", site, aliases, False) for site, aliases in sites):
             return repr(f"{stem}.{last}")
     return repr([site.name for site, _ in sites])
-
-
-def _some_names(model: nn.Module) -> str:
-    layers = [site.name for site, _ in sites_of(model) if site.by_default]
-    return f"some of this model's names: {', '.join(layers[:3])}" if layers else "this model has no such layer"

@@ -70,7 +70,9 @@ def _read_safetensors(path: Path, key: str | None) -> Checkpoint:
         raise ValueError(f"expected no key for {path}: a safetensors file holds one set of tensors")
     try:
         sparse = SPARSE in (opened(path).metadata() or {})
-        tensors = {} if sparse else load_file(path)
+        tensors = {} if sparse else load_file(path, backend="pread")
+    except OSError:
+        raise
     except Exception as error:  # of safetensors' own class, or what torch makes of a dtype that it lacks
         raise ValueError(f"expected a safetensors file, got {path}, which is damaged: {error}") from error
     return Checkpoint("sparse", load_sparse(path)) if sparse else _take(tensors, path, None, "safetensors")

@@ -21,7 +21,7 @@ LAYERS = (
     nn.ConvTranspose3d,
 )
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and activation checkpointing
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 # The input projections of `nn.MultiheadAttention`: three Linear layers in all but class, in one tensor or three.
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -126,14 +126,18 @@ def full_name(module: str, tensor: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a parameter in the plain model, without a parametrization and wrappers.
+    """Return the name that a parameter has without our parametrization and without wrappers.
 
     Example:
         >>> plain_name("_orig_mod.0.parametrizations.weight.original")
         '0.weight'
     """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    return re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", ".".join(parts))
+    return re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", without_wrappers(name))
+
+
+def without_wrappers(name: str) -> str:
+    """Return a name without the parts that torch.compile and activation checkpointing put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def is_matrix(parameter: Tensor | None) -> bool:

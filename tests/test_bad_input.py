@@ -232,6 +232,10 @@ STATES = [
         r"of this model, got another's: 3.weight has shape \[16, 128\] here and \[16, 99\] there",
     ),
     (lambda state: {**state, "weights": {**state["weights"], "9.weight": None}}, "has shape none here and None there"),
+    (
+        lambda state: {**state, "weights": {**state["weights"], "9.weight": "none"}},
+        "9.weight has shape none here and n",
+    ),
     (lambda state: {**state, "weights": {}}, r"0.weight has shape \[8, 3, 3, 3\] here and none there"),
     (
         lambda state: {**state, "weights": {**state["weights"], "9.weight": [1]}},

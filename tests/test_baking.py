@@ -164,7 +164,7 @@ def test_baked_state_dict_of_models_that_save_themselves():
     for how in (lambda model: model.net.state_dict(), lambda model: {"net": model.net.state_dict()}):
         model = OwnState(how)
         now(model)
-        with pytest.raises(ValueError, match=r"to hold net.0.weight under the name that torch gives it.*deepcopy"):
+        with pytest.raises(ValueError, match=r"got other names for net.0.parametrizations.weight.orig.*deepcopy"):
             feather_param.baked_state_dict(model)
         feather_param.desparsify(copy.deepcopy(model))
 
@@ -180,6 +180,44 @@ def test_baked_state_dict_of_wrapped_layers():
         assert list(state) == list(model.state_dict())
         assert state._metadata == model.state_dict()._metadata
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+class WithHead(nn.Module):
+    """A part has the name that torch.compile gives to what it wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._orig_mod, self.head = nn.ModuleDict({"head": nn.Linear(8, 4)}), nn.Linear(8, 4)
+
+
+def rename(model, state, prefix, metadata):
+    for key in [key for key in state if key.startswith("1.")]:
+        state[f"head.{key[2:]}"] = state.pop(key)
+
+
+def halve(model, state, prefix, metadata):
+    state.update({key: value.half() if value.is_floating_point() else value for key, value in state.items()})
+
+
+def test_baked_state_dict_of_models_with_odd_names_and_hooks():
+    model = WithHead()
+    now(model)
+    state = feather_param.baked_state_dict(model)
+    feather_param.desparsify(model)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    model.register_state_dict_post_hook(rename)
+    now(model)
+    with pytest.raises(ValueError, match=r"got other names for 1.parametrizations.weight.original"):
+        feather_param.baked_state_dict(model)
+    model = net()
+    model.register_state_dict_post_hook(halve)
+    now(model)
+    state = feather_param.baked_state_dict(model)
+    feather_param.desparsify(model)
+    assert {key: value.dtype for key, value in model.state_dict().items()} == {k: v.dtype for k, v in state.items()}
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def test_baked_state_dict_leaves_other_parametrizations_their_entries():

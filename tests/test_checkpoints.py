@@ -319,6 +319,9 @@ def test_a_frozen_model_goes_over_the_meta_device():
         controller.report()
     model.to_empty(device="cpu").load_state_dict(state)
     assert all(torch.equal(mask, masks[name]) for name, mask in controller.masks().items())
+    baked = feather_param.baked_state_dict(model)
+    model.to("meta").load_state_dict(baked, assign=True)
+    assert all(torch.equal(model.get_submodule(name[:-7]).weight != 0, mask) for name, mask in masks.items())
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,8 @@ def test_paths_of_other_kinds(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     pipe = os.open(tmp_path / "pipe", os.O_RDWR)
     os.write(pipe, content[:9])
-    for path in (tmp_path / "pipe", os.devnull):
+    os.mkfifo(tmp_path / "nobody writes")
+    for path in (tmp_path / "pipe", tmp_path / "nobody writes", os.devnull):
         with pytest.raises(
             ValueError, match=r"expected a file of save_sparse, got .*, which is damaged or another one"
         ):

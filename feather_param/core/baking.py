@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from feather_param.core.attach import detach
+from feather_param.core.state_dict import of_sparsified
 from feather_param.parametrizations import Place, SharedSparsity, rounded_down, states_of, through, with_zeros
 from feather_param.report import Report, rows, warn_of_dead
-from feather_param.shards import held_here, is_sharded, whole
-from feather_param.sites import Weight, full_name, names_of, plain_name
+from feather_param.shards import is_sharded, whole
+from feather_param.sites import Weight, full_name, names_of, without_wrappers
 from feather_param.thresholding import feather_threshold, smallest_kept
-from feather_param.thresholds import require_finite
 from feather_param.warning import warn_of_early
 
 
@@ -37,8 +37,8 @@ def bake(model: nn.Module) -> None:
 def baked(model: nn.Module) -> dict[str, Tensor]:
     """Return the state_dict that `bake` would leave, keys in the plain model's order."""
     names = names_of(model)
-    found: dict[str, tuple[Place, Tensor]] = {}  # by the name of the tensor in the plain model
-    ours: list[str] = []  # modules that are not in the plain model
+    found: dict[str, tuple[Place, Tensor]] = {}  # by the name of the Parameter
+    ours: set[str] = set()  # names of modules that are not in the plain model, with a dot behind
     for shared in _whole_states(model):
         values = final_values(shared)
         for place in shared.places.values():
@@ -48,54 +48,59 @@ def baked(model: nn.Module) -> dict[str, Tensor]:
                     "desparsify a copy.deepcopy(model) and take its state_dict"
                 )
             for name in names[place.site.module]:
-                found[plain_name(full_name(name, place.site.tensor))] = place, values[place.name]
-                ours.append(full_name(name, f"parametrizations.{place.site.tensor}"))
+                ours.add(full_name(name, f"parametrizations.{place.site.tensor}."))
+                found[full_name(name, f"parametrizations.{place.site.tensor}.original")] = place, values[place.name]
     state = model.state_dict()
-    layers: dict[str, dict[str, Tensor | None]] = {}  # the tensors of each layer in the plain order, by prefix
-    gone: tuple[str, ...] = ()  # prefixes of entries that are not in the plain model's
+    bare = {without_wrappers(key): key for key in found if key not in state}  # some wrappers hide their names
+    layers: dict[str, dict[str, Tensor | None]] = {}  # tensors of a layer in the plain order, by prefix of its entries
+    gone: set[str] = set()
     for key in state:
-        prefix, parametrized, tensor = key.removesuffix(".original").rpartition("parametrizations.")
-        if parametrized and (at := found.get(plain_name(key))):
-            layers.setdefault(prefix, dict.fromkeys(at[0].parameter_order))[tensor] = at[1]
-            gone += (f"{prefix}parametrizations.{tensor}.",)
-    written = {id(value) for tensors in layers.values() for value in tensors.values()}
-    if missing := [place.site.name for place, value in found.values() if id(value) not in written]:
-        raise ValueError(
-            f"expected the model's state_dict() to hold {missing[0]} under the name that torch gives it, got it without"
-            "; desparsify a copy.deepcopy(model) and take its state_dict"
-        )
+        if at := found.pop(key if key in found else bare.pop(without_wrappers(key), ""), None):
+            prefix, _, tensor = key.removesuffix(".original").rpartition("parametrizations.")
+            layers.setdefault(prefix, dict.fromkeys(at[0].parameter_order))[tensor] = at[1].to(
+                state[key].device, state[key].dtype
+            )
+            gone.add(f"{prefix}parametrizations.{tensor}.")
     new: OrderedDict[str, Tensor] = OrderedDict()
-    pending = sorted(layers, key=len)
     for key, tensor in state.items():
-        for prefix in [prefix for prefix in pending if key.startswith(prefix)]:
-            pending.remove(prefix)
-            for name, value in layers[prefix].items():
+        for prefix in _above(key):
+            for name, value in layers.pop(prefix, {}).items():
                 value = whole(state.get(prefix + name)) if value is None else value
                 if value is not None:
                     new[prefix + name] = value
-        if not key.startswith(gone) and key not in new:
+        if gone.isdisjoint(_above(key)) and key not in new:
             new[key] = whole(tensor)
+    if found or of_sparsified(new):
+        raise ValueError(
+            "expected the model's state_dict() to hold the weights under the names that torch gives them, got other "
+            f"names for {next(iter(found), 'a copy')}; desparsify a copy.deepcopy(model) and take its state_dict"
+        )
     metadata = getattr(state, "_metadata", {})
-    left = [key for key in metadata if not f"{key}.".startswith(tuple(f"{name}." for name in ours))]
-    needed = {key.rpartition(".")[0] for key in left}
-    empty = {name.rpartition(".")[0] for name in ours} - needed
+    left = [key for key in metadata if ours.isdisjoint(_above(f"{key}."))]
+    empty = {_above(name)[-2][:-1] for name in ours} - {key.rpartition(".")[0] for key in left}
     new._metadata = {key: metadata[key] for key in left if key not in empty}  # type: ignore[attr-defined]
     return new
 
 
+def _above(key: str) -> list[str]:
+    """Return the prefixes of a name that end with a dot, and the empty one."""
+    return ["", *(key[: i + 1] for i, letter in enumerate(key) if letter == ".")]
+
+
 def final_masks(model: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
     """Return which elements `bake` would leave, by the layer and the name of its tensor."""
-    found = {shared: _settled(shared).masks() for shared in _whole_states(model)}
-    return {
-        (place.site.module, place.site.tensor): masks[place.name]
-        for shared, masks in found.items()
-        for place in shared.places.values()
-    }
+    found: dict[tuple[nn.Module, str], Tensor] = {}
+    for shared in _whole_states(model):
+        shared.settle()
+        masks = shared.masks()
+        found |= {(place.site.module, place.site.tensor): masks[place.name] for place in shared.places.values()}
+    return found
 
 
 def final_values(shared: SharedSparsity) -> dict[str, Tensor]:
     """Return what `bake` would leave of each weight, by name; whole, also where it is sharded."""
-    kept = _settled(shared).masks()
+    shared.settle()
+    kept = shared.masks()
     thresholds = shared.position.thresholds
     values: dict[str, Tensor] = {}
     for name, dense in shared.weights().items():
@@ -162,14 +167,6 @@ def _whole_states(model: nn.Module) -> list[SharedSparsity]:
                 "if a layer was replaced after sparsify, put the old one back"
             )
     return states
-
-
-def _settled(shared: SharedSparsity) -> SharedSparsity:
-    """Refresh a state; NaN and infinity are refused."""
-    parts, add_up = held_here(shared.weights())
-    require_finite(parts, add_up)
-    shared.refresh()
-    return shared
 
 
 def _inverted(name: str, originals: Sequence[Tensor], before: Sequence[nn.Module], value: Tensor) -> list[Tensor]:
