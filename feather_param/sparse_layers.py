@@ -95,7 +95,7 @@ class SparseLayer(nn.Module):
         made = self._matrix
         if made is None or made[0] is not self.values:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+                warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
                 shape = (self.out_channels, self.in_channels * math.prod(self.kernel))
                 matrix = torch.sparse_csr_tensor(self.crow, self.col, self.values, shape, check_invariants=False)
             made = self._matrix = self.values, matrix
