@@ -190,8 +190,8 @@ class SharedSparsity(nn.Module):
 
     def settle(self) -> None:
         """Refresh before a report or a bake, which refuse NaN and infinity, also on a GPU and in frozen weights."""
-        parts, add_up = held_here(self.weights())
-        require_finite(parts, add_up)
+        if self.frozen or any(original.device.type != "cpu" for original in self.originals):  # else `refresh` looks
+            require_finite(*held_here(self.weights()))
         self.refresh()
 
     def refresh_if_changed(self, reader: FeatherParametrization | None = None) -> None:

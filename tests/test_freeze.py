@@ -252,7 +252,8 @@ def test_nan_is_still_told():
     controller.freeze()
     with torch.no_grad():
         model[3].parametrizations.weight.original[0, 0] = float("nan")
-    for call in (controller.step, controller.desparsify, lambda: feather_param.baked_state_dict(model)):
+    bake = lambda: feather_param.baked_state_dict(model)  # noqa: E731
+    for call in (controller.step, controller.report, controller.masks, controller.desparsify, bake):
         with pytest.raises(ValueError, match=r"expected finite weights, got NaN or infinity in 3\.weight"):
             call()
 
