@@ -207,7 +207,7 @@ class SharedSparsity(nn.Module):
             self.read.add(reader)
         if any(feather.changed(or_replaced=reader is None) for feather in readers):
             self.refresh_if_possible()
-        elif any(f.threshold._version != f.written[1] and concrete(f.threshold) for f in readers):
+        elif any(f.threshold._version != f.written.version and concrete(f.threshold) for f in readers):
             self._write()  # somebody has copied or averaged all buffers
 
     @eager
@@ -401,18 +401,20 @@ class FeatherParametrization(nn.Module):
         place = self.shared.places.get(self)
         if place is None or self.seen is None:
             return place is not None
-        now = copies.seen(place.watched)
-        return self.seen != now and (or_replaced or self.seen[0] == now[0])
+        tensors = place.watched
+        if self.seen.replaced(tensors):
+            return or_replaced
+        return self.seen.version != copies.version(tensors)
 
     def forget(self) -> None:
         """Have the next forward pass look, at the tensor that is in place now."""
         if (place := self.shared.places.get(self)) is not None:
-            self.seen = copies.seen(place.watched)[0], -1
+            self.seen = copies.seen(place.watched)._replace(version=-1)
 
     @property
     def lent(self) -> bool:
         """Whether a buffer of somebody else stands in the place of ours (`torch.func.functional_call`)."""
-        return self.written[0] != id(self.threshold)
+        return self.written.replaced([self.threshold])
 
     def hold(self) -> None:
         """Set the pruned elements of a frozen dense weight to zero, and those that stay to anything else."""

@@ -323,8 +323,8 @@ def test_a_copy_that_is_trained_by_itself_is_told_of():
 def test_a_pass_of_a_copy_looks_at_each_weight_a_few_times(monkeypatch):
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(60)))
     feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0)
-    seen, calls = copies.seen, []
-    monkeypatch.setattr(copies, "seen", lambda tensors: calls.append(1) or seen(tensors))
+    version, calls = copies.version, []
+    monkeypatch.setattr(copies, "version", lambda tensors: calls.append(1) or version(tensors))
     counts = []
     for network in (model, copy.deepcopy(model)):
         with torch.no_grad():
@@ -336,6 +336,26 @@ def test_a_pass_of_a_copy_looks_at_each_weight_a_few_times(monkeypatch):
             counts.append(len(calls))
     assert counts[1] == counts[3] <= 2 * 60  # all once by the first one, and each by itself
     assert max(counts) <= 6 * 60  # where they have moved
+
+
+def test_a_tensor_that_gets_the_id_of_one_that_is_gone_is_another_one():
+    """FSDP2 gathers weights into new tensors: what is seen there must not be looked at."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    controller = feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0)
+    threshold = controller.threshold
+    place = model[0].parametrizations.weight
+    values, kept, gone = torch.ones(4, 4), [], id(place.original)
+    del place.original
+    while id(found := nn.Parameter(values)) != gone:
+        kept.append(found)
+        if len(kept) > 10_000:
+            pytest.skip("this allocator gives no address twice")
+    place.register_parameter("original", found)
+    with torch.no_grad():
+        found.add_(1.0)
+    model(torch.ones(1, 4))
+    assert torch.equal(model[0].parametrizations.weight[0].threshold, threshold)
+    assert not torch.equal(controller.threshold, threshold)
 
 
 def test_masks_take_no_roots(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,17 +33,31 @@ _FOLLOWERS = "feather_param followers"  # of a position, in the memo of a deepco
 # A copy of a part of the model cannot know the threshold of the whole, and takes that of its source.
 
 
-Seen = tuple[int, int]
-"""Which tensors were seen, and a number that grows with each write to them (Note [Thresholds])."""
+class Seen(NamedTuple):
+    """Which tensors were seen, and a number that grows with each write to them (Note [Thresholds])."""
+
+    tensors: tuple[weakref.ref[Tensor], ...]  # no ids: a tensor may get that of one that is gone
+    version: int
+
+    def replaced(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether these are other tensors."""
+        for seen, tensor in zip(self.tensors, tensors, strict=False):  # in each forward pass
+            if seen() is not tensor:
+                return True
+        return len(self.tensors) != len(tensors)
 
 
 def seen(tensors: Sequence[Tensor]) -> Seen:
     """Return what there is to see of some tensors."""
-    identity = version = 0
+    return Seen(tuple(map(weakref.ref, tensors)), version(tensors))
+
+
+def version(tensors: Sequence[Tensor]) -> int:
+    """Return a number that grows with each write to some tensors."""
+    total = 0
     for tensor in tensors:
-        identity = 31 * identity + id(tensor)
-        version += 0 if tensor.is_inference() else tensor._version
-    return identity, version
+        total += 0 if tensor.is_inference() else tensor._version
+    return total
 
 
 class Bits(NamedTuple):
@@ -153,7 +168,7 @@ def copy_parametrization(feather: FeatherParametrization, memo: dict[int, Any]) 
         twin.shared.places[twin] = place._replace(site=site, parametrizations=memo[id(place.parametrizations)])
         twin.seen = None
         if all(id(tensor) in memo for tensor in place.watched):
-            identity, version = seen([memo[id(tensor)] for tensor in place.watched])
-            twin.seen = identity, version if feather.seen == seen(place.watched) else -1
+            now = seen([memo[id(tensor)] for tensor in place.watched])
+            twin.seen = now._replace(version=-1) if feather.changed(or_replaced=True) else now
         twin.bits = bits(place.originals)
     return twin
