@@ -104,26 +104,24 @@ def masks(weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, T
     for group in groups:
         spare = -group.zeros  # of the elements that equal the threshold, those that stay
         for name in group.names:
-            magnitude, threshold = _compared(weights[name], group.threshold)
-            found[name] = magnitude > threshold
-            spare += magnitude.numel() - int(torch.count_nonzero(found[name]))
+            weight = whole(weights[name].detach())
+            threshold = group.threshold.to(weight.device)
+            if weight.dtype == threshold.dtype:  # by no more memory than the mask's
+                found[name] = (weight > threshold).logical_or_(weight < -threshold)
+            else:
+                found[name] = weight.abs().to(threshold.dtype) > threshold
+            spare += weight.numel() - int(torch.count_nonzero(found[name]))
         if spare <= 0 or group.threshold == 0:
             continue
         for name in reversed(group.names):
-            magnitude, threshold = _compared(weights[name], group.threshold)
-            tied = magnitude == threshold
+            magnitude = whole(weights[name].detach()).abs().to(group.threshold.dtype)
+            tied = magnitude == group.threshold.to(magnitude.device)
             count = int(torch.count_nonzero(tied))
             if count:  # `cumsum` counts in the order of the elements, whatever the memory format
                 rank = tied.flatten().cumsum(0).view(tied.shape)
                 found[name] |= tied & (rank > count - spare)
                 spare -= min(count, spare)
     return {name: found[name] for name in weights}
-
-
-def _compared(weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the magnitudes of a whole weight and the threshold, as they compare."""
-    magnitude = whole(weight.detach()).abs().to(threshold.dtype)
-    return magnitude, threshold.to(magnitude.device)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,10 @@ def build(place: str, settings: Sequence[str] = ()) -> nn.Module:
         key, equals, value = setting.partition("=")
         if not equals or not key.isidentifier():
             raise ValueError(f"expected arguments of {place} as name=value, got {setting}")
-        arguments[key] = _value(value)
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = value
     try:
         make: Any = importlib.import_module(name)
         for part in function.split("."):
@@ -66,10 +69,3 @@ def load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         what = " ".join(str(error).split())
         what = what if len(what) < 400 else f"{what[:400]} ..."
         raise ValueError(f"expected the weights of this network, got others: {what}") from error
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

@@ -256,8 +256,7 @@ class Controller:
                     [ True,  True]])
         """
         self._require("masks()")
-        self._shared.settle()
-        return self._shared.masks()
+        return self._shared.exact_masks()
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings and position, in plain Python values; loads with ``weights_only=True``."""

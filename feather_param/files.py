@@ -225,7 +225,8 @@ def _read(container: Any, tensors: Any) -> dict[str, Tensor]:
             parts = {part: container.get_tensor(f"{part}:{name}") for part in entry.parts}
             if crc(parts) != entry.crc32:
                 raise ValueError("the checksum is wrong")
-            unpack(parts, entry.zstd, raw.view(f"u{_width(entry.dtype)}"))
+            width = entry.dtype.itemsize // (2 if entry.dtype.is_complex else 1)  # a complex number is two elements
+            unpack(parts, entry.zstd, raw.view(f"u{width}"))
             loaded[name] = torch.from_numpy(raw).view(entry.dtype).reshape(entry.shape)
         except (ValueError, SafetensorError) as error:
             raise ValueError(f"{name}: {error}") from error
@@ -276,8 +277,3 @@ def _nbytes(name: str, sizes: list[int], most: int) -> int:
         if product > most:
             raise ValueError(f"{name} claims more than the {most} bytes that so small a part of a file may stand for")
     return 0 if empty else product
-
-
-def _width(dtype: torch.dtype) -> int:
-    """Return the bytes of a stored element: a complex number is two of them."""
-    return dtype.itemsize // (2 if dtype.is_complex else 1)

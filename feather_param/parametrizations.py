@@ -223,6 +223,17 @@ class SharedSparsity(nn.Module):
         fixed = {place.name: feather.mask for feather, place in self.places.items() if feather.mask is not None}
         return fixed if self.frozen else masks(self.weights(), self.position.groups)
 
+    def exact_masks(self) -> dict[str, Tensor]:
+        """Return the masks that a bake would have; a refresh is made where these no longer have the right number."""
+        if not (self.frozen or self.sharded):
+            self._require_values()
+            self.refresh_if_changed()
+            found = self.masks()
+            if sum(int(mask.sum()) for mask in found.values()) == self.budget.total - self.position.zeros:
+                return found
+        self.settle()
+        return self.masks()
+
     def counts(self) -> dict[str, PruneCount]:
         """Return how many elements of each weight `masks` leaves out, and how many it keeps that compute as zero."""
         if self.frozen:

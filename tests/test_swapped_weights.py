@@ -358,6 +358,15 @@ def test_a_tensor_that_gets_the_id_of_one_that_is_gone_is_another_one():
     assert not torch.equal(controller.threshold, threshold)
 
 
+def test_masks_are_those_of_a_bake_whatever_was_written_without_a_word():
+    for change in (lambda w: w.mul_(2.0), lambda w: w.mul_(0.5), lambda w: w.neg_(), lambda w: w.copy_(w.flip(0))):
+        model, _, controller = run()
+        model.eval()(X)
+        change(model[0].parametrizations.weight.original.data)
+        masks, state = controller.masks(), feather_param.baked_state_dict(model)
+        assert all(torch.equal(state[name] != 0, mask) for name, mask in masks.items())
+
+
 def test_masks_take_no_roots(monkeypatch):
     model, _, controller = run()
     expected = {f"{i}.weight": model[i].weight != 0 for i in (0, 2)}

@@ -26,9 +26,6 @@ _WRAPPER = Optimizer.__init__.__code__.co_filename, "wrapper"  # where torch cal
 
 _INITIALISER = os.path.join("distributed", "checkpoint", "state_dict.py")
 
-Names = list[list[str | None]]
-"""For each parameter group, the name of each parameter; None for one that is not the model's."""
-
 
 def checked_optimizer(optimizer: Any, weights: Mapping[str, Sequence[Tensor]]) -> Optimizer:
     """Return the optimizer that makes the steps: the one inside, of one that wraps it (accelerate's, Lookahead).
@@ -40,7 +37,8 @@ def checked_optimizer(optimizer: Any, weights: Mapping[str, Sequence[Tensor]]) -
     outer = type(optimizer).__name__
     # torch calls the hooks of an optimizer from `step`, which the constructor of `Optimizer` sees to.
     while not (hasattr(optimizer, "_optimizer_step_post_hooks") and getattr(type(optimizer).step, "hooked", False)):
-        inside = [each for each in vars(optimizer).values() if isinstance(each, Optimizer)] if _steps(optimizer) else []
+        held = vars(optimizer).values() if hasattr(optimizer, "__dict__") and hasattr(optimizer, "step") else ()
+        inside = [each for each in held if isinstance(each, Optimizer)]
         if not inside and not isinstance(optimizer, Optimizer):
             raise TypeError(f"expected optimizer to be a torch.optim.Optimizer, got {outer}")
         if len(inside) != 1:
@@ -62,10 +60,6 @@ def checked_optimizer(optimizer: Any, weights: Mapping[str, Sequence[Tensor]]) -
             "leave them dense with exclude, unless another optimizer trains them"
         )
     return optimizer
-
-
-def _steps(thing: Any) -> bool:
-    return hasattr(thing, "__dict__") and callable(getattr(thing, "step", None))
 
 
 class Follower:
@@ -192,7 +186,8 @@ class _Order:
             for group, order in zip(groups, positions, strict=True)
         ]
 
-    def _names(self, optimizer: Optimizer) -> Names:
+    def _names(self, optimizer: Optimizer) -> list[list[str | None]]:
+        """Return the name of each parameter of each group; None for one that is not the model's."""
         names: dict[int, str] = {}  # of a tied parameter the smallest, for `sparsify` changes which one is the first
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             plain = plain_name(name)
@@ -200,7 +195,7 @@ class _Order:
         return [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def _find(own: Names, theirs: Any) -> list[list[int]] | None:
+def _find(own: list[list[str | None]], theirs: Any) -> list[list[int]] | None:
     """Return where in `theirs` each name of `own` stands, group by group, or None if they are not the same names.
 
     What has no name in `own` stays where it is. All the names in `theirs` may have one more prefix.
