@@ -52,10 +52,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write(file: BinaryIO, metadata: Mapping[str, str], parts: Mapping[str, NDArray[np.uint8]]) -> None:
-    """Write parts, each as a one-dimensional U8 tensor, and metadata.
-
-    safetensors itself writes metadata in random order, and sets the permissions of its files.
-    """
+    """Write parts, each as a one-dimensional U8 tensor, and metadata, in order (safetensors shuffles the latter)."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, content in parts.items():

@@ -75,9 +75,7 @@ class Controller:
 
     @eager
     def step(self) -> None:
-        """Note that one optimizer step has been made: advance the schedule, refresh the threshold.
-
-        Past ``total_steps`` the rate stays at ``final_rate``.
+        """Note that one optimizer step has been made: advance the schedule, and refresh the threshold.
 
         Raises:
             RuntimeError: the model has been desparsified, a layer of it was replaced, or the controller follows an

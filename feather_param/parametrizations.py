@@ -75,8 +75,7 @@ class Place(NamedTuple):
     @property
     def before(self) -> list[nn.Module]:
         """Other libraries' parametrizations that were registered before ours, in order."""
-        found = self.parametrizations
-        return [*itertools.takewhile(lambda each: not isinstance(each, FeatherParametrization), found)]
+        return [*itertools.takewhile(lambda p: not isinstance(p, FeatherParametrization), self.parametrizations)]
 
     @property
     def watched(self) -> list[Tensor]:

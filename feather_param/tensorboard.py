@@ -13,10 +13,7 @@ __all__ = ["ScalarWriter", "add_look", "add_multiply_adds", "add_report"]
 
 
 class ScalarWriter(Protocol):
-    """What is needed of a writer.
-
-    ``torch.utils.tensorboard.SummaryWriter`` has it (``pip install 'feather_param[tensorboard]'``), and so have others.
-    """
+    """What is needed of a writer, which SummaryWriter (``feather_param[tensorboard]``) and others have."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> Any: ...
 

@@ -13,10 +13,7 @@ T = TypeVar("T")
 
 
 def eager(function: Callable[P, T]) -> Callable[P, T]:
-    """Have a function run eagerly where it is called in compiled code.
-
-    Called elsewhere, it does not import the compiler, as `torch.compiler.disable` would, which takes a second.
-    """
+    """Have a function run eagerly in compiled code; `torch.compiler.disable` would take a second to import."""
     disabled = torch._disable_dynamo(function)  # pyright: ignore[reportPrivateImportUsage]
 
     @functools.wraps(function)
