@@ -20,8 +20,8 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
     this then. After a training that ended near its final rate it changes next to nothing. Each layer's mean and
     (unbiased) variance become the plain averages over all batches of what the layer gets from the model as it is now.
 
-    Unlike in `torch.optim.swa_utils.update_bn`, dropout does not distort the statistics, each module's mode and momentum
-    are put back, and so are the old statistics where this raises. Layers that are not reached keep theirs.
+    Unlike in `torch.optim.swa_utils.update_bn`, dropout does not distort the statistics, each module's mode and
+    momentum are put back, and so are the old statistics where this raises. Layers that are not reached keep theirs.
 
     Use training data, in batches of the size of training, and drop a smaller last one, for all batches count alike.
     It works on sparsified models and on plain ones. In several processes pass the module inside of DDP; each process
