@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -561,6 +562,17 @@ class Clipping(torch.optim.Adam):
         if self.fails:
             raise FloatingPointError("overflow")
         return loss
+
+
+def test_a_step_keeps_nothing_of_the_caller_alive():
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    feather_param.sparsify(model, final_rate=0.5, total_steps=2, optimizer=optimizer)
+    activations = torch.ones(3)
+    seen = weakref.ref(activations)
+    optimizer.step()
+    del activations
+    assert seen() is None
 
 
 @pytest.mark.parametrize("plain_first", [False, True])

@@ -23,7 +23,6 @@ from feather_param.warning import warn
 _KEY = "feather_param"  # of what we add to a saved state, beside torch's "state" and "param_groups"
 
 _WRAPPER = Optimizer.__init__.__code__.co_filename, "wrapper"  # where torch calls the hooks of `step`
-
 _INITIALISER = os.path.join("distributed", "checkpoint", "state_dict.py")
 
 
@@ -102,9 +101,10 @@ class Follower:
 
 def _is_step(frame: FrameType, optimizer: Optimizer) -> bool:
     """Return whether a frame is that of the function in which torch wraps `step`, called of an optimizer."""
-    where = frame.f_code.co_filename, frame.f_code.co_name
+    if (frame.f_code.co_filename, frame.f_code.co_name) != _WRAPPER:
+        return False  # and leave its locals alone: to read them keeps what they hold alive
     args = frame.f_locals.get("args")
-    return where == _WRAPPER and bool(args) and args[0] is optimizer
+    return bool(args) and args[0] is optimizer
 
 
 class Movement:
