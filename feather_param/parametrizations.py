@@ -224,7 +224,7 @@ class SharedSparsity(nn.Module):
 
     def exact_masks(self) -> dict[str, Tensor]:
         """Return the masks that a bake would have; a refresh is made where these no longer have the right number."""
-        if not (self.frozen or self.sharded):
+        if not (self.frozen or self.sharded or self.source):  # a copy that has moved takes other zeros
             self._require_values()
             self.refresh_if_changed()
             found = self.masks()

@@ -367,6 +367,19 @@ def test_masks_are_those_of_a_bake_whatever_was_written_without_a_word():
         assert all(torch.equal(state[name] != 0, mask) for name, mask in masks.items())
 
 
+def test_masks_of_a_copy_with_its_controller_are_those_of_a_bake():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=9, end_step=9)
+    controller.step()
+    twin, its = copy.deepcopy((model, controller))
+    for _ in range(4):
+        controller.step()
+    weight = twin[0].parametrizations.weight.original.data
+    weight.neg_().view(-1)[weight.abs().argmax()].mul_(2.0)  # as many above the threshold as before
+    masks, state = its.masks(), feather_param.baked_state_dict(twin)
+    assert all(torch.equal(state[name] != 0, mask) for name, mask in masks.items())
+
+
 def test_masks_take_no_roots(monkeypatch):
     model, _, controller = run()
     expected = {f"{i}.weight": model[i].weight != 0 for i in (0, 2)}
