@@ -58,7 +58,7 @@ class Controller:
 
     @property
     def rate(self) -> float:
-        """The scheduled rate at the current step, a fraction of all prunable weights."""
+        """The scheduled rate at the current step, a fraction of all prunable weights; ``final_rate`` at the end."""
         position = self._shared.position
         return self._shared.config.rate(position.step if position.frozen_step is None else position.frozen_step)
 
@@ -244,7 +244,7 @@ class Controller:
 
         Raises:
             RuntimeError: the model has been desparsified, or a layer of it was replaced.
-            ValueError: a weight holds NaN, infinity or no values.
+            ValueError: a weight holds NaN or no values, or infinity where the thresholds have to be taken anew.
 
         Example:
             >>> layer = nn.Linear(2, 2)

@@ -136,8 +136,9 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except (ValueError, KeyError, RecursionError) as error:
         if os.path.isfile(path) and zipfile.is_zipfile(path):
             other = "a zip file, as torch.save writes; load it with torch.load(path, weights_only=True)"
-        why = f" ({error})" if isinstance(error, ValueError) else ""
-        raise ValueError(f"expected a file of save_sparse, got {path}, {other}{why}") from error
+        elif isinstance(error, ValueError):
+            other += f" ({error})"
+        raise ValueError(f"expected a file of save_sparse, got {path}, {other}") from error
     if version != _VERSION:
         raise ValueError(
             f"expected a sparse file of version {_VERSION}, got {version} in {path}; "

@@ -178,4 +178,5 @@ def _cell(text: str, kind: str = "") -> str:
     return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
 
 
-_name, _right = (functools.partial(_cell, kind=kind) for kind in ("name", "n"))
+_name = functools.partial(_cell, kind="name")
+_right = functools.partial(_cell, kind="n")

@@ -63,12 +63,13 @@ def baked(model: nn.Module) -> dict[str, Tensor]:
             gone.add(f"{prefix}parametrizations.{tensor}.")
     new: OrderedDict[str, Tensor] = OrderedDict()
     for key, tensor in state.items():
-        for prefix in _above(key):
+        above = _above(key)
+        for prefix in above:
             for name, value in layers.pop(prefix, {}).items():
                 value = whole(state.get(prefix + name)) if value is None else value
                 if value is not None:
                     new[prefix + name] = value
-        if gone.isdisjoint(_above(key)) and key not in new:
+        if gone.isdisjoint(above) and key not in new:
             new[key] = whole(tensor)
     if found or of_sparsified(new):
         raise ValueError(
