@@ -57,9 +57,8 @@ def baked(model: nn.Module) -> dict[str, Tensor]:
     for key in state:
         if at := found.pop(key if key in found else bare.pop(without_wrappers(key), ""), None):
             prefix, _, tensor = key.removesuffix(".original").rpartition("parametrizations.")
-            layers.setdefault(prefix, dict.fromkeys(at[0].parameter_order))[tensor] = at[1].to(
-                state[key].device, state[key].dtype
-            )
+            value = at[1].to(state[key].device, state[key].dtype)
+            layers.setdefault(prefix, dict.fromkeys(at[0].parameter_order))[tensor] = value
             gone.add(f"{prefix}parametrizations.{tensor}.")
     new: OrderedDict[str, Tensor] = OrderedDict()
     for key, tensor in state.items():
