@@ -31,8 +31,8 @@ from tqdm import tqdm
 import archs
 import feather_param
 from benchmarks import timing
-from feather_param import sparse_kernel
-from feather_param.batchnorm import recalibrate_batchnorm
+from feather_param.inference import kernel as sparse_kernel
+from feather_param.inference.batchnorm import recalibrate_batchnorm
 
 Case = tuple[nn.Module, Tensor]
 

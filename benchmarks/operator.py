@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from benchmarks import timing
 from benchmarks.papers_code import RATE, PapersOperator
+from feather_param.ops.kth import kth_magnitude
 from feather_param.parametrizations import feather_threshold
-from feather_param.thresholds import kth_magnitude
 
 
 def layers(weights: int, tensors: int, dtype: torch.dtype) -> list[Tensor]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from feather_param.container import replacing
+from feather_param.files.atomic import replacing
 
 __all__ = ["machine", "medians", "ratio", "rounds", "show", "write", "write_whole"]
 

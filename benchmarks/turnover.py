@@ -1,8 +1,8 @@
 """How many survivors are replaced from epoch to epoch, by method: `python -m benchmarks.turnover --data-dir DATA`.
 
 Trains as `benchmarks.cifar100_table --protocol short` does, at one rate and with one seed, and looks at the masks after
-each epoch (`feather_param.history`). Once the rate stands still, whoever enters takes the place of another: a large
-turnover means that the network hardly ever trains the weights that it will keep.
+each epoch (`feather_param.reports.history`). Once the rate stands still, whoever enters takes the place of another: a
+large turnover means that the network hardly ever trains the weights that it will keep.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.methods import METHODS
 from examples.datasets import TrainBatches, load_data
 from examples.settings import Settings
 from examples.training import Training
-from feather_param.history import History
+from feather_param.reports.history import History
 
 
 def train(method: str, rate: float, data_dir: Path) -> dict[str, Any]:

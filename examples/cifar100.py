@@ -34,7 +34,7 @@ from examples.processes import ALONE, Processes, joined
 from examples.runlog import Row, RunLog, new_folder, table
 from examples.settings import Settings, UserError, given_options, options, settle
 from examples.training import Baked, Training, TrainingFailed, bake, save
-from feather_param.report import Report
+from feather_param.reports.report import Report
 
 __all__ = ["Outcome", "choose_device", "main", "train"]
 

@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from feather_param.figures import draw_survivors
-from feather_param.report import Report
+from feather_param.reports.figures import draw_survivors
+from feather_param.reports.report import Report
 
 __all__ = ["draw_comparison", "draw_summary"]
 

@@ -20,8 +20,8 @@ from torch.utils.tensorboard.writer import SummaryWriter
 import feather_param
 from examples.settings import Settings
 from examples.training import Baked, Score, Training, TrainingFailed
-from feather_param.report import Report
-from feather_param.tensorboard import add_report
+from feather_param.reports.report import Report
+from feather_param.reports.tensorboard import add_report
 
 __all__ = ["RunLog", "new_folder", "table"]
 

@@ -18,7 +18,7 @@ import feather_param
 from examples.datasets import ImageData, Split
 from examples.processes import ALONE, Processes
 from examples.settings import Settings, UserError
-from feather_param.container import replacing
+from feather_param.files.atomic import replacing
 
 __all__ = [
     "Baked",

@@ -6,10 +6,10 @@ from feather_param.api import baked_state_dict as baked_state_dict
 from feather_param.api import desparsify as desparsify
 from feather_param.api import sparsify as sparsify
 from feather_param.controller import Controller as Controller
-from feather_param.files import load_sparse as load_sparse
-from feather_param.files import save_sparse as save_sparse
-from feather_param.inference import to_sparse_inference as to_sparse_inference
-from feather_param.planning import plan as plan
+from feather_param.files.sparse import load_sparse as load_sparse
+from feather_param.files.sparse import save_sparse as save_sparse
+from feather_param.inference.convert import to_sparse_inference as to_sparse_inference
+from feather_param.reports.plan import plan as plan
 
 __all__ = [
     "Controller",

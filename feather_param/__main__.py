@@ -2,7 +2,7 @@
 
 import sys
 
-from feather_param.cli import main
+from feather_param.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

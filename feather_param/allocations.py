@@ -15,8 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from feather_param.shards import held_here, whole
-from feather_param.thresholds import PruneCount, count_pruned, kth_magnitude
+from feather_param.ops.count import PruneCount, count_pruned
+from feather_param.ops.distributed import held_here, whole
+from feather_param.ops.kth import kth_magnitude
 
 __all__ = ["Allocation", "Budget", "Group", "count_zeros", "global_magnitude", "masks"]
 

@@ -10,11 +10,11 @@ from feather_param.controller import Controller
 from feather_param.core.baking import bake, baked, check_other_parametrizations
 from feather_param.core.config import Config, Theta
 from feather_param.core.optimizer import checked_optimizer
+from feather_param.ops.finite import require_finite
 from feather_param.parametrizations import states_of
 from feather_param.schedules import Schedule
-from feather_param.selection import Filter, Selection, select
-from feather_param.thresholds import require_finite
-from feather_param.warning import warn
+from feather_param.selection.select import Filter, Selection, select
+from feather_param.utils.warn import warn
 
 
 def sparsify(

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feather_param.checks import integer, require_same_shapes
 from feather_param.core.attach import attach, detach, links, require_attached
 from feather_param.core.baking import bake
 from feather_param.core.config import Config
-from feather_param.core.eager import eager
 from feather_param.core.freezing import freeze, hold
 from feather_param.core.optimizer import Follower, Movement, checked_optimizer
-from feather_param.late_nan import LateNaN
+from feather_param.ops.finite import LateNaN
+from feather_param.ops.tracing import eager
 from feather_param.parametrizations import SharedSparsity, states_of
-from feather_param.report import Report, rows, warn_of_dead
-from feather_param.selection import Selection
-from feather_param.warning import warn, warn_of_early
+from feather_param.reports.report import Report, rows, warn_of_dead
+from feather_param.selection.select import Selection
+from feather_param.utils.checks import integer, require_same_shapes
+from feather_param.utils.warn import warn, warn_of_early
 
 _VERSION = 1  # of a saved state
 

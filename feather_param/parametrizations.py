@@ -15,12 +15,14 @@ from torch.nn.utils import parametrize
 from feather_param.allocations import Budget, Group, count_zeros, masks
 from feather_param.core import copies
 from feather_param.core.config import Config
-from feather_param.core.eager import eager
 from feather_param.core.state_dict import pack_position, unpack_position
-from feather_param.shards import held_here, is_sharded, local, whole
-from feather_param.sites import Site, originals_of
-from feather_param.thresholding import concrete, feather_threshold, smallest_kept
-from feather_param.thresholds import PruneCount, require_finite
+from feather_param.ops.count import PruneCount
+from feather_param.ops.distributed import held_here, is_sharded, local, whole
+from feather_param.ops.dtypes import rounded_down, smallest_kept
+from feather_param.ops.finite import require_finite
+from feather_param.ops.operator import feather_threshold
+from feather_param.ops.tracing import concrete, eager
+from feather_param.selection.weights import Site, originals_of
 
 __all__ = ["FeatherParametrization", "feather_threshold"]
 
@@ -492,13 +494,3 @@ def through(parametrizations: Sequence[nn.Module], tensors: Sequence[Tensor]) ->
 def with_zeros(dense: Tensor, mask: Tensor) -> Tensor:
     """Return a weight with zeros where the mask is False; other zeros become the smallest number."""
     return torch.where(mask, torch.where(dense == 0, smallest_kept(dense.dtype), dense), 0.0)
-
-
-def rounded_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a threshold in the precision for weights of a dtype; in float32, it cuts these at the same place."""
-    if dtype == torch.float64:
-        return threshold.double()
-    narrow = threshold.float()
-    if threshold.dtype == torch.float64:
-        narrow = torch.where(narrow > threshold, narrow.nextafter(torch.zeros_like(narrow)), narrow)
-    return narrow

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import feather_param
 from archs import resnet20
-from feather_param.batchnorm import recalibrate_batchnorm
+from feather_param.inference.batchnorm import recalibrate_batchnorm
 from tests import twins
 
 RATE = 0.8

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import feather_param
-from feather_param.thresholds import kth_magnitude
+from feather_param.ops.kth import kth_magnitude
 from tests import twins
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

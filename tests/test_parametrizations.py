@@ -20,9 +20,9 @@ from torch.nn.utils import parametrize
 import feather_param
 from feather_param.allocations import Budget
 from feather_param.core.config import Config
+from feather_param.ops.operator import _SMALL, _cube_root
+from feather_param.ops.operator_cpu import _CHUNK
 from feather_param.parametrizations import FeatherParametrization, SharedSparsity, feather_threshold
-from feather_param.survivors import _CHUNK
-from feather_param.thresholding import _SMALL, _cube_root
 from tests import twins
 
 POWERS = [1.0, 1.5, 2.0, 3.0, 4.0, 7.3, 50.0, math.inf]
@@ -196,7 +196,7 @@ def test_large_weights_at_the_end_of_the_interpreter():
     code = (
         "import threading, time, torch\n"
         "from feather_param.parametrizations import feather_threshold\n"
-        "from feather_param.thresholds import kth_magnitude\n"
+        "from feather_param.ops.kth import kth_magnitude\n"
         "torch.set_num_threads(2)\n"
         "w = torch.linspace(-1, 1, (1 << 23) + 5)\n"
         "def late():\n"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import feather_param
 from feather_param.parametrizations import states_of
-from feather_param.sites import Site
+from feather_param.selection.weights import Site
 
 
 def train(

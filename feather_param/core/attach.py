@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 from feather_param.core import recurrent
 from feather_param.core.state_dict import accept_dense
 from feather_param.parametrizations import FeatherParametrization, Place, SharedSparsity
-from feather_param.sites import Weight, names_of, parametrizations_of
+from feather_param.selection.names import names_of
+from feather_param.selection.weights import Weight, parametrizations_of
 
 # Note [The class of a parametrized layer]
 # torch gives each parametrized layer a class of its own, which has the weight as a property, and takes it away with the

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from feather_param.core.attach import detach
 from feather_param.core.state_dict import of_sparsified
-from feather_param.parametrizations import Place, SharedSparsity, rounded_down, states_of, through, with_zeros
-from feather_param.report import Report, rows, warn_of_dead
-from feather_param.shards import is_sharded, whole
-from feather_param.sites import Weight, full_name, names_of, without_wrappers
-from feather_param.thresholding import feather_threshold, smallest_kept
-from feather_param.warning import warn_of_early
+from feather_param.ops.distributed import is_sharded, whole
+from feather_param.ops.dtypes import rounded_down, smallest_kept
+from feather_param.ops.operator import feather_threshold
+from feather_param.parametrizations import Place, SharedSparsity, states_of, through, with_zeros
+from feather_param.reports.report import Report, rows, warn_of_dead
+from feather_param.selection.names import full_name, names_of, without_wrappers
+from feather_param.selection.weights import Weight
+from feather_param.utils.warn import warn_of_early
 
 
 def bake(model: nn.Module) -> None:

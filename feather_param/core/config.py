@@ -11,8 +11,8 @@ from typing import Any
 
 from feather_param import schedules
 from feather_param.allocations import Allocation, Budget, global_magnitude
-from feather_param.checks import integer, real
 from feather_param.schedules import Schedule
+from feather_param.utils.checks import integer, real
 
 Theta = Callable[[float], float]
 """Maps the current rate to the gradient scale of pruned elements."""

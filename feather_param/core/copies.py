@@ -13,9 +13,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from feather_param.allocations import Group
-from feather_param.shards import is_sharded
-from feather_param.thresholds import flat
-from feather_param.warning import warn
+from feather_param.ops.distributed import is_sharded
+from feather_param.ops.dtypes import flat
+from feather_param.utils.warn import warn
 
 if TYPE_CHECKING:
     from feather_param.parametrizations import FeatherParametrization, Position, SharedSparsity

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from feather_param.core.baking import final_values, refuse_shards, write
+from feather_param.ops.distributed import held_here
+from feather_param.ops.kth import kth_magnitude
 from feather_param.parametrizations import SharedSparsity, with_zeros
-from feather_param.shards import held_here
-from feather_param.thresholds import kth_magnitude
 
 # Note [Frozen weights]
 # A frozen model computes with masks, and its dense weights have zeros where these are False. An optimizer step may

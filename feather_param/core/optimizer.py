@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from feather_param.core import copies
-from feather_param.core.eager import eager
+from feather_param.ops.tracing import eager
 from feather_param.parametrizations import SharedSparsity
-from feather_param.sites import plain_name
-from feather_param.warning import warn
+from feather_param.selection.names import plain_name
+from feather_param.utils.warn import warn
 
 _KEY = "feather_param"  # of what we add to a saved state, beside torch's "state" and "param_groups"
 

@@ -1,0 +1,146 @@
+"""What is in a checkpoint file: zeros of each weight, and how large it is in other formats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from feather_param.core.state_dict import of_sparsified
+from feather_param.files.checkpoint import Checkpoint
+from feather_param.files.sizes import untied
+from feather_param.reports.report import Report, Row
+from feather_param.utils.text import aligned, percent
+
+
+def zeros(checkpoint: Checkpoint) -> Report:
+    """Count the zeros of a checkpoint's weights: its floating tensors of two or more dimensions, tied ones once.
+
+    Example:
+        >>> checkpoint = Checkpoint("torch", {"weight": torch.eye(4), "bias": torch.zeros(4)})
+        >>> print(as_text(Path("fc.pt"), 1234, checkpoint, zeros(checkpoint)))
+        fc.pt: torch, 1,234 bytes, 2 tensors
+        <BLANKLINE>
+        weight  shape  total  zeros     rate  of all survivors
+        weight  4x4       16     12  75.000%           100.00%
+        all               16     12  75.000%           100.00%
+        and 1 other tensor (biases, norms, integers)
+    """
+    weights = {name: tensor for name, tensor in untied(checkpoint.tensors).items() if _is_weight(tensor)}
+    counts = {name: _count(tensor) for name, tensor in weights.items()}
+    survivors = max(1, sum(tensor.numel() - counts[name] for name, tensor in weights.items()))
+    return Report(
+        tuple(
+            Row(name, tuple(tensor.shape), tensor.numel(), counts[name], (tensor.numel() - counts[name]) / survivors)
+            for name, tensor in weights.items()
+        )
+    )
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    # torch cannot compute with float4, two of which are packed into an element.
+    return tensor.is_floating_point() and tensor.dim() >= 2 and "float4" not in str(tensor.dtype)
+
+
+def _count(tensor: Tensor) -> int:
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor  # eight bits compare with nothing on a CPU
+    return int((tensor == 0).sum())
+
+
+def in_training(checkpoint: Checkpoint) -> str:
+    """Return a sentence about weights whose zeros are not in them yet, or "" if they are."""
+    if not of_sparsified(checkpoint.tensors):
+        return ""
+    return (
+        "these are the weights of a model in training: its zeros are not in them yet; "
+        "save feather_param.baked_state_dict(model), or the state_dict after desparsify"
+    )
+
+
+def notes(checkpoint: Checkpoint) -> list[str]:
+    """Return what a user may not expect of these tensors."""
+    found = [note] if (note := in_training(checkpoint)) else []
+    if checkpoint.others:
+        kinds = listed([f"{name} ({kind})" for name, kind in checkpoint.others.items()])
+        found.append(f"not counted, because they are no dense tensors: {kinds}")
+    weights = [
+        tensor for tensor in untied(checkpoint.tensors).values() if _is_weight(tensor) and tensor.element_size() > 1
+    ]
+    negative = sum(int(((tensor == 0) & tensor.signbit()).sum()) for tensor in weights)
+    if negative:
+        found.append(
+            f"{negative:,} zeros are -0.0, as weight * mask makes them, and a sparse file keeps these like any other "
+            "value; weight + 0.0 makes them 0.0"
+        )
+    return found
+
+
+def as_text(
+    path: Path, nbytes: int, checkpoint: Checkpoint, report: Report, sizes: Mapping[str, int] | None = None
+) -> str:
+    """Return all there is to say of a file, to be read by people.
+
+    Args:
+        path: the file.
+        nbytes: its size.
+        checkpoint: what `read` returned.
+        report: what `zeros` returned.
+        sizes: what `file_sizes` returned, if it was asked.
+    """
+    place = f" at {checkpoint.key}" if checkpoint.key else ""
+    lines = [f"{path}: {checkpoint.kind}, {nbytes:,} bytes, {len(checkpoint.tensors)} tensors{place}"]
+    if checkpoint.beside:
+        lines.append(f"beside them: {listed(checkpoint.beside)}")
+    lines += ["", str(report)]
+    tied = len(checkpoint.tensors) - len(untied(checkpoint.tensors))
+    rest = len(checkpoint.tensors) - tied - len(report.rows)
+    if rest:
+        lines.append(f"and {rest} other tensor{'s' * (rest > 1)} (biases, norms, integers)")
+    if tied:
+        lines.append(f"and {tied} tied to one of these")
+    if sizes:
+        dense = max(1, sizes["dense"])
+        cells = [(name, f"{size:,} bytes", percent(size / dense)) for name, size in sizes.items()]
+        width = max(len(size) for _, size, _ in cells)
+        lines += ["", *aligned([(name, size.rjust(width), part) for name, size, part in cells])]
+    return "\n".join(lines)
+
+
+def as_json(
+    path: Path, nbytes: int, checkpoint: Checkpoint, report: Report, sizes: Mapping[str, int], notes: Sequence[str]
+) -> str:
+    """Return the same as JSON, and the notes; `docs/command-line.md` names the fields."""
+    counts = {row.name: row.zeros for row in report.rows}
+    content: dict[str, Any] = {
+        "file": str(path),
+        "kind": checkpoint.kind,
+        "bytes": nbytes,
+        "key": checkpoint.key,
+        "beside": list(checkpoint.beside),
+        "total": report.total,
+        "zeros": report.zeros,
+        "rate": report.rate,
+        "tensors": [
+            {
+                "name": name,
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": list(tensor.shape),
+                "total": tensor.numel(),
+                "zeros": counts.get(name),  # null: no weight, or tied to one before
+            }
+            for name, tensor in checkpoint.tensors.items()
+        ],
+        "others": checkpoint.others,
+        "sizes": {name.replace(" + ", "_"): size for name, size in sizes.items()},
+        "notes": list(notes),
+    }
+    return json.dumps(content, indent=2)
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Return names with commas between them; of many, the first."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,296 @@
+"""The command ``feather-param``: look into checkpoint files, and shrink them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import feather_param
+from feather_param.cli.architecture import build, load
+from feather_param.cli.file_report import as_json, as_text, in_training, listed, notes, zeros
+from feather_param.files.atomic import replacing
+from feather_param.files.checkpoint import Checkpoint, read
+from feather_param.files.sizes import file_sizes
+from feather_param.reports.html import page
+from feather_param.utils.text import percent
+
+_PROGRAM = "feather-param"
+_TORCH = (".pt", ".pth", ".bin")
+_SAFETENSORS = ".safetensors"
+_EVERY = 0.1  # seconds between two lines of progress
+_EPILOG = """\
+exit status: 0 done, 1 a file cannot be processed, 2 wrong usage, 130 interrupted, 141 nobody reads the output.
+The result goes to stdout, everything else to stderr. IN and FILE may be files of torch.save (read with
+weights_only=True: nothing in them is run), safetensors files, or sparse files; their content tells which.
+"""
+
+
+class _Usage(Exception):
+    """The command line is wrong; the message tells how."""
+
+
+class _Failed(Exception):
+    """A file cannot be processed; the message tells why."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _Usage(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status.
+
+    Example:
+        >>> import contextlib, io
+        >>> with contextlib.redirect_stderr(io.StringIO()) as said:
+        ...     main(["report", "nowhere.pt"])
+        1
+        >>> said.getvalue()
+        'feather-param: error: nowhere.pt: No such file or directory\\n'
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        text = arguments.run(arguments)
+        print(text, flush=True)
+        return 0
+    except SystemExit as done:  # after --help and --version
+        return int(done.code or 0)
+    except _Usage as error:
+        return _fail(error, 2)
+    except BrokenPipeError:
+        # The interpreter would complain when it flushes stdout at its end: give it another one to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error, 1)
+    except (_Failed, ValueError, TypeError, ImportError, MemoryError) as error:
+        return _fail(error, 1)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        return _fail("out of memory", 1)  # as torch says it
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: object, status: int) -> int:
+    print(f"{_PROGRAM}: error: {message or 'out of memory'}", file=sys.stderr)
+    return status
+
+
+def _note(message: str) -> None:
+    print(f"{_PROGRAM}: note: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=_PROGRAM,
+        description="Look into checkpoint files, and store them without their zeros.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {feather_param.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    report = commands.add_parser("report", help="zeros of each weight, and the file's size in other formats")
+    report.add_argument("file", metavar="FILE", type=Path)
+    report.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    report.add_argument("--html", metavar="OUT", type=Path, help="write a page as well")
+    report.add_argument(
+        "--no-sizes", action="store_true", help="do not measure the other formats (seconds, for a large file)"
+    )
+    report.set_defaults(run=_report)
+
+    compress = commands.add_parser("compress", help="write a checkpoint as a sparse file")
+    compress.add_argument("file", metavar="IN", type=Path)
+    compress.add_argument("out", metavar="OUT", type=Path, help="the sparse file, *.safetensors for example")
+    compress.add_argument("--zstd", action="store_true", help="compress with zstandard as well")
+    compress.set_defaults(run=_compress)
+
+    expand = commands.add_parser("expand", help="write a sparse file as a dense checkpoint")
+    expand.add_argument("file", metavar="IN", type=Path)
+    expand.add_argument("out", metavar="OUT", type=Path, help=f"ends in {', '.join(_TORCH)} or {_SAFETENSORS}")
+    expand.set_defaults(run=_expand)
+
+    bench = commands.add_parser("bench", help="time a network dense and sparse on this machine's CPU")
+    bench.add_argument("file", metavar="IN", type=Path)
+    bench.add_argument(
+        "--arch",
+        metavar=("MODULE:FUNCTION", "NAME=VALUE"),
+        nargs="+",
+        required=True,
+        help="what to call for the network, and with what: torchvision.models:resnet50 num_classes=10",
+    )
+    bench.add_argument("--input", metavar="SIZES", type=_shape, required=True, help="of the input, 1x3x224x224")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench.set_defaults(run=_bench)
+
+    for command in (report, compress, bench):
+        command.add_argument("--key", help="where in a torch file the state_dict is, for example training.model")
+    return parser
+
+
+def _report(arguments: argparse.Namespace) -> str:
+    path: Path = arguments.file
+    if arguments.html:
+        _check_out(path, arguments.html)
+    checkpoint = _read(path, arguments.key)
+    report, remarks = zeros(checkpoint), notes(checkpoint)
+    with _Progress() as progress:
+        sizes = {} if arguments.no_sizes else file_sizes(checkpoint.tensors, progress)
+    if arguments.html:
+        with replacing(arguments.html) as file:
+            file.write(page(report, sizes=sizes, title=path.name).encode())
+    nbytes = path.stat().st_size
+    for remark in remarks:
+        _note(remark)
+    if arguments.json:
+        return as_json(path, nbytes, checkpoint, report, sizes, remarks)
+    return as_text(path, nbytes, checkpoint, report, sizes)
+
+
+def _compress(arguments: argparse.Namespace) -> str:
+    path, out = arguments.file, arguments.out
+    _check_out(path, out)
+    if out.suffix in _TORCH:
+        raise _Usage(
+            f"expected OUT to be named as the safetensors file it becomes, got {out}; call it {out.stem}.safetensors"
+        )
+    checkpoint = _read(path, arguments.key)
+    if checkpoint.kind == "sparse":
+        raise _Failed(f"{path} is a sparse file already; expand it first to compress it in another way")
+    if checkpoint.beside and arguments.key is None:
+        raise _Failed(
+            f"{path} also holds {listed(checkpoint.beside)}, which a sparse file cannot; "
+            f"to keep the weights alone, say so: --key {checkpoint.key}"
+        )
+    for name, kind in checkpoint.others.items():
+        raise _Failed(
+            f"expected tensors alone, got {kind} at {name}, which a sparse file cannot hold; save it elsewhere"
+        )
+    with _Progress() as progress:
+        progress("compressing", 0.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about what the notes tell
+            feather_param.save_sparse(checkpoint.tensors, out, zstd=arguments.zstd)
+    for remark in notes(checkpoint):
+        _note(remark)
+    return f"{_sizes(path, out)} ({percent(out.stat().st_size / path.stat().st_size)})"
+
+
+def _expand(arguments: argparse.Namespace) -> str:
+    path, out = arguments.file, arguments.out
+    _check_out(path, out)
+    if out.suffix not in (*_TORCH, _SAFETENSORS):
+        raise _Usage(f"expected OUT to end in {', '.join(_TORCH)} or {_SAFETENSORS}, got {out}")
+    checkpoint = _read(path, None)
+    if checkpoint.kind != "sparse":
+        raise _Failed(f"{path} is no sparse file: its tensors are dense already")
+    with _Progress() as progress:
+        progress("writing", 0.0)
+        if out.suffix == _SAFETENSORS:
+            # Tied tensors are written twice: the format has no other way, and whoever loads them ties them again.
+            tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
+            try:
+                content = safetensors.torch.save(tensors, {"format": "pt"})
+            except KeyError as error:
+                raise _Failed(f"{out}: safetensors cannot hold {error.args[0]}; expand to a .pt file") from error
+            with replacing(out) as file:
+                file.write(content)
+        else:
+            tensors = _apart(checkpoint.tensors)
+            with replacing(out) as file:
+                torch.save(tensors, file)
+    return _sizes(path, out)
+
+
+def _bench(arguments: argparse.Namespace) -> str:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as for python -m: the user's own modules lie in the working directory
+    place, *settings = arguments.arch
+    try:
+        model = build(place, settings)
+    except ValueError as error:
+        raise _Usage(f"argument --arch: {error}") from error
+    checkpoint = _read(arguments.file, arguments.key)
+    if sentence := in_training(checkpoint):
+        raise _Failed(f"{arguments.file}: {sentence}")
+    load(model, checkpoint.tensors)
+    with _Progress() as progress:
+        progress("timing", 0.0)
+        try:
+            _, report = feather_param.to_sparse_inference(model.eval(), torch.randn(arguments.input))
+        except RuntimeError as error:
+            raise _Failed(f"{place} with an input of {arguments.input}: {error}") from error
+    return json.dumps(asdict(report), indent=2) if arguments.json else str(report)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """Return the sizes in a text like 1x3x224x224."""
+    sizes = text.split("x")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected sizes of 1 or more like 1x3x224x224, got {text}")
+    return tuple(map(int, sizes))
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give each tensor memory of its own, else torch.save writes all of them with each; tied ones stay tied."""
+    first = {id(tensor): tensor.clone() for tensor in tensors.values()}
+    return {name: first[id(tensor)] for name, tensor in tensors.items()}
+
+
+def _read(path: Path, key: str | None) -> Checkpoint:
+    with _Progress() as progress:
+        progress("reading", 0.0)
+        return read(path, key)
+
+
+def _check_out(path: Path, out: Path) -> None:
+    if out.is_dir():
+        raise _Usage(f"expected OUT to be a file, got the folder {out}")
+    if out.exists() and not out.is_file():  # to the administrator /dev/null is a name like any other
+        raise _Usage(f"expected OUT to be a file, got {out}, a device or pipe, whose place a file would take")
+    if not out.parent.is_dir():
+        raise _Usage(f"expected OUT in a folder that is there, got {out}")
+    if not os.access(Path(os.path.realpath(out)).parent, os.W_OK):
+        raise _Usage(f"expected OUT in a folder that you may write to, got {out}")
+    if out.exists() and path.exists() and out.samefile(path):
+        raise _Usage(f"expected two files, got {out} twice: it would be overwritten")
+
+
+def _sizes(path: Path, out: Path) -> str:
+    return f"{path}: {path.stat().st_size:,} bytes\n{out}: {out.stat().st_size:,} bytes"
+
+
+class _Progress:
+    """A line on a terminal that tells what is being done; nothing where stderr is none."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+        self._last = 0.0
+
+    def __call__(self, what: str, part: float) -> None:
+        now = time.monotonic()
+        if self._shown and (part == 0.0 or now - self._last >= _EVERY):
+            self._last = now
+            print(f"\r\x1b[K{what}" + (f" {part:.0%}" if part else " ..."), end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

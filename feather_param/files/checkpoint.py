@@ -1,0 +1,183 @@
+"""Read the tensors of a checkpoint file of any usual kind, without running what is in it."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from feather_param.files.safetensors import opened
+from feather_param.files.sparse import SPARSE, load_sparse
+
+_USUAL = ("state_dict", "model_state_dict", "model")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds."""
+
+    kind: str  # "torch", "safetensors" or "sparse"
+    tensors: dict[str, Tensor]  # the dense tensors by name, on the CPU
+    others: dict[str, str] = field(default_factory=dict)  # what else stands among them: a short description by name
+    key: str = ""  # where in the file they are, names joined by dots; empty where they are the whole
+    beside: tuple[str, ...] = ()  # names of what is in the file beside them
+
+
+def read(path: Path, key: str | None = None) -> Checkpoint:
+    """Read a file of ``torch.save``, safetensors or `save_sparse`, told apart by their content.
+
+    Of torch's, only tensors and plain values are read (``weights_only=True``). Where they hold more than a state_dict,
+    it is looked for under ``state_dict``, ``model_state_dict`` and ``model``.
+
+    Args:
+        path: the file.
+        key: where in a torch file the state_dict is, names joined by dots (``"training.model"``).
+
+    Raises:
+        ValueError: the file is damaged, of another kind, holds what could run code, or no state_dict at the place.
+        OSError: it cannot be read.
+        ImportError: it needs a library that is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "run.pt"
+        >>> torch.save({"epoch": 3, "model": nn.Linear(2, 1).state_dict()}, path)
+        >>> found = read(path)
+        >>> found.kind, found.key, list(found.tensors), found.beside
+        ('torch', 'model', ['weight', 'bias'], ('epoch',))
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":
+        return _read_safetensors(path, key)
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
+        return _take(_load_torch(path), path, key)
+    what = "one of another kind" if start else "an empty one"
+    what = "JSON; if it is an index of several files, each of these is a checkpoint" if start[:1] == b"{" else what
+    raise ValueError(f"expected {path} to be a file of torch, safetensors or save_sparse, got {what}")
+
+
+def _read_safetensors(path: Path, key: str | None) -> Checkpoint:
+    if key:
+        raise ValueError(f"expected no key for {path}: a safetensors file holds one set of tensors")
+    try:
+        sparse = SPARSE in (opened(path).metadata() or {})
+        tensors = {} if sparse else load_file(path, backend="pread")
+    except OSError:
+        raise
+    except Exception as error:  # of safetensors' own class, or what torch makes of a dtype that it lacks
+        raise ValueError(f"expected a safetensors file, got {path}, which is damaged: {error}") from error
+    return Checkpoint("sparse", load_sparse(path)) if sparse else _take(tensors, path, None, "safetensors")
+
+
+def _load_torch(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the file's age and kinds of tensors: nothing its user can change
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        unsafe = _unsafe(path, str(error))
+        if not unsafe:
+            raise ValueError(f"expected a file of torch.save, got {path}, another pickle or a damaged one") from error
+        raise ValueError(
+            f"expected tensors and plain values in {path}, got {', '.join(unsafe)}: loading these can run any code, so "
+            "it was not done; where you trust the file, load it yourself and save the state_dict alone"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch makes of a damaged file or of another program's
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"expected tensors in {path}, got a TorchScript program; "
+                "torch.jit.load it yourself where you trust it, and save its state_dict"
+            ) from error
+        raise ValueError(
+            f"expected a file of torch.save, got {path}, which is damaged or something else: {_sentence(str(error))}"
+        ) from error
+
+
+def _sentence(message: str) -> str:
+    """Return the first sentence of a message of torch, without the place in torch's source before it."""
+    line = re.sub(r"^\[enforce fail at [^]]*\][ .]*", "", message.strip().partition("\n")[0])
+    return line.partition(". ")[0].rstrip(".")[:200]
+
+
+def _unsafe(path: Path, message: str) -> list[str]:
+    """Return the names of what a pickle would import."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # it knows fewer files than torch.load does
+        return re.findall(r"GLOBAL ([\w.]+)", message)[:1]
+
+
+def _take(content: Any, path: Path, key: str | None, kind: str = "torch") -> Checkpoint:
+    """Find the state_dict in what was read."""
+    names = _split(content, path, key) if key else _usual(content)
+    beside: list[str] = []
+    state = content
+    for depth, name in enumerate(names):
+        beside += [".".join([*names[:depth], str(other)]) for other in state if other != name]
+        state = state[name]
+    if not _has_tensors(state):
+        places = sorted(_places(content), key=lambda place: -place[1])[:5]
+        listed = ", ".join(f"{place} ({count} tensors)" for place, count in places)
+        hint = f"choose one of these with --key: {listed}" if places else "it holds none"
+        raise ValueError(f"expected a state_dict at {key or 'the top'} of {path}, got {_kind(state)}; {hint}")
+    others = {str(name): _kind(value) for name, value in state.items() if not _is_dense(value)}
+    tensors = {str(name): value.detach() for name, value in state.items() if _is_dense(value)}
+    return Checkpoint(kind, tensors, others, ".".join(names), tuple(beside))
+
+
+def _usual(content: Any) -> list[str]:
+    if isinstance(content, Mapping):
+        for name in _USUAL:
+            if _has_tensors(content.get(name)):
+                return [name]
+    return []
+
+
+def _split(content: Any, path: Path, key: str) -> list[str]:
+    """Return the names that a key is made of; each may hold dots itself."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"expected {key} in {path}, got {_kind(content)} with nothing in it")
+    if key in content:
+        return [key]
+    for name in content:
+        if isinstance(name, str) and key.startswith(f"{name}.") and isinstance(content[name], Mapping):
+            return [name, *_split(content[name], path, key.removeprefix(f"{name}."))]
+    raise ValueError(f"expected {key} in {path}, got {', '.join(map(str, list(content)[:10])) or 'nothing'}")
+
+
+def _places(content: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(content, Mapping):
+        for name, value in content.items():
+            if isinstance(name, str):
+                if _has_tensors(value):
+                    yield prefix + name, sum(isinstance(item, Tensor) for item in value.values())
+                yield from _places(value, f"{prefix}{name}.")
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
+
+
+def _is_dense(value: Any) -> bool:
+    plain = isinstance(value, Tensor) and value.layout == torch.strided
+    return plain and not (value.is_quantized or value.is_meta or value.is_nested)
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    for kind, is_kind in {"quantized": value.is_quantized, "meta": value.is_meta, "nested": value.is_nested}.items():
+        if is_kind:
+            return f"{kind} tensor"
+    return "tensor" if _is_dense(value) else f"{str(value.layout).removeprefix('torch.')} tensor"

@@ -1,0 +1,54 @@
+"""How many elements of each weight a threshold prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from feather_param.ops.distributed import Sum
+
+
+@dataclass(frozen=True)
+class PruneCount:
+    """How many elements of one weight are pruned, and how many others equal the threshold: the operator cuts these."""
+
+    zeros: int
+    ties: int = 0
+
+
+def count_pruned(
+    weights: Mapping[str, Tensor], threshold: Tensor, k: int, add_up: Sum | None = None
+) -> dict[str, PruneCount]:
+    """Count what pruning the k smallest magnitudes takes from each tensor.
+
+    All magnitudes below the threshold go; of those equal to it the first ones, in the order of the mapping and
+    of each tensor's elements, until k are gone. With a zero threshold every zero counts, even beyond k.
+
+    Args:
+        weights: tensors by name.
+        threshold: the k-th smallest magnitude, as `kth_magnitude` gives it.
+        k: number of weights to prune.
+        add_up: as in `kth_magnitude`; the counts are then those of the whole weights.
+
+    Example:
+        >>> count_pruned({"a": torch.ones(2), "b": torch.ones(2)}, torch.tensor(1.0), 3)
+        {'a': PruneCount(zeros=2, ties=0), 'b': PruneCount(zeros=1, ties=1)}
+    """
+    found: list[Tensor] = []
+    for weight in weights.values():
+        magnitude = weight.detach().abs().to(threshold.dtype)
+        t = threshold.to(magnitude.device)
+        found += [(magnitude < t).sum(), (magnitude == t).sum()]
+    counted = torch.stack([count.to(threshold.device) for count in found]) if found else torch.zeros(0)
+    values = (add_up(counted) if add_up else counted).tolist()
+    below, equal = dict(zip(weights, values[::2], strict=True)), dict(zip(weights, values[1::2], strict=True))
+    quota = sum(equal.values()) if threshold == 0 else k - sum(below.values())
+    counts: dict[str, PruneCount] = {}
+    for name in weights:
+        pruned = max(0, min(equal[name], quota))
+        quota -= pruned
+        counts[name] = PruneCount(below[name] + pruned, equal[name] - pruned)
+    return counts

@@ -1,0 +1,124 @@
+"""The per-layer report of a sparsified model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from feather_param.ops.count import PruneCount
+from feather_param.utils.text import aligned, grouped
+from feather_param.utils.warn import warn
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prunable weight.
+
+    Attributes:
+        name: its name.
+        shape: its shape.
+        total: number of elements.
+        zeros: number of those that are zero.
+        survivor_share: its share of all the elements that survive.
+        ties: elements that equal the threshold and are not zero: they are kept as the smallest number of the dtype, so
+            that the number of zeros is exact, but they count for nothing and do not survive.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    total: int
+    zeros: int
+    survivor_share: float
+    ties: int = 0
+
+    @property
+    def survivors(self) -> int:
+        """Number of elements that survive."""
+        return self.total - self.zeros - self.ties
+
+    @property
+    def rate(self) -> float:
+        """Fraction of zeros."""
+        return self.zeros / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `desparsify` would leave: a row per weight, the totals, and the weights that stay dense.
+
+    Attributes:
+        rows: the prunable weights in the model's order.
+        skipped: names of the weights left dense, with the reason.
+
+    Example:
+        >>> print(Report((Row("fc.weight", (10, 4), 40, 30, 1.0),)))
+        weight     shape  total  zeros     rate  of all survivors
+        fc.weight  10x4      40     30  75.000%           100.00%
+        all                  40     30  75.000%           100.00%
+    """
+
+    rows: tuple[Row, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Number of prunable weights."""
+        return sum(row.total for row in self.rows)
+
+    @property
+    def zeros(self) -> int:
+        """Number of zeros among them."""
+        return sum(row.zeros for row in self.rows)
+
+    @property
+    def survivors(self) -> int:
+        """Number of those that survive."""
+        return sum(row.survivors for row in self.rows)
+
+    @property
+    def rate(self) -> float:
+        """Fraction of zeros among them."""
+        return self.zeros / self.total if self.total else 0.0
+
+    @property
+    def dead(self) -> tuple[str, ...]:
+        """Names of the weights of which nothing survives."""
+        return tuple(row.name for row in self.rows if row.total and not row.survivors)
+
+    def __str__(self) -> str:
+        cells = [("weight", "shape", "total", "zeros", "rate", "of all survivors")]
+        for row in self.rows:
+            shape = "x".join(map(str, row.shape))
+            share = f"{row.survivor_share:.2%}"
+            cells.append((row.name, shape, f"{row.total:,}", f"{row.zeros:,}", f"{row.rate:.3%}", share))
+        cells.append(("all", "", f"{self.total:,}", f"{self.zeros:,}", f"{self.rate:.3%}", "100.00%"))
+        lines = aligned(cells)
+        tied = [row for row in self.rows if row.ties]
+        lines += [f"ties: {row.ties:,} elements of {row.name} equal the threshold and compute as zero" for row in tied]
+        lines += [f"dense: {line}" for line in grouped(self.skipped)]
+        return "\n".join(lines)
+
+
+def rows(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]) -> tuple[Row, ...]:
+    """Return a row for each weight, given how many of its elements are pruned."""
+    left = {name: weight.numel() - counts[name].zeros - counts[name].ties for name, weight in weights.items()}
+    whole = max(1, sum(left.values()))
+    return tuple(
+        Row(name, tuple(weight.shape), weight.numel(), counts[name].zeros, left[name] / whole, counts[name].ties)
+        for name, weight in weights.items()
+    )
+
+
+def warn_of_dead(report: Report) -> None:
+    """Warn of weights of which nothing survives; of some of them because all that is kept equals the threshold."""
+    if not report.dead:
+        return
+    hint = "lower final_rate, or leave these dense with exclude"
+    if ties := [row.name for row in report.rows if row.name in report.dead and row.ties]:
+        hint += (
+            f"; all that is kept of {', '.join(ties)} equals the threshold (weights clipped to one magnitude?), and "
+            "the operator makes that zero: clip to a wider range"
+        )
+    warn(f"nothing survives in {', '.join(report.dead)}: the network behind gets a constant; {hint}")

@@ -1,0 +1,37 @@
+"""Names of modules and tensors, with and without what wrappers put into them."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return all the names that each module of a model has."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def full_name(module: str, tensor: str) -> str:
+    """Return the name of a tensor of a module; the root's tensors have names without a dot."""
+    return f"{module}.{tensor}" if module else tensor
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a parameter has without our parametrization and without wrappers.
+
+    Example:
+        >>> plain_name("_orig_mod.0.parametrizations.weight.original")
+        '0.weight'
+    """
+    return re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", without_wrappers(name))
+
+
+def without_wrappers(name: str) -> str:
+    """Return a name without the parts that torch.compile and activation checkpointing put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

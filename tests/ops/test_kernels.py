@@ -1,0 +1,119 @@
+"""The GPU kernels in triton's interpreter on a CPU: in processes of their own, for triton decides at its import."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def check_histogram() -> None:
+    from feather_param.ops.kth_triton import add_histogram
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        torch.manual_seed(0)
+        values = torch.cat([torch.randn(5000), torch.zeros(100), torch.full((50,), -1.0)]).to(dtype)
+        if dtype != torch.bfloat16:  # the interpreter converts its subnormal numbers wrongly
+            values[0] = 1e-40
+        bits = values.float().abs().view(torch.int32)
+        for width, shift in ((8, 23), (8, 15), (7, 0)):
+            for prefix in (0, int(bits[7]) >> (shift + width)):
+                histogram = torch.ones(256, dtype=torch.int64)
+                add_histogram(histogram, values, torch.tensor(prefix, dtype=torch.int32), shift, width)
+                chosen = bits[bits >> (shift + width) == prefix]
+                expected = torch.bincount((chosen >> shift) & ((1 << width) - 1), minlength=256)
+                assert torch.equal(histogram, expected + 1), (dtype, width, shift, prefix)
+
+
+def check_kth() -> None:
+    from feather_param.ops.kth_gpu import kth_by_bits, kth_by_digits
+
+    torch.manual_seed(0)
+    tensors = [torch.randn(30, 70), torch.zeros(0), torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)]
+    tensors += [torch.randn(500)[::3], torch.full((40,), 0.25), torch.zeros(10), torch.tensor([1e-42, 3e38])]
+    mixed = [tensors[0].half(), tensors[1].double(), *tensors[2:]]
+    halves = [tensor.clamp(-1e4, 1e4).half() for tensor in tensors]
+    for group in (tensors, mixed, halves):
+        total = sum(tensor.numel() for tensor in group)
+        for k in (0, 1, 5, 11, 60, total // 2, total - 1, total):
+            assert torch.equal(kth_by_digits(group, k, lambda n: n), kth_by_bits(group, k, lambda n: n)), k
+            # Two processes with half of the tensors each.
+            parts = iter(range(10**6))
+
+            def add_up(histogram, group=group, parts=parts):
+                return histogram + (next(parts) < 0)
+
+            assert torch.equal(kth_by_digits(group, k, add_up), kth_by_bits(group, k, lambda n: n))
+    for bad in (math.nan, math.inf, -math.inf):
+        assert kth_by_digits([*tensors, torch.tensor([bad])], 5, lambda n: n).isnan()
+
+
+def check_shrink() -> None:
+    from feather_param.ops import operator, operator_triton
+    from tests import twins
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        torch.manual_seed(0)
+        threshold = torch.tensor(0.5)
+        near = 0.5 * (1.0 + torch.tensor([-1.0, 0.0, 1.0, 2.0, 50.0, 1e5]) * 2.0**-23)
+        weight = torch.cat([torch.randn(3000), near, -near, torch.zeros(3)]).to(dtype)
+        shapes = (weight, weight[:3000].view(10, 20, 3, 5).to(memory_format=torch.channels_last), weight[::2])
+        for p in (1.0, 2.0, 3.0, math.inf):
+            assert operator_triton.serves(weight, p)
+            for shaped in shapes:
+                out, pruned = operator._shrink_on_gpu(shaped, threshold, p, True, operator_triton)
+                assert torch.equal(pruned, shaped.abs().float() <= 0.5)
+                assert out.dtype == dtype
+                assert out.shape == shaped.shape
+                exact = twins.operator(shaped, 0.5, p)
+                # As for the other paths: 8 ulp of the dtype, relative; fp16 results may be subnormal.
+                info = torch.finfo(dtype)
+                bound = 8 * info.eps * exact.abs() + info.smallest_normal * info.eps
+                assert ((out.double() - exact).abs() <= bound).all(), (dtype, p)
+            out, pruned = operator._shrink_on_gpu(weight, threshold, p, False, operator_triton)
+            assert pruned is None
+        lost, _ = operator._shrink_on_gpu(torch.tensor([math.nan, 1.0]), threshold, 3.0, False, operator_triton)
+        assert lost.isnan().tolist() == [True, False]
+    tiny = torch.tensor([1e-40, -1e-45, 2e-38, 0.0])
+    for p in (1.0, 2.0, 3.0, math.inf):
+        same, _ = operator._shrink_on_gpu(tiny, torch.tensor(0.0), p, False, operator_triton)
+        assert torch.equal(same, tiny)
+        double, _ = operator._shrink_on_gpu(weight, threshold.double(), p, False, operator_triton)
+        assert torch.equal(double, operator._shrink_on_gpu(weight, threshold, p, False, operator_triton)[0])
+
+
+def check_trial() -> None:
+    from feather_param.ops import kth_triton, operator_triton
+    from feather_param.ops.triton import kernels
+
+    assert kernels(torch.device("cpu")) == (kth_triton, operator_triton)
+
+
+CHECKS = [check_histogram, check_kth, check_shrink, check_trial]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_in_the_interpreter(check):
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", f"from tests.ops.test_kernels import {check.__name__} as check; check()"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_where_triton_does_not_run_there_are_no_kernels():
+    from feather_param.ops.triton import kernels
+
+    kernels.cache_clear()
+    assert kernels(torch.device("cpu")) is None  # outside its interpreter it knows no CPU
