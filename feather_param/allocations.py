@@ -1,8 +1,47 @@
-"""Allocations: how many zeros each weight gets, and which of its elements these are.
+"""Allocations: how many zeros each weight gets.
 
-An allocation divides the weights into groups. The weights of a group are ranked together and lose their smallest
-magnitudes, so each group has one threshold. By global magnitude all weights form one group, but for those at their
-guard, the most zeros that a weight may get.
+An allocation is a function from the weights and a number of zeros to groups of weights. The weights of a group are
+ranked together, and the smallest magnitudes of the group are pruned. `global_magnitude` puts all weights into one
+group. An allocation that chooses the zeros of each weight makes one group a weight.
+
+To add an allocation, write one function:
+
+>>> from itertools import accumulate
+>>> def uniform(weights, zeros, guards):  # an example that ignores the guards
+...     parts, add_up = held_here(weights)
+...     ends = [*accumulate(weight.numel() for weight in weights.values())]
+...     zeros_up_to = [0, *(round(zeros * end / ends[-1]) for end in ends)]
+...     groups = []
+...     for name, first, last in zip(weights, zeros_up_to, zeros_up_to[1:]):
+...         threshold = kth_magnitude({name: parts[name]}, last - first, add_up)
+...         groups.append(Group((name,), last - first, threshold))
+...     return groups
+>>> uniform({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}, 2, {})
+[Group(names=('a',), zeros=1, threshold=tensor(1.)), Group(names=('b',), zeros=1, threshold=tensor(3.))]
+
+Its arguments:
+
+* ``weights``: the dense weights by name. They may be on the meta device, or sharded over processes.
+* ``zeros``: the number of zeros in all weights together, ``round(rate * N)``. The guards always leave room for it.
+* ``guards``: the most zeros of a weight, by name. A weight without an entry may become zero as a whole.
+
+What it must return is a list of `Group`:
+
+* Each weight is in exactly one group.
+* The zeros of the groups add up to ``zeros``.
+* The threshold of a group is the ``zeros``-th smallest magnitude of its weights, or 0 if it gets no zeros.
+* No weight gets more zeros than its guard, except for elements that are zero anyway.
+
+`kth_magnitude` computes such a threshold. It finds NaN and infinity, and works on the meta device. For sharded weights,
+`held_here` returns its arguments: the elements that this process counts, and the sum over the processes.
+
+To use it, pass it to `core.config.Config` as ``allocation``.
+
+The library does the rest, the same for all allocations. It calls the allocation at each step of the schedule, and when
+weights have changed otherwise. `masks` prunes exactly the zeros of each group, also if many magnitudes equal its
+threshold: the first of these are pruned. More elements are zero only if they were zero before. `count_zeros` counts the
+same for reports. Both work with sharded weights. `Budget` computes the guards, and refuses a rate for which they leave
+no room.
 """
 
 from __future__ import annotations
@@ -24,30 +63,38 @@ __all__ = ["Allocation", "Budget", "Group", "count_zeros", "global_magnitude", "
 
 @dataclass(frozen=True)
 class Group:
-    """Weights that are ranked together."""
+    """Weights that are ranked together.
+
+    Attributes:
+        names: the names of the weights.
+        zeros: the number of zeros in all these weights together.
+        threshold: the largest magnitude that is pruned; a 0-dim tensor, float64 if one of the weights is, else float32.
+    """
 
     names: tuple[str, ...]
-    zeros: int  # of them all together
-    threshold: Tensor  # the largest magnitude that is pruned: 0-dim, float64 if one of the weights is, else float32
+    zeros: int
+    threshold: Tensor
 
 
 Allocation = Callable[[Mapping[str, Tensor], int, Mapping[str, int]], list[Group]]
-"""Divides zeros among weights: from (weights by name, number of zeros, guards by name) to groups.
+"""Divides zeros among weights: maps (weights by name, number of zeros, guards by name) to groups.
 
-A guard is the most zeros of a weight; those without a name have none.
-The weights may be sharded over processes; then all processes call it.
+If the weights are sharded, all processes call it.
 """
 
 
 def global_magnitude(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]) -> list[Group]:
-    """Prune the smallest magnitudes of all weights together, but from no weight more than its guard.
+    """Prune the smallest magnitudes of all weights together, but in no weight more than its guard.
 
-    This is what the greedy rule gives: go through all elements by magnitude, equal ones in the order of the weights
-    and of their elements, and prune each one whose weight is not at its guard yet. Elements that are zero anyway are
-    pruned whatever the guard. The weights below their guards form the first group, each other one its own.
+    The result equals that of a greedy rule. The rule visits all elements by magnitude, ties in the order of the weights
+    and of their elements. It prunes an element unless its weight has reached its guard. Elements that are zero anyway
+    are pruned in any case.
+
+    The first group has the weights that did not reach their guards; it may be empty. Each other weight has a group of
+    its own.
 
     Raises:
-        ValueError: a weight holds NaN or infinity.
+        ValueError: a weight holds NaN or infinity (on other devices than a CPU the threshold is NaN instead).
 
     Source: the global threshold of Feather (https://arxiv.org/abs/2310.02448); the guards are ours.
 
@@ -65,7 +112,7 @@ def global_magnitude(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[
         free = {name: parts[name] for name in names}
         threshold = kth_magnitude(free, zeros, add_up)
         over: dict[str, int] = {}
-        if guards and not threshold.is_meta and threshold != 0:  # at 0, only elements that are zero anyway are pruned
+        if guards and not threshold.is_meta and threshold != 0:  # at 0, all pruned elements are zero anyway
             counts = count_pruned(free, threshold, zeros, add_up)
             above = [name for name in names if counts[name].zeros > guards.get(name, counts[name].zeros)]
             natural = count_pruned({name: parts[name] for name in above}, 0 * threshold, 0, add_up)
@@ -80,7 +127,10 @@ def global_magnitude(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[
 
 
 def count_zeros(weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, PruneCount]:
-    """Count the zeros that each weight gets, in the order of the mapping; all processes call this."""
+    """Count the zeros that each weight gets, in the order of the mapping.
+
+    If the weights are sharded, all processes must call this.
+    """
     parts, add_up = held_here(weights)
     counts: dict[str, PruneCount] = {}
     for group in groups:
@@ -91,10 +141,13 @@ def count_zeros(weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[
 
 
 def masks(weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, Tensor]:
-    """Return which elements of each weight stay: bool tensors, whole ones also where the weights are sharded.
+    """Return the mask of each weight: bool tensors, True for elements that are kept.
 
-    What lies above the threshold stays. Of the elements that equal it, the first ones of the group are pruned, in the
-    order of the weights and of their elements, until the group has its zeros. An element that is zero never stays.
+    Magnitudes above the threshold are kept, those below are pruned. Of those that equal the threshold, the first ones
+    are pruned until the group has its zeros, in the order of the weights and of their elements. An element that is zero
+    is never kept.
+
+    The mask of a sharded weight is a whole tensor. All processes must call this if weights are sharded.
 
     Example:
         >>> weights = {"a": torch.tensor([1.0, 1.0, 3.0])}
@@ -103,31 +156,36 @@ def masks(weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, T
     """
     found: dict[str, Tensor] = {}
     for group in groups:
-        spare = -group.zeros  # of the elements that equal the threshold, those that stay
+        kept_ties = -group.zeros  # number of elements that equal the threshold and are kept
         for name in group.names:
             weight = whole(weights[name].detach())
             threshold = group.threshold.to(weight.device)
-            if weight.dtype == threshold.dtype:  # by no more memory than the mask's
+            if weight.dtype == threshold.dtype:  # needs less memory: no tensor of magnitudes
                 found[name] = (weight > threshold).logical_or_(weight < -threshold)
             else:
                 found[name] = weight.abs().to(threshold.dtype) > threshold
-            spare += weight.numel() - int(torch.count_nonzero(found[name]))
-        if spare <= 0 or group.threshold == 0:
+            kept_ties += weight.numel() - int(torch.count_nonzero(found[name]))
+        if kept_ties <= 0 or group.threshold == 0:
             continue
         for name in reversed(group.names):
             magnitude = whole(weights[name].detach()).abs().to(group.threshold.dtype)
             tied = magnitude == group.threshold.to(magnitude.device)
             count = int(torch.count_nonzero(tied))
-            if count:  # `cumsum` counts in the order of the elements, whatever the memory format
+            if count:  # `cumsum` counts in the order of the elements, for any memory format
                 rank = tied.flatten().cumsum(0).view(tied.shape)
-                found[name] |= tied & (rank > count - spare)
-                spare -= min(count, spare)
+                found[name] |= tied & (rank > count - kept_ties)
+                kept_ties -= min(count, kept_ties)
     return {name: found[name] for name in weights}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many zeros a set of tensors may get: fewer than all, and in none more than its guard.
+    """The most zeros of a set of weights: in no weight more than its guard, and at least one element stays.
+
+    Attributes:
+        sizes: number of elements, by name.
+        max_rate: largest fraction of zeros in each weight.
+        min_nonzero: smallest number of elements that are not zero in each weight.
 
     Example:
         >>> budget = Budget({"a": 100, "b": 8}, max_rate=0.99, min_nonzero=5)
@@ -135,18 +193,18 @@ class Budget:
         ({'a': 95, 'b': 3}, 98, 97)
     """
 
-    sizes: Mapping[str, int]  # number of elements, by name
-    max_rate: float = 1.0  # largest fraction of zeros in each
-    min_nonzero: int = 0  # least number of elements that survive in each
+    sizes: Mapping[str, int]
+    max_rate: float = 1.0
+    min_nonzero: int = 0
 
     @property
     def total(self) -> int:
-        """Number of elements of all the tensors."""
+        """The number of elements of all weights."""
         return sum(self.sizes.values())
 
     @cached_property
     def guards(self) -> dict[str, int]:
-        """The most zeros of each tensor where that is less than its size."""
+        """The most zeros of each weight, by name; without the weights whose every element may become zero."""
         guards: dict[str, int] = {}
         for name, size in self.sizes.items():
             by_rate = math.floor(self.max_rate * size + 1e-12 * size)  # 0.29 * 100 is 28.99...
@@ -157,7 +215,7 @@ class Budget:
 
     @property
     def most(self) -> int:
-        """The most zeros of all the tensors together."""
+        """The most zeros of all weights together."""
         return min(self.total - 1, sum(self.guards.get(name, size) for name, size in self.sizes.items()))
 
     def zeros(self, rate: float) -> int:
@@ -165,7 +223,7 @@ class Budget:
         return round(rate * self.total)
 
     def require(self, final_rate: float) -> None:
-        """Refuse a rate that cannot be reached."""
+        """Raise a ValueError if a rate cannot be reached."""
         if self.zeros(final_rate) <= self.most:
             return
         if not self.guards:
@@ -173,7 +231,7 @@ class Budget:
                 f"expected a final_rate that leaves a weight, got {final_rate} of {self.total} weights in all"
             )
         raise ValueError(
-            f"expected a final_rate of at most {math.floor(1e6 * self.most / self.total) / 1e6}, which is what "
-            f"max_rate_per_layer and min_nonzero_per_layer leave ({self.most} of {self.total} weights), "
+            f"expected a final_rate of at most {math.floor(1e6 * self.most / self.total) / 1e6}, the limit set by "
+            f"max_rate_per_layer and min_nonzero_per_layer ({self.most} of {self.total} weights), "
             f"got {final_rate}; loosen them, or prune more layers"
         )

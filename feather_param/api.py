@@ -1,19 +1,27 @@
-"""What a user calls: make a model sparse, and plain again."""
+"""The functions that make a model sparse, and plain again."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from feather_param import schedules
 from feather_param.controller import Controller
-from feather_param.core.baking import bake, baked, check_other_parametrizations
+from feather_param.core.attach import require_plain
+from feather_param.core.baking import bake, baked
 from feather_param.core.config import Config, Theta
 from feather_param.core.optimizer import checked_optimizer
+from feather_param.core.state_dict import of_sparsified
+from feather_param.files.sparse import write_sparse
 from feather_param.ops.finite import require_finite
 from feather_param.parametrizations import states_of
 from feather_param.schedules import Schedule
-from feather_param.selection.select import Filter, Selection, select
+from feather_param.selection.globs import Filter
+from feather_param.selection.select import Selection, select
+from feather_param.selection.stacked import require_invertible
 from feather_param.utils.warn import warn
 
 
@@ -34,36 +42,38 @@ def sparsify(
     min_nonzero_per_layer: int = 0,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Controller:
-    """Make a model train towards an exact sparsity, with Feather (https://arxiv.org/abs/2310.02448).
+    """Train a model to an exact sparsity, with Feather (https://arxiv.org/abs/2310.02448).
 
-    Every Conv and Linear weight gets a `FeatherParametrization`: the forward pass sees the thresholded weight,
-    the optimizer goes on training the dense one. The optimizer may be built before or after, for Parameters keep
-    their identity; distributed wrappers (DDP, FSDP) come after.
+    Each Conv and Linear weight gets a `FeatherParametrization`: the forward pass uses the thresholded weight, and the
+    optimizer trains the dense one. Parameters keep their identity, so the optimizer may be built before or after.
+    Distributed wrappers (DDP, FSDP2) come after.
 
     Args:
-        model: any model, unmodified; it may itself be a layer.
+        model: any model, unmodified. It may be a single layer.
         final_rate: fraction of zeros among all prunable weights together, in (0, 1).
-        total_steps: number of optimizer steps of the training; it counts only where ``end_step`` is None.
+        total_steps: number of optimizer steps of the training. It is used only if ``end_step`` is None.
         start_step: first step at which weights are pruned.
-        end_step: step from which the rate is ``final_rate``; ``total_steps // 2`` if None, so a single step prunes all.
-        schedule: maps progress in [0, 1] between these steps to the fraction of ``final_rate`` in [0, 1].
-        p: exponent of the operator, a number >= 1 (1: soft thresholding) or ``math.inf`` (hard).
-        theta: scale of the gradient of pruned weights, also a function of the current rate
-            (``lambda rate: 1.0 if rate < 0.9 else 0.5``); None: 0.5 where ``final_rate`` is above 0.95, else 1.
-        include: glob patterns or a predicate ``(name, module) -> bool``: prune only these (see `select`).
-        exclude: the same for what stays dense.
-        min_params: weights with fewer elements stay dense.
-        max_rate_per_layer: no weight gets a larger fraction of zeros than this, in (0, 1); the others get more
-            instead (`plan` tells whether the total can be reached).
-        min_nonzero_per_layer: in no weight fewer elements than this survive.
-        optimizer: if given, each of its steps makes the controller's, and nobody calls ``step()`` (see
+        end_step: first step at which the rate is ``final_rate``; None: ``total_steps // 2``, which is 0 for one step.
+        schedule: maps the progress between these steps, in [0, 1], to a fraction of ``final_rate``, in [0, 1].
+        p: exponent of the operator, a number >= 1 (1: soft thresholding) or ``math.inf`` (hard thresholding).
+        theta: scale of the gradient of pruned weights: a number >= 0, or a function of the current rate
+            (``lambda rate: 1.0 if rate < 0.9 else 0.5``); None: 0.5 if ``final_rate`` is above 0.95, else 1.
+        include: prune only these weights: globs on names, or a predicate ``(name, module) -> bool``. A glob matches
+            the name of a module or of a weight. One that ends with the name of a tensor (``"lstm.weight_*"``) also
+            selects weights of layers that are not Linear or Conv.
+        exclude: leave these weights dense, in the same form.
+        min_params: leave weights with fewer elements dense.
+        max_rate_per_layer: largest fraction of zeros of a weight, in (0, 1). The other weights get more zeros, so that
+            the total is exact (`plan` tells whether it can be reached).
+        min_nonzero_per_layer: smallest number of elements that a weight keeps.
+        optimizer: an optimizer whose steps advance the controller; then do not call ``step()`` (see
             `Controller.follow`).
 
     Returns:
         The controller of this model.
 
     Raises:
-        ValueError: an argument is out of its range, or the model cannot be pruned as asked; it is then untouched.
+        ValueError: an argument is out of range, or the model cannot be pruned in this way. The model is untouched.
         TypeError: an argument is of the wrong type.
 
     Example:
@@ -95,15 +105,16 @@ def sparsify(
         min_nonzero_per_layer=min_nonzero_per_layer,
     )
     config.budget(selection.sizes).require(config.final_rate)
-    check_other_parametrizations(selection.weights)
+    require_plain(model)
+    require_invertible(selection.weights)
     require_finite(selection.dense(), new=True)
     followed = (
         None
         if optimizer is None
-        else checked_optimizer(optimizer, {weight.name: weight.sites[0].originals for weight in selection.weights})
+        else checked_optimizer(optimizer, {weight.name: weight.places[0].originals for weight in selection.weights})
     )
     if include is None:
-        _warn_of_left_out(model, selection)
+        _warn_of_skipped(model, selection)
     controller = Controller(model, config, selection)
     if followed is not None:
         controller._follow(followed)
@@ -111,19 +122,20 @@ def sparsify(
 
 
 def desparsify(model: nn.Module) -> None:
-    """Bake exact zeros into a sparsified model and give it back its plain layers.
+    """Write exact zeros into the weights of a sparsified model and make its layers plain again.
 
-    Afterwards exactly ``round(rate * N)`` of its N prunable weights are zero (more only if more were exactly zero
-    by themselves), and classes, Parameter objects, their order and the state_dict keys are those from before
-    `sparsify`. Deepcopies and EMA copies are exact too. Ties at the threshold are broken by position, and those kept
-    become the smallest non-zero number of the dtype, so that the network computes what was evaluated.
+    Exactly ``round(rate * N)`` of the N prunable weights are zero then, or more if more were zero before. The classes
+    of the layers, the Parameters, their order and the keys of the state_dict are those from before `sparsify`. This
+    holds for deepcopies and moving averages, too. Ties at the threshold are broken by position. A tie that is kept
+    becomes the smallest non-zero number of its dtype, so that the network computes what was evaluated.
 
-    Do not step the old optimizer afterwards: momentum and weight decay would revive the zeros (one that the controller
-    follows warns). Warns before the schedule's end, as after a forgotten `Controller.step`; copies and frozen models
-    may be baked early.
+    Do not step the old optimizer afterwards: momentum and weight decay would change the zeros. (An optimizer that the
+    controller follows warns.) A call before the end of the schedule warns, since a forgotten `Controller.step` is a
+    likely cause. Copies and frozen models may be baked early.
 
     Raises:
-        ValueError: the model is not sparsified, or holds NaN, infinity or no values; it is then untouched.
+        ValueError: the model is not sparsified, or a weight holds NaN or infinity, or has no values. The model is
+            untouched.
         TypeError: it is no model.
 
     Example:
@@ -137,12 +149,12 @@ def desparsify(model: nn.Module) -> None:
 
 
 def baked_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state_dict that `desparsify` would leave, without touching the model.
+    """Return the state_dict that the model would have after `desparsify`, without changing the model.
 
-    Tensors that were not pruned are the model's own, as in ``model.state_dict()``; pruned ones are new.
+    Pruned weights are new tensors. Other tensors are the model's own, as in ``model.state_dict()``.
 
     Raises:
-        ValueError: the model is not sparsified, or holds NaN, infinity or no values.
+        ValueError: the model is not sparsified, or a weight holds NaN or infinity, or has no values.
         TypeError: it is no model.
 
     Example:
@@ -154,6 +166,45 @@ def baked_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return baked(_sparsified(model))
 
 
+def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], *, zstd: bool = False) -> None:
+    """Save a model or a state_dict without its zeros.
+
+    A tensor with enough zeros is stored as its other elements and the gaps between them, of one byte each. Other tensors
+    are stored dense. Tied tensors are stored once. `load_sparse` restores every bit, also of -0.0 and NaN. The file is
+    written under a temporary name and renamed, so ``path`` always holds a complete file, also if several processes
+    write it.
+
+    Args:
+        source: a model or a state_dict. Of a sparsified model, its `baked_state_dict` is saved.
+        path: the file. It has the safetensors format.
+        zstd: whether to compress with zstandard as well.
+
+    Raises:
+        TypeError: ``source`` is neither a model nor a state_dict, or an entry cannot be stored: it is no tensor, or it
+            is quantised, not strided, sharded, or without content (meta, lazy).
+        ValueError: ``path`` is a folder, a device or a pipe.
+        FileNotFoundError: the folder of ``path`` does not exist.
+        ImportError: ``zstd`` is True and zstandard is not installed: ``pip install feather_param[files]``.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> save_sparse({"w": torch.eye(100)}, path)
+        >>> torch.equal(feather_param.load_sparse(path)["w"], torch.eye(100)), path.stat().st_size < 1500
+        (True, True)
+    """
+    if not isinstance(source, nn.Module | Mapping):
+        raise TypeError(f"expected a model or a state_dict, got {type(source).__name__}")
+    if isinstance(source, nn.Module):
+        source = baked_state_dict(source) if states_of(source) else source.state_dict()
+    if of_sparsified(map(str, source)):
+        warn(
+            "expected baked weights, got the state_dict of a sparsified model, which does not contain its zeros: it is "
+            "saved dense; to save the zeros, pass the model, or baked_state_dict(model)"
+        )
+    write_sparse(source, path, zstd=zstd)
+
+
 def _sparsified(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         hint = "; call its desparsify(), or name its model" if isinstance(model, Controller) else ""
@@ -163,10 +214,10 @@ def _sparsified(model: nn.Module) -> nn.Module:
     return model
 
 
-def _warn_of_left_out(model: nn.Module, selection: Selection) -> None:
-    """Warn if most of a model's matrix elements stay dense, and nobody asked for it."""
-    taken = {id(original) for weight in selection.weights for original in weight.sites[0].originals}
-    asked = {name for name, reason in selection.skipped.items() if not reason.startswith(("a weight of", "tied to"))}
+def _warn_of_skipped(model: nn.Module, selection: Selection) -> None:
+    """Warn if most elements of the model's matrices stay dense although no argument says so."""
+    taken = {id(original) for weight in selection.weights for original in weight.places[0].originals}
+    asked = selection.skipped.keys() - selection.skipped_unasked
     left = {
         name: parameter.numel()
         for name, parameter in model.named_parameters()

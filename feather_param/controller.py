@@ -1,4 +1,4 @@
-"""The controller: the only one that moves the sparsity of a model from step to step."""
+"""The controller: it moves a sparsified model through its schedule."""
 
 from __future__ import annotations
 
@@ -14,38 +14,41 @@ from feather_param.core.attach import attach, detach, links, require_attached
 from feather_param.core.baking import bake
 from feather_param.core.config import Config
 from feather_param.core.freezing import freeze, hold
-from feather_param.core.optimizer import Follower, Movement, checked_optimizer
+from feather_param.core.movement import Movement
+from feather_param.core.optimizer import Follower, checked_optimizer
+from feather_param.core.shared import SharedSparsity
+from feather_param.core.warnings import warn_of_dead, warn_of_early
 from feather_param.ops.finite import LateNaN
 from feather_param.ops.tracing import eager
-from feather_param.parametrizations import SharedSparsity, states_of
-from feather_param.reports.report import Report, rows, warn_of_dead
+from feather_param.parametrizations import states_of
+from feather_param.reports.report import Report, rows
 from feather_param.selection.select import Selection
 from feather_param.utils.checks import integer, require_same_shapes
-from feather_param.utils.warn import warn, warn_of_early
+from feather_param.utils.warn import warn
 
 _VERSION = 1  # of a saved state
 
 
 class Controller:
-    """The sparsity of one model over time. Made by `sparsify`; call `step` after each optimizer step.
+    """The sparsity of a model during training. Made by `sparsify`; call `step` after each optimizer step.
 
-    Its position in the schedule is part of the model's ``state_dict``: a model that loads an older state, of whatever
-    tool, goes back to the step at which it was saved.
+    The position in the schedule is part of the model's ``state_dict``. A model that loads an earlier state goes back to
+    the step at which it was saved.
     """
 
     def __init__(self, model: nn.Module, config: Config, selection: Selection) -> None:
         self._model = model
         self._skipped = selection.skipped
         self._shared = SharedSparsity(config, config.budget(selection.sizes))
-        self._shapes = {weight.name: list(weight.sites[0].dense().shape) for weight in selection.weights}
+        self._shapes = {weight.name: list(weight.places[0].dense().shape) for weight in selection.weights}
         self._follower: Follower | None = None
         self._late_nan = LateNaN()
         self._movement = Movement()
-        self._warned = False
-        self._counted = 0  # zeros at which dead weights were looked for
+        self._warned_after_desparsify = False
+        self._zeros_checked = 0  # number of zeros at the last check for weights with no survivors
         attach(model, self._shared, selection.weights)
         try:
-            self._shared.move(0)
+            self._shared.move_to(0)
         except BaseException:
             detach(self._shared)
             raise
@@ -58,7 +61,7 @@ class Controller:
 
     @property
     def rate(self) -> float:
-        """The scheduled rate at the current step, a fraction of all prunable weights; ``final_rate`` at the end."""
+        """The scheduled rate at the current step, a fraction of all prunable weights."""
         position = self._shared.position
         return self._shared.config.rate(position.step if position.frozen_step is None else position.frozen_step)
 
@@ -66,8 +69,8 @@ class Controller:
     def threshold(self) -> Tensor:
         """The current threshold: a 0-dim tensor, float64 if a weight is, else float32.
 
-        Weights at their guard (``max_rate_per_layer``, ``min_nonzero_per_layer``) have smaller ones. Once frozen, it
-        stays as it was.
+        Weights at their guard (``max_rate_per_layer``, ``min_nonzero_per_layer``) have smaller thresholds. The
+        threshold of a frozen model does not change.
         """
         self._shared.refresh_if_changed()
         first, *others = (group.threshold for group in self._shared.position.groups if group.names)
@@ -75,14 +78,14 @@ class Controller:
 
     @eager
     def step(self) -> None:
-        """Note that one optimizer step has been made: advance the schedule, and refresh the threshold.
+        """Advance the schedule by one optimizer step and compute the thresholds from the new weights.
 
         Raises:
             RuntimeError: the model has been desparsified, a layer of it was replaced, or the controller follows an
-                optimizer, whose steps count.
-            ValueError: a weight holds NaN or infinity, or tied weights no longer are; the controller has not advanced.
-                On a GPU, NaN is noticed a step or two late, for no step waits for the device, unless there are guards
-                or the weights are sharded.
+                optimizer, which advances it already.
+            ValueError: a weight holds NaN or infinity, or tied weights are no longer tied. The controller has not
+                advanced. On a GPU, no step waits for the device, so NaN is found one or two steps later, unless there
+                are guards or the weights are sharded.
         """
         self._require("step()")
         if self._follower is not None:
@@ -93,15 +96,15 @@ class Controller:
         self._advance()
 
     def refresh(self) -> None:
-        """Take the thresholds anew, from the weights as they are now; the schedule stands.
+        """Compute the thresholds again from the current weights, without advancing the schedule.
 
-        Reports and `desparsify` take them anew by themselves, and so does a forward pass if weights were loaded,
-        swapped or scaled since. Call this before an evaluation where nothing tells of a write: under FSDP2 (in all
-        processes), in compiled models, after writes past torch, or through ``.data`` without ``train()`` or ``eval()``.
+        Reports and `desparsify` do this by themselves. A forward pass does it if the weights were loaded, swapped or
+        scaled. Call this before an evaluation where a write to the weights cannot be noticed: under FSDP2 (on all
+        processes), in compiled models, and after writes through ``.data`` without a call of ``train()`` or ``eval()``.
 
         Raises:
             RuntimeError: the model has been desparsified, or a layer of it was replaced.
-            ValueError: a weight holds NaN or infinity, or no values (on the meta device).
+            ValueError: a weight holds NaN or infinity, or has no values (meta device).
 
         Example:
             >>> model = nn.Linear(4, 4)
@@ -118,22 +121,22 @@ class Controller:
             hold(self._shared)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let each step of an optimizer make this controller's, as ``optimizer=`` of `sparsify` does.
+        """Advance the controller at each step of an optimizer, as ``optimizer=`` of `sparsify` does.
 
-        Call this where the optimizer is built later, as FSDP2 asks: `sparsify`, ``fully_shard``, the optimizer, then
-        this. Of several optimizers, give the one that steps last: the threshold is taken from the weights as they are
-        then. Another call moves over to another one. A deepcopy of the controller follows none.
+        Call this if the optimizer is built after `sparsify`. FSDP2 needs this order: `sparsify`, ``fully_shard``, the
+        optimizer, `follow`. If several optimizers train the model, follow the one that steps last. A second call
+        replaces the first. A deepcopy of the controller follows no optimizer.
 
-        A followed optimizer warns if it steps the model after `desparsify`, which brings pruned weights back to life.
-        It saves the names of its parameters in its ``state_dict`` (under ``"feather_param"``), by which a state saved
-        on the other side of `sparsify` is brought into its order; it refuses a state without names.
+        The optimizer then warns if it steps the model after `desparsify`, since this would bring pruned weights back.
+        It also saves the names of its parameters in its ``state_dict``, as the entry ``"feather_param"``. A state that
+        was saved on the other side of `sparsify` is sorted by these names. A state without names is refused.
 
         Args:
-            optimizer: it trains weights of this model. Of a wrapper (accelerate's, Lookahead), the one inside is
-                followed.
+            optimizer: an optimizer that holds weights of this model. Of a wrapper (accelerate's, Lookahead), the
+                optimizer inside is followed.
 
         Raises:
-            TypeError: it is no ``torch.optim.Optimizer``, or a wrapper that does not show what it wraps.
+            TypeError: it is no ``torch.optim.Optimizer``, or a wrapper in which no optimizer is found.
             ValueError: it holds none of the weights.
             RuntimeError: the model has been desparsified.
 
@@ -148,62 +151,22 @@ class Controller:
             1
         """
         self._require("follow()")
-        self._follow(checked_optimizer(optimizer, {p.name: p.originals for p in self._shared.places.values()}))
-
-    def _lead(self) -> SharedSparsity:
-        """Return the shared state, to move it: a copy that its own controller moves follows no other model."""
-        self._shared.source = None
-        return self._shared
-
-    def _follow(self, optimizer: torch.optim.Optimizer) -> None:
-        self._lead()
-        if self._follower is not None:
-            self._follower.detach()
-        self._follower = Follower(optimizer, self._model, self._after_step, lambda: bool(self._shared.places))
-
-    def _after_step(self) -> None:
-        if self._shared.places:
-            self._require("step()")
-            self._advance()
-        elif not self._warned and not states_of(self._model):
-            self._warned = True
-            warn(
-                "this optimizer has just stepped a model that was desparsified: momentum and weight decay bring "
-                "pruned weights back to life, so its zeros are lost; build a new optimizer and sparsify again, "
-                "or stop training before desparsify"
-            )
-
-    def _advance(self) -> None:
-        shared = self._lead()
-        self._late_nan.refuse(shared.weights)
-        self._movement.look(shared)
-        zeros, before = shared.position.zeros, shared.position.groups[0].threshold
-        if shared.frozen:
-            threshold = hold(shared)
-            shared.position.step += 1
-        else:
-            shared.move(shared.position.step + 1)
-            threshold = shared.position.groups[0].threshold
-        self._late_nan.look(threshold, sharded=shared.sharded)
-        if threshold.device.type == "cpu" and not shared.frozen:
-            # The rate is final now, or many weights equal the threshold, which does not grow with the zeros.
-            now = shared.position.zeros
-            tied = zeros < now and bool(threshold) and torch.equal(threshold, before)
-            if self.step_count == shared.config.end_step or (tied and now - self._counted >= shared.aim // 16):
-                self._counted = shared.budget.total if self._report().dead else now
+        weights = {each.weight: each.originals for each in self._shared.registrations.values()}
+        self._follow(checked_optimizer(optimizer, weights))
 
     def freeze(self) -> None:
-        """Fix the masks while training goes on: the schedule stops, and the zeros stay where they are.
+        """Fix the masks: the schedule stops, and the zeros stay where they are while training continues.
 
-        The dense weights are overwritten by what the forward pass sees, so that the network stays the same; from then
-        on pruned weights get no gradient, and neither momentum nor weight decay brings them back. The masks take
-        one byte a weight, and no entry in the ``state_dict``, whose weights have the zeros. A copy made before goes on
-        by magnitude. Loading a state from before, of the model or the controller, thaws the model; a plain model's
-        state keeps the masks. Warns where there are no zeros yet.
+        The dense weights are overwritten with the pruned ones, so the network does not change. From then on, pruned
+        weights get no gradient, and momentum and weight decay cannot change them. The masks take one byte a weight and
+        no entry in the ``state_dict``: its weights hold the zeros. Copies made before are not frozen.
+
+        Loading a state from before, of the model or of the controller, ends this. Loading the state of a plain model
+        keeps the masks. Warns if there are no zeros yet.
 
         Raises:
             RuntimeError: the model has been desparsified.
-            ValueError: the weights are sharded over processes, or hold NaN, infinity or no values.
+            ValueError: a weight is sharded over processes, holds NaN or infinity, or has no values.
 
         Example:
             >>> model = nn.Linear(4, 4)
@@ -218,33 +181,33 @@ class Controller:
         self._require("freeze()")
         if not self._shared.frozen:
             if not self._shared.position.zeros:
-                warn_of_early("freeze()", 0, self._shared.aim)
-            freeze(self._lead())
+                warn_of_early("freeze()", 0, self._shared.final_zeros)
+            freeze(self._leading())
 
     def report(self) -> Report:
-        """Report what `desparsify` would leave at this moment, per weight and in all.
+        """Return the zeros of each weight and of all, as `desparsify` would leave them now.
 
-        Warns of weights of which nothing survives. Where the weights are sharded, all processes call this.
+        Warns of weights with no survivors. If the weights are sharded, call this on all processes.
 
         Raises:
             RuntimeError: the model has been desparsified, or a layer of it was replaced.
-            ValueError: a weight holds NaN, infinity or no values.
+            ValueError: a weight holds NaN or infinity, or has no values.
         """
         self._require("report()")
-        self._shared.settle()
-        return self._report()
-
-    def _report(self) -> Report:
-        report = Report(rows(self._shared.weights(), self._shared.counts()), dict(self._skipped))
-        warn_of_dead(report)
-        return report
+        self._shared.refresh_checked()
+        weights, counts = self._shared.weights(), self._shared.counts()
+        warn_of_dead(weights, counts)
+        return Report(rows(weights, counts), dict(self._skipped))
 
     def masks(self) -> dict[str, Tensor]:
-        """Return which elements of each weight `desparsify` would leave at this moment: bool tensors, by name.
+        """Return the mask of each weight by name, as `desparsify` would use it now.
+
+        Returns:
+            Bool tensors of the weights' shapes; True where an element is kept.
 
         Raises:
             RuntimeError: the model has been desparsified, or a layer of it was replaced.
-            ValueError: a weight holds NaN or no values, or infinity where the thresholds have to be taken anew.
+            ValueError: a weight holds NaN or has no values, or holds infinity and the thresholds must be computed.
 
         Example:
             >>> layer = nn.Linear(2, 2)
@@ -257,7 +220,7 @@ class Controller:
         return self._shared.exact_masks()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return settings and position, in plain Python values; loads with ``weights_only=True``."""
+        """Return the settings and the position as plain Python values, which ``weights_only=True`` loads."""
         position = self._shared.position
         return {
             "version": _VERSION,
@@ -268,16 +231,16 @@ class Controller:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from where a controller of the same model and the same settings was saved.
+        """Continue from the state of a controller of the same model with the same settings.
 
-        The model's own state_dict holds the position, too: this checks besides that the settings are the same. The
-        model may be loaded before or after; the zeros of a frozen model's weights tell its masks.
+        The model's own state_dict holds the position as well. This method also checks that the settings are the same.
+        Load the model before or after. The masks of a frozen model are found from the zeros of its weights.
 
         Args:
             state_dict: what `state_dict` returned.
 
         Raises:
-            ValueError: it is from another version, model or setting; the controller is then untouched.
+            ValueError: it is of another version, model or setting. The controller is untouched.
             RuntimeError: the model has been desparsified.
         """
         self._require("load_state_dict()")
@@ -291,14 +254,59 @@ class Controller:
         self._shared.config.require_same(state_dict)
         require_same_shapes("a controller state", self._shapes, state_dict.get("weights"))
         step, frozen = integer("step_count", state_dict["step_count"], 0), state_dict["frozen_step"]
-        self._lead().move(step, None if frozen is None else integer("frozen_step", frozen, 0))
+        self._leading().move_to(step, None if frozen is None else integer("frozen_step", frozen, 0))
         self._late_nan = LateNaN()
 
     def desparsify(self) -> None:
-        """Bake exact zeros into the model's weights and give it back its plain layers; see `desparsify`."""
+        """Write the exact zeros into the model and make its layers plain again; see `feather_param.desparsify`."""
         if self._shared not in states_of(self._model):
             self._require("desparsify()")
         bake(self._model)
+
+    def _leading(self) -> SharedSparsity:
+        """Return the shared state for a change. A copy that its own controller changes follows no source."""
+        self._shared.source = None
+        return self._shared
+
+    def _follow(self, optimizer: torch.optim.Optimizer) -> None:
+        self._leading()
+        if self._follower is not None:
+            self._follower.detach()
+        self._follower = Follower(optimizer, self._model, self._after_step, lambda: bool(self._shared.registrations))
+
+    def _after_step(self) -> None:
+        if self._shared.registrations:
+            self._require("step()")
+            self._advance()
+        elif not self._warned_after_desparsify and not states_of(self._model):
+            self._warned_after_desparsify = True
+            warn(
+                "this optimizer has just stepped a model that was desparsified: momentum and weight decay bring "
+                "pruned weights back to life, so its zeros are lost; build a new optimizer and sparsify again, "
+                "or stop training before desparsify"
+            )
+
+    def _advance(self) -> None:
+        shared = self._leading()
+        self._late_nan.refuse(shared.weights)
+        self._movement.check(shared)
+        zeros, before = shared.position.zeros, shared.position.groups[0].threshold
+        if shared.frozen:
+            threshold = hold(shared)
+            shared.position.step += 1
+        else:
+            shared.move_to(shared.position.step + 1)
+            threshold = shared.position.groups[0].threshold
+        self._late_nan.watch(threshold, sharded=shared.sharded)
+        if threshold.device.type == "cpu" and not shared.frozen:
+            now = shared.position.zeros
+            # More zeros at the same threshold: many elements equal it, and the operator makes all of them zero.
+            tied = zeros < now and bool(threshold) and torch.equal(threshold, before)
+            if self.step_count == shared.config.end_step or (
+                tied and now - self._zeros_checked >= shared.final_zeros // 16
+            ):
+                dead = warn_of_dead(shared.weights(), shared.counts())
+                self._zeros_checked = shared.budget.total if dead else now  # after a warning, no more checks
 
     def _require(self, call: str) -> None:
         require_attached(call, self._model, self._shared, self._links)
@@ -306,10 +314,11 @@ class Controller:
     def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
         twin = Controller.__new__(Controller)
         memo[id(self)] = twin
-        here = {"_follower": None, "_late_nan": LateNaN()}  # of this one's optimizer and GPU
-        own = {name: value for name, value in vars(self).items() if name not in here}
-        vars(twin).update(copy.deepcopy(own, memo), **here)
-        twin._shared.controlled = True
+        not_copied = {"_follower": None, "_late_nan": LateNaN()}  # they belong to this one's optimizer and GPU
+        own = {name: value for name, value in vars(self).items() if name not in not_copied}
+        vars(twin).update(copy.deepcopy(own, memo), **not_copied)
+        if twin._shared.source is not None:
+            twin._shared.source.controlled = True
         return twin
 
     def __repr__(self) -> str:

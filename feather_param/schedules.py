@@ -1,6 +1,6 @@
-"""Schedules: pure functions from progress to the fraction of the final rate.
+"""Schedules: when weights are pruned, as pure functions from progress to a fraction of the final rate.
 
-``progress`` runs from 0 at ``start_step`` to 1 at ``end_step``. Any callable of this form is a schedule.
+``progress`` runs from 0 at ``start_step`` to 1 at ``end_step``. To add a schedule, write such a function.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Caps: the total stays exact, no tensor loses more than its cap, and what goes is what the greedy rule takes."""
+"""Allocations, guards and plans: the total is exact, and no weight gets more zeros than its guard."""
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 import torch
@@ -22,22 +24,22 @@ VALUES = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 1.5, 2.0, -3.0, 7.0])
     data=st.data(),
 )
 @settings(max_examples=300, deadline=None)
-def test_it_is_the_greedy_rule(tensors, data):
+def test_global_magnitude_equals_the_greedy_rule(tensors, data):
     weights = {str(i): torch.tensor(values) for i, values in enumerate(tensors)}
-    caps = {
+    guards = {
         name: data.draw(st.integers(0, weight.numel() - 1))
         for name, weight in weights.items()
         if data.draw(st.booleans())
     }
-    most = sum(caps.get(name, weight.numel()) for name, weight in weights.items())
+    most = sum(guards.get(name, weight.numel()) for name, weight in weights.items())
     k = data.draw(st.integers(0, most))
-    groups = global_magnitude(weights, k, caps)
+    groups = global_magnitude(weights, k, guards)
     counts = count_zeros(weights, groups)
     natural = {name: int((weight == 0).sum()) for name, weight in weights.items()}
-    expected = natural if sum(natural.values()) > k else twins.greedy(weights, k, caps)
+    expected = natural if sum(natural.values()) > k else twins.greedy(weights, k, guards)
     assert {name: count.zeros for name, count in counts.items()} == expected
     assert sum(group.zeros for group in groups) == k
-    for group in groups:  # what evaluation cuts is what is counted, but for ties
+    for group in groups:  # the forward pass prunes by the threshold: the same elements, except for ties
         for name in group.names:
             below = int((weights[name].abs() < group.threshold).sum())
             assert below <= counts[name].zeros <= int((weights[name].abs() <= group.threshold).sum())
@@ -61,7 +63,7 @@ GUARDS = [
 def test_no_layer_collapses_and_the_total_is_exact(guards, dtype):
     model = net().to(dtype)
     with torch.no_grad():
-        model[2].weight.mul_(0.01)  # without guards it would die
+        model[2].weight.mul_(0.01)  # without guards all of it would be pruned
     controller = feather_param.sparsify(model, final_rate=0.95, total_steps=6, end_step=3, **guards)
     x = torch.randn(8, 40, dtype=dtype)
     train(model, lambda model, step: model(x).square().mean(), controller, range(6))
@@ -70,21 +72,21 @@ def test_no_layer_collapses_and_the_total_is_exact(guards, dtype):
     for row in report.rows:
         assert row.total - row.zeros >= guards.get("min_nonzero_per_layer", 1)
         assert row.rate <= guards.get("max_rate_per_layer", 1.0)
-    seen = [model[i].weight.detach() for i in (0, 2, 4)]
+    evaluated = [model[i].weight.detach() for i in (0, 2, 4)]
     feather_param.desparsify(model)
     assert [int((model[i].weight == 0).sum()) for i in (0, 2, 4)] == [row.zeros for row in report.rows]
-    for before, i in zip(seen, (0, 2, 4), strict=True):
+    for before, i in zip(evaluated, (0, 2, 4), strict=True):
         assert (before - model[i].weight).abs().max() <= torch.finfo(dtype).smallest_normal
 
 
-def test_without_need_a_guard_changes_nothing():
+def test_a_guard_that_is_not_reached_changes_nothing():
     plain, guarded = net(), net()
     feather_param.sparsify(plain, final_rate=0.5, total_steps=1, schedule=schedules.constant)
     feather_param.sparsify(guarded, final_rate=0.5, total_steps=1, schedule=schedules.constant, max_rate_per_layer=0.9)
     assert all(torch.equal(plain[i].weight, guarded[i].weight) for i in (0, 2, 4))
 
 
-def test_tied_weights_under_a_guard():
+def test_a_guard_counts_a_tied_weight_once():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = model[0].weight
     with torch.no_grad():
@@ -99,12 +101,12 @@ def test_tied_weights_under_a_guard():
     ("guards", "largest"),
     [({"max_rate_per_layer": 0.5}, 0.5), ({"min_nonzero_per_layer": 40}, (2360 + 1160) / N), ({}, (N - 1) / N)],
 )
-def test_the_largest_rate_is_reachable_and_nothing_beyond(guards, largest):
+def test_the_largest_rate_is_reachable_and_a_larger_one_is_refused(guards, largest):
     assert feather_param.plan(net(), final_rate=0.4, **guards).largest_rate == largest
     assert feather_param.plan(net(), final_rate=largest, **guards).reachable
     model = net()
     feather_param.sparsify(model, final_rate=largest, total_steps=1, schedule=schedules.constant, **guards)
-    with pytest.warns(UserWarning, match="nothing survives") if not guards else _nothing():
+    with pytest.warns(UserWarning, match="nothing survives") if not guards else contextlib.nullcontext():
         feather_param.desparsify(model)
     assert twins.count_zeros(twins.prunable(model)) == round(largest * N)
     beyond = largest + 1.0 / N
@@ -114,13 +116,7 @@ def test_the_largest_rate_is_reachable_and_nothing_beyond(guards, largest):
             feather_param.sparsify(net(), final_rate=beyond, total_steps=1, **guards)
 
 
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
-
-
-def test_a_plan_tells_what_will_happen_and_touches_nothing():
+def test_a_plan_equals_the_report_of_sparsify_and_does_not_change_the_model():
     model = nn.Sequential(nn.Embedding(10, 40), *net(), nn.LayerNorm(2))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     ids = [id(parameter) for parameter in model.parameters()]
@@ -140,22 +136,22 @@ def test_a_plan_tells_what_will_happen_and_touches_nothing():
     assert all(len(line) == len(text.splitlines()[0]) for line in text.splitlines()[:4])
 
 
-def test_a_plan_out_of_reach_says_so():
+def test_a_plan_says_that_a_rate_cannot_be_reached():
     plan = feather_param.plan(net(), final_rate=0.95, max_rate_per_layer=0.9)
     assert not plan.reachable
     assert [row.zeros for row in plan.rows] == [None] * 3
     assert "3,458 of 3,640 zeros CANNOT be reached; at most 3,276 zeros (90.0000 %)" in str(plan)
     (all_in_all,) = (line.split() for line in str(plan).splitlines() if line.startswith("all"))
-    assert all_in_all == ["all", "3,640", "3,276", "-", "-"]  # zeros that cannot be reached stand in the verdict alone
+    assert all_in_all == ["all", "3,640", "3,276", "-", "-"]  # only the last line has the zeros that cannot be reached
 
 
-def test_a_plan_does_not_round_up_what_can_be_reached():
+def test_a_plan_does_not_round_up_the_most_zeros():
     with torch.device("meta"):
         model = nn.Linear(1280, 1280)
     assert str(feather_param.plan(model, final_rate=0.9)).endswith("at most 1,638,399 zeros (99.9999 %)")
 
 
-def test_layers_that_differ_by_their_number_share_a_line():
+def test_names_that_differ_only_in_a_number_share_a_line():
     model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Embedding(2, 4)) for _ in range(12)), nn.Embedding(3, 3))
     reason = "a weight of Embedding: name it in include to prune it"
     plan = feather_param.plan(model, final_rate=0.5)
@@ -166,7 +162,7 @@ def test_layers_that_differ_by_their_number_share_a_line():
     assert str(report).splitlines()[-2:] == lines
 
 
-def test_a_plan_of_a_model_without_storage():
+def test_a_model_on_the_meta_device_can_be_planned():
     with torch.device("meta"):
         model = nn.Linear(1000, 1000)
     plan = feather_param.plan(model, final_rate=0.9)
@@ -185,20 +181,20 @@ def test_a_plan_of_a_model_without_storage():
         ({"include": "nowhere"}, ValueError, "include to match a weight"),
     ],
 )
-def test_bad_arguments(arguments, error, message):
+def test_bad_arguments_are_refused_by_plan_and_sparsify(arguments, error, message):
     with pytest.raises(error, match="expected " + message):
         feather_param.plan(net(), **{"final_rate": 0.9, **arguments})
     with pytest.raises(error, match="expected " + message):
         feather_param.sparsify(net(), **{"final_rate": 0.9, "total_steps": 4, **arguments})
 
 
-def test_a_plan_refuses_what_sparsify_refuses():
+def test_plan_refuses_the_models_that_sparsify_refuses():
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)))
     with pytest.raises(ValueError, match=r"other parametrizations of 0.weight"):
         feather_param.plan(model, final_rate=0.5)
 
 
-def test_caps_are_the_exact_fractions():
+def test_guards_are_exact_fractions_of_the_sizes():
     assert Budget({"a": 100}, max_rate=0.29).guards == {"a": 29}
     assert Budget({"a": 7, "b": 3}, min_nonzero=5).guards == {"a": 2, "b": 0}
     assert Budget({"a": 3_000_000_000}, max_rate=0.9999).guards == {"a": 2_999_700_000}

@@ -1,4 +1,4 @@
-"""Every snippet of docs/exports.md: the same outputs, and in the file the zeros that were promised."""
+"""Each snippet of docs/exports.md keeps the outputs, and the file has the right number of zeros."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ RATE = 0.8
 PAGE = (Path(__file__).parent.parent / "docs" / "exports.md").read_text(encoding="utf-8")
 SNIPPETS = dict(re.findall(r"^## ([^\n]+)\n\n```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE))
 
-# What upstream says of its own code: of TorchScript and torch.ao.quantization nothing in torch 2.6, and later
-# DeprecationWarning or FutureWarning, by version.
+# Warnings of torch about its own code. Their category depends on the version of torch; torch 2.6 does not warn of
+# TorchScript and torch.ao.quantization.
 WARNINGS = [
     r".*torch\.jit\.\w+` is (deprecated|not supported):DeprecationWarning",
     r".*torch\.jit\.\w+` is (deprecated|not supported):FutureWarning",
@@ -59,11 +59,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 @functools.cache
 def baked(kind: str) -> tuple[nn.Module, Tensor, int, int]:
-    """A baked model with every matrix pruned, an input, the zeros promised, and of how many weights."""
+    """Return a baked model with every matrix pruned, an input, its number of zeros, and its number of weights."""
     build, shape = MODELS[kind]
     torch.manual_seed(0)
     model = build()
-    for parameter in model.parameters():  # no two layers alike, no bias that happens to be zero
+    for parameter in model.parameters():  # no equal layers, and no bias that is zero
         nn.init.normal_(parameter, std=0.2)
     include = ["*", "*.in_proj_weight"] if kind == "encoder" else None
     controller = feather_param.sparsify(model, final_rate=RATE, total_steps=1, include=include)
@@ -80,7 +80,7 @@ def matrices(tensors: Iterable[Any]) -> list[Tensor]:
 
 
 def initializers(path: str) -> list[Tensor]:
-    """The weights of an ONNX file; quantised ones less their zero point."""
+    """Return the weights of an ONNX file; the zero point is subtracted from quantised ones."""
     import onnx
 
     arrays = {part.name: onnx.numpy_helper.to_array(part) for part in onnx.load(path).graph.initializer}
@@ -94,7 +94,7 @@ def initializers(path: str) -> list[Tensor]:
 
 
 def packaged(path: str, model: nn.Module) -> list[Tensor]:
-    """The model's weights, if the package holds them byte for byte."""
+    """Return those weights of the model that a package contains byte for byte."""
     with zipfile.ZipFile(path) as package:
         content = b"".join(package.read(name) for name in package.namelist())
     return [weight for weight in model.state_dict().values() if weight.numpy().tobytes() in content]
@@ -111,7 +111,7 @@ def safetensors(path: str) -> Iterable[Tensor]:
     return load_file(path).values()
 
 
-# Where each snippet has left the weights: in its file, or, where it writes none, in what it made.
+# The weights after each snippet: those in its file, or those of the model that it made if it writes no file.
 WEIGHTS: dict[str, Callable[[dict[str, Any]], Iterable[Any]]] = {
     "torch.save": lambda scope: torch.load("model.pt", weights_only=True).values(),
     "safetensors": lambda scope: safetensors("model.safetensors"),
@@ -127,14 +127,16 @@ WEIGHTS: dict[str, Callable[[dict[str, Any]], Iterable[Any]]] = {
 NEEDS = {"ONNX": "onnx onnxscript onnxruntime", "int8, torch": "torch.ao.quantization", "safetensors": "safetensors"}
 
 
-def skip_without_what_it_needs(to: str, kind: str) -> None:
+def skip_if_requirements_are_missing(to: str, kind: str) -> None:
     for name, libraries in NEEDS.items():
         for library in libraries.split() if name in to else ():
             pytest.importorskip(library)
     if to == "AOTInductor" and not shutil.which("g++"):
         pytest.skip("needs g++")
     if torch.__version__.startswith("2.6.") and (to == "int8, ONNX Runtime" or (to, kind) == ("ONNX", "resnet20")):
-        pytest.skip("torch 2.6 writes no ONNX of BatchNorm, and none that ONNX Runtime can quantise, dense or not")
+        pytest.skip(
+            "torch 2.6 cannot export BatchNorm to ONNX, nor any model, dense or sparse, that ONNX Runtime can quantise"
+        )
     if to == "int8, torch, static" and "x86" not in torch.backends.quantized.supported_engines:
         pytest.skip("needs the int8 kernels for x86")
 
@@ -144,11 +146,11 @@ def cases() -> list[tuple[str, str]]:
     for to in SNIPPETS:
         for kind in MODELS:
             if to == "AOTInductor" and kind != "mlp":
-                continue  # it would take minutes
+                continue  # the others would take minutes
             if (to, kind) == ("int8, ONNX Runtime", "resnet20"):
-                continue  # a single Linear layer: the MLP has more
+                continue  # it has a single Linear layer, the MLP has more
             if (to, kind) == ("int8, torch, static", "encoder"):
-                continue  # torch.fx cannot trace it, dense or not
+                continue  # torch.fx cannot trace it, dense or sparse
             chosen.append((to, kind))
     return chosen
 
@@ -159,7 +161,7 @@ def test_every_snippet_is_tested():
 
 @pytest.mark.parametrize(("to", "kind"), cases())
 def test_a_snippet_keeps_outputs_and_zeros(to, kind, tmp_path, monkeypatch, request):
-    skip_without_what_it_needs(to, kind)
+    skip_if_requirements_are_missing(to, kind)
     monkeypatch.chdir(tmp_path)
     model, x, zeros, total = baked(kind)
     scope = {"torch": torch, "model": copy.deepcopy(model), "x": x, "build": MODELS[kind][0]}
@@ -173,7 +175,7 @@ def test_a_snippet_keeps_outputs_and_zeros(to, kind, tmp_path, monkeypatch, requ
     weights = matrices(WEIGHTS[to](scope))
     assert sum(weight.numel() for weight in weights) == total
     if "int8" in to:
-        # 8 bits leave about 1 % of noise a layer; that of 20 layers adds up to 5 %, and twice that is allowed.
+        # 8 bits cause about 1 % of noise in each layer. That of 20 layers adds up to 5 %, and twice that is allowed.
         assert (y - expected).norm() < 0.1 * expected.norm()
         assert twins.count_zeros(weights) >= zeros  # small weights round to zero
     else:
@@ -202,15 +204,15 @@ def test_int8_of_torch_keeps_each_zero(per):
 
 @pytest.mark.skipif(not hasattr(torch.jit, "script"), reason="this torch has no TorchScript")
 def test_torchscript_is_deprecated_as_the_page_says():
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.jit.script(nn.Linear(2, 2))
-    if told or tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):  # older ones say nothing
-        assert any("deprecated" in str(warning.message) for warning in told)
+    if caught or tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):  # older versions do not warn
+        assert any("deprecated" in str(warning.message) for warning in caught)
 
 
 def test_exports_of_a_sparsified_model_carry_dense_weights():
-    """Why the page says: after desparsify."""
+    """This is why the page says: call desparsify first."""
     model = mlp()
     feather_param.sparsify(model, final_rate=RATE, total_steps=1)
     program = torch.export.export(model, (torch.zeros(2, 16),), strict=False)
@@ -228,4 +230,4 @@ def test_an_exported_operator_has_no_operation_that_onnx_lacks(strict):
     program = torch.export.export(Product(), (torch.zeros(2, 16), torch.ones(16, 16)), strict=strict)
     called = {node.target for node in program.run_decompositions().graph.nodes}
     assert torch.ops.aten.pow.Tensor_Scalar in called
-    assert torch.ops.aten.view.dtype not in called  # a number's bits
+    assert torch.ops.aten.view.dtype not in called  # reads the bits of numbers

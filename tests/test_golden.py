@@ -1,4 +1,4 @@
-"""Against the numbers of the paper's own code; see golden/README.md."""
+"""The library reproduces the numbers of the paper's own code; see golden/README.md."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.mark.parametrize("t", ["0.0", "0.01", "0.05", "0.12"])
 @pytest.mark.parametrize("theta", ["1.0", "0.5"])
-def test_operator(t, theta):
+def test_the_operator_and_its_gradient_equal_the_papers(t, theta):
     data = np.load(GOLDEN / "operator.npz")
     weight = torch.tensor(data["w"], requires_grad=True)
     out = feather_threshold(weight, torch.tensor(float(t)), float(theta), 3.0)
     out.backward(torch.tensor(data["g"]))
-    # Theirs is the cube root of a difference of cubes, good to about 4 eps w^3; so its root P is good to
-    # 4 eps w^3 / (3 P^2) (eps = 2^-24), plus the roundings of both results.
+    # The paper's code takes the cube root of a difference of cubes, whose error is about 4 eps w^3 (eps = 2^-24). The
+    # error of the root P is 4 eps w^3 / (3 P^2), plus the rounding of both results.
     w, golden = weight.detach().double().abs(), torch.tensor(data[f"out/{t}/{theta}"]).double()
     bound = 4 * 2.0**-24 * w**3 / golden.abs().clamp(min=1e-30) ** 2 + 4 * 2.0**-24 * w
     assert ((out.detach().double() - golden).abs() <= bound)[golden != 0].all()
@@ -51,7 +51,7 @@ def network() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("i", range(3))
-def test_training(i):
+def test_a_training_has_the_rates_losses_and_zeros_of_the_papers(i):
     data = np.load(GOLDEN / f"trajectory_{i}.npz")
     cfg = json.loads(str(data["cfg"]))
     model = network()
@@ -79,7 +79,7 @@ def test_training(i):
         optimizer.step()
         controller.step()
         losses.append(loss.item())
-    # Theirs is f - f (1 - x)^3, ours f (1 - (1 - x)^3): two roundings of a number below 1 apart.
+    # The paper's code computes f - f (1 - x)^3, ours f (1 - (1 - x)^3). They differ by two roundings.
     assert np.abs(np.array(rates) - data["rates"]).max() <= 2 * 2.0**-53
     assert [round(rate * total) for rate in rates] == [round(rate * total) for rate in data["rates"]]
     assert np.abs(np.array(losses) - data["losses"])[:20].max() < 5e-3

@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped without one."""
+"""Behaviour on a GPU; skipped without one."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def net() -> nn.Sequential:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("k", [0, 1, 5000, 9999, 10000])
-def test_kth_magnitude_equals_the_cpus(dtype, k):
+def test_the_kth_magnitude_equals_that_of_the_cpu(dtype, k):
     weights = {"a": torch.randn(90, 100).to(dtype), "b": torch.zeros(1000, dtype=dtype)}
     on_gpu = {name: weight.cuda() for name, weight in weights.items()}
     assert torch.equal(kth_magnitude(on_gpu, k).cpu(), kth_magnitude(weights, k))
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 5.0, float("inf")])
-def test_a_zero_threshold_is_the_identity_also_for_subnormal_numbers(p):
+def test_a_zero_threshold_is_the_identity_for_subnormal_numbers_too(p):
     weight = torch.tensor([1e-40, -1e-45, 2e-38, 0.0, 3.0], device="cuda")
     for threshold in (torch.zeros((), device="cuda"), torch.zeros(())):
         assert torch.equal(feather_param.parametrizations.feather_threshold(weight, threshold, p=p), weight)
@@ -54,7 +54,7 @@ def test_a_step_never_waits_for_the_device():
     assert twins.count_zeros(twins.prunable(model)) == round(0.9 * 2328)
 
 
-def test_step_and_forward_in_a_captured_graph():
+def test_a_step_and_a_forward_pass_run_in_a_cuda_graph():
     model = net()
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=10, end_step=0)
     x = torch.randn(8, 3, 6, 6, device="cuda")
@@ -77,7 +77,7 @@ def test_step_and_forward_in_a_captured_graph():
     assert torch.allclose(out, model(x), atol=1e-5)
 
 
-def test_nan_is_reported_a_few_steps_late():
+def test_nan_is_reported_at_a_later_step():
     model = net()
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=10)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_a_step_of_the_example_never_waits_for_the_device():
     settings = Settings(dataset="digits", epochs=2, batch_size=64)
     batches = TrainBatches(data, settings.batch_size, settings.epochs, settings.seed)
     training = Training(settings, data, device, batches.steps_per_epoch)
-    for step in range(3):  # the first steps pick algorithms, and copy what an epoch and the means need
+    for step in range(3):  # the first steps choose algorithms and allocate buffers
         training.step(*batches[step])
     torch.cuda.set_sync_debug_mode("error")
     try:

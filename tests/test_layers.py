@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import feather_param
 from feather_param import schedules
-from tests.training import dense_weights, keys, pruned_sites, train, zeros_after_baking
+from tests.training import dense_weights, keys, pruned_places, train, zeros_after_baking
 
 
 class Conv1D(nn.Module):
@@ -206,9 +206,9 @@ def resuming(make, include) -> None:
 def freezing(make, include) -> None:
     model, controller = sparse(make, include, schedule=schedules.constant)
     controller.freeze()
-    zeros = [site.dense() == 0 for site in pruned_sites(model)]
+    zeros = [place.dense() == 0 for place in pruned_places(model)]
     train(model, loss, controller, range(3))
-    after = [site.dense() == 0 for site in pruned_sites(model)]
+    after = [place.dense() == 0 for place in pruned_places(model)]
     assert all(torch.equal(a, b) for a, b in zip(zeros, after, strict=True))
     exact(model)
 

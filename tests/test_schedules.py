@@ -1,4 +1,4 @@
-"""The schedules, as tables."""
+"""The schedules: their values and bounds."""
 
 import pytest
 
@@ -12,12 +12,12 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("schedule", "expected"), TABLE)
-def test_values(schedule, expected):
+def test_a_schedule_has_the_values_of_its_formula(schedule, expected):
     assert [schedule(i / 4) for i in range(5)] == expected
 
 
 @pytest.mark.parametrize("schedule", [schedule for schedule, _ in TABLE])
-def test_never_falls_and_stays_in_bounds(schedule):
+def test_a_schedule_never_decreases_and_stays_between_0_and_1(schedule):
     values = [schedule(i / 1000) for i in range(1001)]
     assert values == sorted(values)
     assert 0.0 <= values[0] <= values[-1] == 1.0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import feather_param
 from feather_param.parametrizations import states_of
-from feather_param.selection.weights import Site
+from feather_param.selection.weights import Place
 
 
 def train(
@@ -29,10 +29,10 @@ def train(
         controller.step()
 
 
-def pruned_sites(model: nn.Module) -> list[Site]:
-    """Return the first site of each weight of a sparsified model."""
-    places = [place for shared in states_of(model) for place in shared.places.values()]
-    first = {place.name: place.site for place in reversed(places)}
+def pruned_places(model: nn.Module) -> list[Place]:
+    """Return the first place of each weight of a sparsified model."""
+    registrations = [each for shared in states_of(model) for each in shared.registrations.values()]
+    first = {each.weight: each.place for each in reversed(registrations)}
     return list(first.values())[::-1]
 
 
@@ -43,11 +43,11 @@ def dense_weights(model: nn.Module) -> list[Tensor]:
 
 def zeros_after_baking(model: nn.Module) -> tuple[int, int]:
     """Desparsify; return the zeros among the weights that were pruned, and how many these weights are."""
-    sites = pruned_sites(model)
+    places = pruned_places(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "nothing survives")
         feather_param.desparsify(model)
-    tensors = [site.dense() for site in sites]
+    tensors = [place.dense() for place in places]
     return sum(int((tensor == 0).sum()) for tensor in tensors), sum(tensor.numel() for tensor in tensors)
 
 

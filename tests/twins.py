@@ -1,4 +1,4 @@
-"""Slow reference twins: each equation written down once more, value by value, in double precision."""
+"""Slow reference implementations: each equation once more, element by element, in double precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def operator(weight: Tensor, threshold: float, p: float) -> Tensor:
-    """P(w) = sign(w) (|w|^p - t^p)^(1/p) where |w| > t, else 0: as float64."""
+    """Return P(w) = sign(w) (|w|^p - t^p)^(1/p) where |w| > t, else 0, as float64."""
 
     def one(w: float) -> float:
         magnitude = abs(w)
@@ -33,29 +33,30 @@ def operator(weight: Tensor, threshold: float, p: float) -> Tensor:
 
 
 def slope(weight: Tensor, threshold: float, theta: float) -> Tensor:
-    """The straight-through gradient: 1 where |w| > t, theta elsewhere."""
+    """Return the straight-through gradient: 1 where |w| > t, theta elsewhere."""
     values = [1.0 if abs(w) > threshold else theta for w in weight.detach().double().flatten().tolist()]
     return torch.tensor(values, dtype=torch.float64).view(weight.shape)
 
 
 def magnitudes(weights: Iterable[Tensor]) -> list[float]:
+    """Return the magnitudes of all elements, in order."""
     return [abs(value) for weight in weights for value in weight.detach().double().flatten().tolist()]
 
 
 def threshold(weights: Iterable[Tensor], k: int) -> float:
-    """The k-th smallest magnitude of all, 0 for k = 0: by sorting them."""
+    """Return the k-th smallest magnitude of all, by sorting; 0 for k = 0."""
     return sorted(magnitudes(weights))[k - 1] if k else 0.0
 
 
 def zeros(weights: Iterable[Tensor], k: int) -> list[bool]:
-    """Which weights are pruned: the k smallest magnitudes, ties broken by position, and all that are 0 already."""
+    """Return which elements are pruned: the k smallest magnitudes, ties broken by position, and all zeros."""
     values = magnitudes(weights)
     first = set(sorted(range(len(values)), key=lambda i: values[i])[:k])  # sorted() is stable
     return [i in first or value == 0.0 for i, value in enumerate(values)]
 
 
 def rate(step: int, final_rate: float, start: int, end: int) -> float:
-    """The cubic schedule."""
+    """Return the rate of the cubic schedule."""
     if step < start:
         return 0.0
     if step >= end:
@@ -64,19 +65,21 @@ def rate(step: int, final_rate: float, start: int, end: int) -> float:
 
 
 def count_zeros(tensors: Iterable[Tensor]) -> int:
+    """Return the number of zeros in all tensors together."""
     return sum(int((tensor == 0).sum()) for tensor in tensors)
 
 
 def prunable(model: nn.Module, names: Callable[[str], bool] = lambda name: True) -> list[Tensor]:
-    """The Conv and Linear weights of a plain model."""
+    """Return the Conv and Linear weights of a plain model."""
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     return [module.weight for name, module in model.named_modules() if isinstance(module, kinds) and names(name)]
 
 
-def greedy(weights: dict[str, Tensor], k: int, caps: dict[str, int]) -> dict[str, int]:
-    """Zeros by tensor: by magnitude, then position, each weight whose tensor is not at its cap, until k are pruned.
+def greedy(weights: dict[str, Tensor], k: int, guards: dict[str, int]) -> dict[str, int]:
+    """Return the zeros of each weight, by the greedy rule of `allocations.global_magnitude`.
 
-    A weight that is zero is pruned whatever the cap.
+    Visit all elements by magnitude, then position. Prune each one whose weight is below its guard, until k are pruned.
+    An element that is zero is pruned in any case.
     """
     order = [
         (abs(value), i, name)
@@ -86,6 +89,6 @@ def greedy(weights: dict[str, Tensor], k: int, caps: dict[str, int]) -> dict[str
     ]
     zeros = dict.fromkeys(weights, 0)
     for magnitude, _, name in sorted(order):
-        if sum(zeros.values()) < k and (magnitude == 0 or zeros[name] < caps.get(name, weights[name].numel())):
+        if sum(zeros.values()) < k and (magnitude == 0 or zeros[name] < guards.get(name, weights[name].numel())):
             zeros[name] += 1
     return zeros

@@ -1,1 +1,1 @@
-"""The core: what `sparsify` puts on a model, how it is kept right, and how it is baked and taken off."""
+"""The core: what `sparsify` registers on a model, how its thresholds are kept valid, and how it is baked and removed."""

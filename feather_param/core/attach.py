@@ -1,4 +1,15 @@
-"""Our parametrization and what belongs to it: put on a model, and taken off."""
+"""Registration of our parametrizations on a model, and their removal.
+
+Note [The class of a parametrized layer]
+
+torch gives each parametrized layer a class of its own, with the weight as a property, and restores the plain class when
+the last parametrization is removed. The methods that we need on a layer are methods of that class. So they disappear
+with it, whoever removes the parametrization.
+
+Copies of a layer share its class, so the class must not change later. Where other parametrizations stay,
+`remove_parametrizations` gives the layer another class. (torch's function of that name deletes the property from the
+class, which breaks all copies, and removes the parametrizations of other libraries as well.)
+"""
 
 from __future__ import annotations
 
@@ -10,138 +21,157 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from feather_param.core import recurrent
-from feather_param.core.state_dict import accept_dense
-from feather_param.parametrizations import FeatherParametrization, Place, SharedSparsity
+from feather_param.core.registration import Registration
+from feather_param.core.shared import SharedSparsity
+from feather_param.core.state_dict import accept_plain
+from feather_param.parametrizations import FeatherParametrization, states_of
 from feather_param.selection.names import names_of
 from feather_param.selection.weights import Weight, parametrizations_of
 
-# Note [The class of a parametrized layer]
-# torch gives each parametrized layer a class of its own, which has the weight as a property, and takes it away with the
-# last parametrization. What we need of a layer are methods of that class: they are gone with it, whoever removes the
-# parametrization. Copies of a layer share its class, and so it is never changed after that: where only ours is removed,
-# by `remove_parametrizations`, the layer gets another class. (torch's own function of that name deletes the property
-# from the class, and with it the weight of all copies, and removes every library's parametrization.)
+_METHODS = "_feather_param_methods"  # attribute of a layer's class: the names of our methods
+_BEFORE = "_feather_param_before"  # attribute of a layer's class: the class before ours was made
+
+
+def require_plain(model: nn.Module) -> None:
+    """Refuse a model that is sparsified already.
+
+    Raises:
+        ValueError: a layer has our parametrization.
+    """
+    if already := [each.place.name for shared in states_of(model) for each in shared.registrations.values()]:
+        raise ValueError(
+            f"expected a plain model, got one that is already sparsified (at {already[0]}); "
+            "call feather_param.desparsify(model) first, or go on with its controller"
+        )
 
 
 def attach(model: nn.Module, shared: SharedSparsity, weights: Sequence[Weight]) -> None:
-    """Register a `FeatherParametrization` at all places of some weights of a model; on an error none."""
-    sites = [(weight.name, site) for weight in weights for site in weight.sites]
-    before = {site.module: (type(site.module), tuple(site.module._parameters)) for _, site in sites}
+    """Register a `FeatherParametrization` at all places of some weights. On an error the model is untouched."""
+    places = [(weight.name, place) for weight in weights for place in weight.places]
+    before = {place.module: (type(place.module), tuple(place.module._parameters)) for _, place in places}
     try:
-        for name, site in sites:
-            layer = site.module
+        for name, place in places:
+            layer = place.module
             if parametrizations_of(layer) and _METHODS not in vars(type(layer)):  # its copies share its class
                 layer.__class__ = _class_like(type(layer))
                 setattr(type(layer), _BEFORE, before[layer][0])
             feather = FeatherParametrization(shared)
-            # unsafe: the check would run the operator, and our shapes and dtypes are right by construction.
-            parametrize.register_parametrization(layer, site.tensor, feather, unsafe=True)
-            place = parametrizations_of(layer)[site.tensor]
-            shared.places[feather] = Place(name, site, place, before[layer][1])
+            # unsafe: the check would run the operator, which keeps shapes and dtypes anyway.
+            parametrize.register_parametrization(layer, place.tensor, feather, unsafe=True)
+            found = parametrizations_of(layer)[place.tensor]
+            shared.registrations[feather] = Registration(name, place, feather, found, before[layer][1])
             layer._modules["parametrizations"].train(layer.training)  # type: ignore[union-attr]
-            if _METHODS not in vars(type(layer)):  # another tensor of the layer came first
+            if _METHODS not in vars(type(layer)):  # the first of the layer's tensors
                 methods = _methods(layer)
                 for key, value in {**methods, _METHODS: tuple(methods)}.items():
                     setattr(type(layer), key, value)
         in_order = [module for module in model.modules() if isinstance(module, FeatherParametrization)]
-        shared.enter({feather: shared.places[feather] for feather in in_order})
+        shared.registrations = {feather: shared.registrations[feather] for feather in in_order}
+        owner = in_order[0]
+        owner.add_module("shared", owner.__dict__.pop("shared").train(owner.training))
     except BaseException:
         detach(shared)
         for layer, (cls, _) in before.items():
-            layer.__class__ = cls  # of one that took a class, but no parametrization
+            layer.__class__ = cls  # of a layer that got a class, but no parametrization
         raise
 
 
 def detach(shared: SharedSparsity) -> None:
-    """Take all the parametrizations of a model off."""
-    for place in list(shared.places.values()):
-        remove_parametrizations(place.site.module, place.site.tensor)
+    """Remove all parametrizations with a shared state."""
+    for each in list(shared.registrations.values()):
+        remove_parametrizations(each.place.module, each.place.tensor)
 
 
 def remove_parametrizations(layer: nn.Module, tensor: str) -> None:
-    """Take our parametrization off a tensor of a layer (``"weight"``), which keeps its dense weight.
+    """Remove our parametrization from a tensor of a layer (``"weight"``), which keeps its dense weight.
 
-    Like `torch.nn.utils.parametrize.remove_parametrizations`, but other libraries' parametrizations of the layer stay,
-    and copies of the layer stay as they are.
+    Like `torch.nn.utils.parametrize.remove_parametrizations`, but parametrizations of other libraries stay, and copies
+    of the layer do not change.
     """
-    places = parametrizations_of(layer)
-    place = places[tensor]
-    feather = _ours(place)
+    lists = parametrizations_of(layer)
+    own = lists[tensor]
+    feather = _ours(own)
     assert feather is not None
-    known = feather.shared.places.pop(feather, None)
-    if len(place) > 1:
-        del place[list(place).index(feather)]
+    registration = feather.shared.registrations.pop(feather, None)
+    if len(own) > 1:
+        del own[list(own).index(feather)]
         _leave_class(layer, ())
         return
-    original = place.original
-    del places[tensor]
-    if places:
+    original = own.original
+    del lists[tensor]
+    if lists:
         _leave_class(layer, (tensor,))
     else:
         del layer._modules["parametrizations"]
         layer.__class__ = type(layer).__bases__[0]
     layer.register_parameter(tensor, original)  # type: ignore[arg-type]
     parameters = layer._parameters
-    order = [name for name in (known.parameter_order if known else ()) if name in parameters]
+    order = [name for name in (registration.parameter_order if registration else ()) if name in parameters]
     layer._parameters = {name: parameters[name] for name in dict.fromkeys([*order, *parameters])}
-    if not places:
-        recurrent.plain_again(layer)
+    if not lists:
+        recurrent.refill(layer)
 
 
-def links(model: nn.Module, shared: SharedSparsity) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Return what leads from a model to the parametrizations of its layers: (module, name of a child, child)."""
+Link = tuple[nn.Module, str, nn.Module]
+"""A module, the name of a child, and the child."""
+
+
+def links(model: nn.Module, shared: SharedSparsity) -> list[Link]:
+    """Return the links that lead from a model to its parametrizations."""
     names = names_of(model)
     found: dict[tuple[nn.Module, str], nn.Module] = {}
-    for place in shared.places.values():
-        module = model
-        for name in (*filter(None, names[place.site.module][0].split(".")), "parametrizations", place.site.tensor):
+    for each in shared.registrations.values():
+        place, module = each.place, model
+        for name in (*filter(None, names[place.module][0].split(".")), "parametrizations", place.tensor):
             found[module, name] = child = module.get_submodule(name)
             module = child
     return [(module, name, child) for (module, name), child in found.items()]
 
 
-def require_attached(
-    call: str, model: nn.Module, shared: SharedSparsity, known: list[tuple[nn.Module, str, nn.Module]]
-) -> None:
-    """Refuse a call if some of the parametrizations are no longer in the model: a layer was replaced, for example.
+def require_attached(call: str, model: nn.Module, shared: SharedSparsity, known: list[Link]) -> None:
+    """Refuse a call if a parametrization is no longer in the model, for example because its layer was replaced.
 
-    What `links` returned is looked at first, and renewed where a part of the model was wrapped since.
+    Args:
+        call: the call, for the message: ``"step()"``.
+        model: the model that was sparsified.
+        shared: its shared state.
+        known: what `links` returned. It is checked first, since it is fast, and replaced if a part of the model was
+            wrapped since.
+
+    Raises:
+        RuntimeError: a parametrization is missing.
     """
-    if shared.places and all(module._modules.get(name) is child for module, name, child in known):
+    if shared.registrations and all(module._modules.get(name) is child for module, name, child in known):
         return
     here = set(model.modules())
-    gone = [place.site.name for feather, place in shared.places.items() if feather not in here]
-    if len(gone) == len(shared.places):
+    missing = [each.place.name for feather, each in shared.registrations.items() if feather not in here]
+    if len(missing) == len(shared.registrations):
         raise RuntimeError(f"expected {call} before desparsify, got it after: the model is plain again")
-    if gone:
+    if missing:
         raise RuntimeError(
             f"expected {call} on the model that was sparsified, got it without the parametrization of "
-            f"{', '.join(gone)}: the layer was replaced, or the parametrization was removed; put the old layer back, "
-            "or take the others off as well (feather_param.core.attach.remove_parametrizations) and sparsify anew"
+            f"{', '.join(missing)}: the layer was replaced, or the parametrization was removed; put the old layer "
+            "back, or remove the others as well (feather_param.core.attach.remove_parametrizations) and sparsify again"
         )
     known[:] = links(model, shared)
 
 
-def _ours(place: Iterable[nn.Module]) -> FeatherParametrization | None:
-    return next((each for each in place if isinstance(each, FeatherParametrization)), None)
-
-
-_METHODS = "_feather_param_methods"
-_BEFORE = "_feather_param_before"
+def _ours(parametrizations: Iterable[nn.Module]) -> FeatherParametrization | None:
+    return next((each for each in parametrizations if isinstance(each, FeatherParametrization)), None)
 
 
 def _methods(layer: nn.Module) -> dict[str, Any]:
-    """Return what the class of a parametrized layer needs beyond what torch gives it; they call the plain class."""
+    """Return the methods that we add to the class of a parametrized layer. They call those of the plain class."""
     plain: Any = type(layer).__bases__[0]
 
     def _load_from_state_dict(self: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
-        alone = [name for name, place in parametrizations_of(self).items() if len(place) == 1 and _ours(place)]
-        accept_dense(state_dict, prefix, alone)
+        alone = [name for name, own in parametrizations_of(self).items() if len(own) == 1 and _ours(own)]
+        accept_plain(state_dict, prefix, alone)
         plain._load_from_state_dict(self, state_dict, prefix, *args)
 
     def _save_to_state_dict(self: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
         plain._save_to_state_dict(self, destination, prefix, keep_vars)
-        for tensor in parametrizations_of(self):  # pruned weights, which a layer's own method takes for its entries
+        for tensor in parametrizations_of(self):  # some layers' own methods save the pruned weight as well
             destination.pop(prefix + tensor, None)
 
     def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -160,14 +190,17 @@ def _class_like(cls: type, without: Collection[str] = ()) -> type:
     return type(cls.__name__, cls.__bases__, {key: value for key, value in vars(cls).items() if key not in without})
 
 
-def _leave_class(layer: nn.Module, gone: Collection[str]) -> None:
-    """Give a layer that stays parametrized a class without some tensors, and without our methods if we are gone."""
-    cls, places = type(layer), parametrizations_of(layer)
-    if any(_ours(place) for place in places.values()):
-        layer.__class__ = _class_like(cls, gone)
+def _leave_class(layer: nn.Module, removed: Collection[str]) -> None:
+    """Give a layer that stays parametrized a class without the removed tensors.
+
+    If none of our parametrizations is left, the class has none of our methods either.
+    """
+    cls, lists = type(layer), parametrizations_of(layer)
+    if any(_ours(own) for own in lists.values()):
+        layer.__class__ = _class_like(cls, removed)
         return
     before = vars(cls).get(_BEFORE)
-    if before is not None and places.keys() <= vars(before).keys():
+    if before is not None and lists.keys() <= vars(before).keys():
         layer.__class__ = before
     else:
-        layer.__class__ = _class_like(cls, {*gone, _BEFORE, _METHODS, *vars(cls).get(_METHODS, ())})
+        layer.__class__ = _class_like(cls, {*removed, _BEFORE, _METHODS, *vars(cls).get(_METHODS, ())})

@@ -1,4 +1,4 @@
-"""Every setting of a training, checked once."""
+"""Every setting of `sparsify`, checked once."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from feather_param.utils.checks import integer, real
 Theta = Callable[[float], float]
 """Maps the current rate to the gradient scale of pruned elements."""
 
-# Where two schedules are compared, and two functions of the rate: a function itself cannot be saved.
+# Functions cannot be saved. Two schedules, or two functions theta, are compared by their values at these points.
 _PROBES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of `feather_param.sparsify`, under the same names; it holds only valid ones.
+    """The valid settings of a model, under the names of the arguments of `feather_param.sparsify`.
 
-    ``end_step``, ``theta`` and ``max_rate_per_layer`` may be None; each is replaced by its default here.
+    ``end_step``, ``theta`` and ``max_rate_per_layer`` may be None, and are replaced by their defaults.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -78,7 +78,7 @@ class Config:
         if not 0.0 < most < 1.0 and self.max_rate_per_layer is not None:
             raise ValueError(f"expected max_rate_per_layer, a fraction of zeros, in (0, 1), got {most}")
         least = integer("min_nonzero_per_layer", self.min_nonzero_per_layer, 0)
-        vars(self).update(  # frozen for everybody else
+        vars(self).update(  # the dataclass is frozen
             final_rate=final_rate,
             total_steps=total,
             start_step=start,
@@ -90,7 +90,7 @@ class Config:
         )
 
     def rate(self, step: int) -> float:
-        """Return the scheduled rate after so many optimizer steps."""
+        """Return the scheduled rate after a number of optimizer steps."""
         start, end = self.start_step, self.end_step
         assert end is not None
         if step < start:
@@ -98,7 +98,7 @@ class Config:
         return self.final_rate if step >= end else self.final_rate * self._fraction((step - start) / (end - start))
 
     def theta_at(self, rate: float) -> float:
-        """Return the gradient scale of pruned elements at a rate."""
+        """Return the gradient scale of pruned elements at a rate. A function of the user's is checked here."""
         if not callable(self.theta):
             assert self.theta is not None
             return self.theta
@@ -108,13 +108,13 @@ class Config:
         return float(value)
 
     def budget(self, sizes: Mapping[str, int]) -> Budget:
-        """Return how many zeros weights of these sizes may get."""
+        """Return the budget of zeros for weights of these sizes."""
         assert self.max_rate_per_layer is not None
         return Budget(sizes, self.max_rate_per_layer, self.min_nonzero_per_layer)
 
     @cached_property
     def plain(self) -> dict[str, Any]:
-        """The settings in plain Python values, to compare them with those of another run."""
+        """The settings in plain Python values, to be saved and compared with those of another run."""
         plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "allocation"}
         plain["schedule"] = [self._fraction(progress) for progress in _PROBES]
         if callable(self.theta):
@@ -122,10 +122,16 @@ class Config:
         return plain
 
     def require_same(self, state: Mapping[str, Any]) -> None:
-        """Raise a ValueError unless a controller's state was saved with these settings."""
+        """Refuse a controller's state that was saved with other settings.
+
+        ``total_steps`` may differ, since it matters only through ``end_step``: a run may be made longer.
+
+        Raises:
+            ValueError: another setting differs.
+        """
         for key, ours in self.plain.items():
             theirs = state.get(key)
-            if theirs == ours or key == "total_steps":  # it matters through end_step alone: a run may be made longer
+            if theirs == ours or key == "total_steps":
                 continue
             what = f"{key}={ours}, got {theirs}"
             if key == "schedule":
@@ -138,6 +144,7 @@ class Config:
             )
 
     def _fraction(self, progress: float) -> float:
+        """Return the value of the schedule, which may be a function of the user's."""
         value = self.schedule(progress)
         if not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
             raise ValueError(

@@ -1,4 +1,8 @@
-"""LSTM, GRU and RNN keep a list of their weights; of a parametrized one it must not outlive the call that made it."""
+"""LSTM, GRU and RNN layers, which keep a list of their weights.
+
+A parametrized one must not keep pruned weights in this list: they refer to the graph of a forward pass, and deepcopy
+refuses them.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,11 @@ from torch import nn
 
 
 def methods(layer: nn.Module) -> dict[str, Callable[..., Any]]:
-    """Return methods for the class of a parametrized layer, with which it keeps no list; none for other layers.
-
-    Thresholded weights in the list would hold on to the graph of a pass, and cannot be deepcopied.
-    """
+    """Return methods for the class of a parametrized layer that empty the list after use; none for other layers."""
     if not isinstance(layer, nn.RNNBase):
         return {}
 
-    def forgetful(method: Callable[..., Any]) -> Callable[..., Any]:
+    def emptying(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return method(self, *args, **kwargs)
@@ -26,10 +27,10 @@ def methods(layer: nn.Module) -> dict[str, Callable[..., Any]]:
         return call
 
     plain: Any = type(layer).__bases__[0]
-    return {"forward": forgetful(plain.forward), "_apply": forgetful(plain._apply)}
+    return {"forward": emptying(plain.forward), "_apply": emptying(plain._apply)}
 
 
-def plain_again(layer: nn.Module) -> None:
-    """Fill the list of a layer that is plain again: it holds the Parameters."""
+def refill(layer: nn.Module) -> None:
+    """Fill the list with the Parameters of a layer that is plain again."""
     if isinstance(layer, nn.RNNBase):
         layer._init_flat_weights()

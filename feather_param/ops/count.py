@@ -1,4 +1,4 @@
-"""How many elements of each weight a threshold prunes."""
+"""The number of elements that a threshold prunes in each weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from feather_param.ops.distributed import Sum
 
 @dataclass(frozen=True)
 class PruneCount:
-    """How many elements of one weight are pruned, and how many others equal the threshold: the operator cuts these."""
+    """The pruned elements of one weight.
+
+    Attributes:
+        zeros: number of pruned elements.
+        ties: number of kept elements whose magnitude equals the threshold. The operator maps them to zero, but baking
+            keeps them.
+    """
 
     zeros: int
     ties: int = 0
@@ -22,16 +28,20 @@ class PruneCount:
 def count_pruned(
     weights: Mapping[str, Tensor], threshold: Tensor, k: int, add_up: Sum | None = None
 ) -> dict[str, PruneCount]:
-    """Count what pruning the k smallest magnitudes takes from each tensor.
+    """Count the elements of each tensor that are among the k smallest magnitudes of all.
 
-    All magnitudes below the threshold go; of those equal to it the first ones, in the order of the mapping and
-    of each tensor's elements, until k are gone. With a zero threshold every zero counts, even beyond k.
+    All magnitudes below the threshold are pruned. Of those that equal it, the first ones are pruned until there are k,
+    in the order of the mapping and of the elements of each tensor. If the threshold is zero, all zeros are counted,
+    even if there are more than k.
 
     Args:
         weights: tensors by name.
-        threshold: the k-th smallest magnitude, as `kth_magnitude` gives it.
-        k: number of weights to prune.
+        threshold: the k-th smallest magnitude, as `kth_magnitude` returns it.
+        k: number of elements to prune.
         add_up: as in `kth_magnitude`; the counts are then those of the whole weights.
+
+    Returns:
+        The counts by name, in the order of the mapping. The call waits for the device.
 
     Example:
         >>> count_pruned({"a": torch.ones(2), "b": torch.ones(2)}, torch.tensor(1.0), 3)

@@ -1,4 +1,4 @@
-"""Weights of which each process holds a part: under FSDP2 (`fully_shard`) they are `DTensor` objects."""
+"""Weights whose elements are divided over processes: under FSDP2 (`fully_shard`) these are `DTensor` objects."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ import torch.distributed as dist
 from torch import Tensor
 
 Sum = Callable[[Tensor], Tensor]
-"""Adds up a tensor of counts over the processes that hold the parts of the weights."""
+"""Adds up a tensor of counts over the processes that hold the weights; it may change its argument."""
 
 
 def is_sharded(tensor: object) -> bool:
-    """Return whether something is a tensor distributed over processes."""
-    module = sys.modules.get("torch.distributed.tensor")  # where it was never imported, there is no such tensor
+    """Return whether a tensor is a `DTensor`."""
+    module = sys.modules.get("torch.distributed.tensor")  # if it was never imported, no DTensor exists
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def held_here(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Sum | None]:
-    """Return the elements that this process answers for, and how counts are added up over the processes.
+    """Return the elements of each weight that this process counts, and the sum of counts over all processes.
 
-    Over all processes each element of each weight is answered for exactly once: where a weight is replicated, by the
-    first process. Without sharded weights, that is everything and None.
+    Each element of each weight is counted by exactly one process. If a weight is replicated, the first process counts
+    it, and the others get an empty tensor. If no weight is sharded, this returns the weights and None.
 
     Raises:
-        ValueError: two weights are sharded over different meshes, or one is not sharded plainly.
+        ValueError: two weights are sharded over different meshes, or a weight has a partial placement.
     """
     sharded = {name: weight for name, weight in weights.items() if is_sharded(weight)}
     if not sharded:
         return dict(weights), None
     first = next(iter(sharded))
     mesh: Any = sharded[first].device_mesh  # type: ignore[attr-defined]
-    place = mesh.get_coordinate()
+    coordinate = mesh.get_coordinate()
     parts: dict[str, Tensor] = {}
     for name, weight in weights.items():
         part: Any = weight.detach()
-        copied = range(mesh.ndim)
+        replicated = range(mesh.ndim)
         if name in sharded:
             if part.device_mesh != mesh or any(placement.is_partial() for placement in part.placements):
                 raise ValueError(
                     f"expected all the weights to be sharded over one mesh, got {name} over {part.device_mesh} as "
                     f"{part.placements} and {first} over {mesh}; give every fully_shard call the same mesh"
                 )
-            copied = [dim for dim, placement in enumerate(part.placements) if placement.is_replicate()]
+            replicated = [dim for dim, placement in enumerate(part.placements) if placement.is_replicate()]
             part = part.to_local()
-        parts[name] = part if all(place[dim] == 0 for dim in copied) else part.new_empty(0)
+        parts[name] = part if all(coordinate[dim] == 0 for dim in replicated) else part.new_empty(0)
 
     def add_up(counts: Tensor) -> Tensor:
         for dim in range(mesh.ndim):
@@ -57,7 +57,10 @@ def held_here(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Sum | N
 
 
 def local(tensor: Any, like: Any) -> Any:
-    """Return the part of a whole tensor that this process holds of another one of the same shape; all call this."""
+    """Return this process's shard of a whole tensor, divided as another tensor of the same shape is.
+
+    If that tensor is sharded, all processes must call this. Otherwise the whole tensor is returned.
+    """
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -66,5 +69,5 @@ def local(tensor: Any, like: Any) -> Any:
 
 
 def whole(tensor: Any) -> Any:
-    """Return the whole of a tensor, gathered from the processes if it is sharded; then all of them must call this."""
+    """Return the whole of a tensor, gathered from all processes if it is sharded; then all of them must call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor

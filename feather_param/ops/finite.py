@@ -1,4 +1,4 @@
-"""NaN and infinity in weights, and the error that names them; on a GPU without waiting for the device."""
+"""Checks for NaN and infinity in weights, and the error that names these weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from feather_param.ops.distributed import Sum, held_here
 
 
 def require_finite(weights: Mapping[str, Tensor], add_up: Sum | None = None, new: bool = False) -> None:
-    """Raise `refuse_non_finite`'s error if some weight holds NaN or infinity; all processes call this."""
+    """Raise the error of `refuse_non_finite` if a weight holds NaN or infinity.
+
+    It waits for the device. Weights on the meta device are skipped.
+
+    Args:
+        weights: tensors by name.
+        add_up: as in `kth_magnitude`; then all processes must call this.
+        new: as in `refuse_non_finite`.
+    """
     held = [weight.detach() for weight in weights.values() if not weight.is_meta]
     if not held:
         return
@@ -24,12 +32,14 @@ def require_finite(weights: Mapping[str, Tensor], add_up: Sum | None = None, new
 
 
 def refuse_non_finite(weights: Mapping[str, Tensor], elsewhere: bool = False, new: bool = False) -> None:
-    """Raise the error that names the weights with NaN or infinity, if any or some `elsewhere`; waits for the device.
+    """Raise a ValueError that names the weights with NaN or infinity; do nothing if all are finite.
+
+    It waits for the device.
 
     Args:
         weights: tensors by name.
-        elsewhere: whether another process may hold them.
-        new: whether these weights have yet to be trained, and no training can be to blame.
+        elsewhere: raise even if all these weights are finite, because another process may hold the ones that are not.
+        new: whether the weights have not been trained yet; the advice in the message depends on it.
     """
     names = [name for name, weight in weights.items() if not weight.detach().isfinite().all()]
     if names or elsewhere:
@@ -44,19 +54,22 @@ def refuse_non_finite(weights: Mapping[str, Tensor], elsewhere: bool = False, ne
 
 
 class LateNaN:
-    """A look at the threshold of the step before, which is NaN where a weight was not finite.
+    """Find NaN and infinity in weights on a GPU without waiting for the GPU.
 
-    It is copied to memory of the host that the GPU writes to when it gets there; the next steps read it there without
-    waiting. Where the weights are sharded, all processes must raise at the same step, or those that go on would wait
-    for the others for ever: so there a step waits for the copy of the step before, which has long been made.
+    The threshold is NaN if a weight was not finite. Each step starts a copy of it to host memory and does not wait.
+    A later step reads the copy there, usually the next one. On a CPU there is nothing to do, because the step itself
+    raises.
+
+    If the weights are sharded, all processes must raise at the same step. Otherwise those that go on would wait for
+    the others for ever. In this case a step waits for the copy of the step before, which has usually been made by then.
     """
 
     def __init__(self) -> None:
-        self._seen: Tensor | None = None
-        self._written: torch.cuda.Event | None = None
+        self._seen: Tensor | None = None  # in pinned memory, which the GPU writes to
+        self._written: torch.cuda.Event | None = None  # if the weights are sharded
 
     def refuse(self, weights: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Raise the ValueError that names the weights with NaN or infinity, if the threshold was seen to be NaN."""
+        """Raise the error of `refuse_non_finite` if the copied threshold is NaN."""
         if self._seen is None:
             return
         if self._written is not None:
@@ -65,8 +78,8 @@ class LateNaN:
             parts, add_up = held_here(weights())
             refuse_non_finite(parts, elsewhere=add_up is not None)
 
-    def look(self, threshold: Tensor, sharded: bool) -> None:
-        """Have a threshold copied; one on the CPU needs no watch, for there the step itself raises."""
+    def watch(self, threshold: Tensor, sharded: bool) -> None:
+        """Start the copy of a threshold."""
         if threshold.device.type != "cuda":
             return
         if self._seen is None:

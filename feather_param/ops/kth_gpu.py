@@ -1,4 +1,8 @@
-"""The k-th magnitude by counting: on a GPU, and where several processes share the weights."""
+"""The k-th magnitude on a GPU, and of weights that are sharded over processes: by counting magnitudes.
+
+Nothing here waits for the device, and processes exchange counts only. With Triton the magnitude is found digit by digit
+(`kth_by_digits`, whose kernel is in `kth_triton`), otherwise bit by bit (`kth_by_bits`, which runs on any device).
+"""
 
 from __future__ import annotations
 
@@ -9,31 +13,31 @@ import torch
 from torch import Tensor
 
 from feather_param.ops.distributed import Sum
-from feather_param.ops.dtypes import INFINITY_BITS, INTEGER, flat
-from feather_param.ops.kth_cpu import common_dtype
+from feather_param.ops.dtypes import INFINITY_BITS, INTEGER, common_dtype, flat
 from feather_param.ops.triton import kernels
 
-# Widths and places of the digits of a magnitude's 31 bits, from the exponent down.
+# Width and lowest bit of each digit of a float32 magnitude, a number of 31 bits. The first digit is the exponent.
 _DIGITS = ((8, 23), (8, 15), (8, 7), (7, 0))
 
 
 def kth_by_digits(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
-    """Return the k-th smallest magnitude without waiting for the device; NaN if something is not finite.
+    """Return the k-th smallest magnitude as a 0-dim float32 tensor; NaN if an element is not finite.
 
-    A histogram of the first digits tells the first digit, one of those that begin with it the second, and so on.
+    A histogram of the first digit of all magnitudes gives the first digit of the result. A histogram of the second
+    digit, of the magnitudes that begin with this first digit, gives the second digit, and so on.
     """
     device = tensors[0].device
     dtype = common_dtype(tensors)
     values = torch.cat([flat(tensor.to(device, dtype)) for tensor in tensors])
     prefix = torch.zeros((), dtype=torch.int32, device=device)
-    rank = torch.full((), k, dtype=torch.int64, device=device)
+    rank = torch.full((), k, dtype=torch.int64, device=device)  # among the magnitudes that begin with the prefix
     finite = torch.ones((), dtype=torch.bool, device=device)
-    for width, shift in _DIGITS if k else _DIGITS[:1]:  # what stands below them all is 0
+    for width, shift in _DIGITS if k else _DIGITS[:1]:  # k = 0: only to check that all are finite
         histogram = torch.zeros(256, dtype=torch.int64, device=device)
         kernels(device).kth.add_histogram(histogram, values, prefix, shift, width)  # type: ignore[union-attr]
         histogram = add_up(histogram)
         if shift == _DIGITS[0][1]:
-            finite = histogram[-1] == 0  # the largest exponent is that of infinity and NaN
+            finite = histogram[-1] == 0  # infinity and NaN have the largest exponent
         up_to = histogram.cumsum(0)
         digit = (up_to < rank).sum()
         rank = rank - (up_to - histogram).gather(0, digit.view(1)).view(())
@@ -42,9 +46,9 @@ def kth_by_digits(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
 
 
 def kth_by_bits(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
-    """Return the k-th smallest magnitude without waiting for the device; NaN if something is not finite.
+    """Return the k-th smallest magnitude as a 0-dim tensor, float64 or float32; NaN if an element is not finite.
 
-    It is the largest number that has fewer than k magnitudes below it, and is built from its highest bit down.
+    The result is the largest number that has fewer than k magnitudes below it. It is built from its highest bit down.
     """
     device = tensors[0].device
     dtype = torch.float64 if common_dtype(tensors) == torch.float64 else torch.float32

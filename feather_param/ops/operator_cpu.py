@@ -1,9 +1,8 @@
-"""The operator on a CPU: what survives is found, computed and put back between zeros.
+"""The operator on a CPU, with numpy: it finds the elements that are kept, and computes P(w) of these only.
 
-The root in P(w) takes most of the time, and at a rate of 95 % nineteen of twenty would be taken in vain. It is numpy
-that finds the survivors faster than torch, has a cube root, and costs less where a layer is small and the caches are
-full of something else. Its shapes depend on the values, so compiled graphs and other devices, where that would mean
-waiting, compute everything.
+The root in P(w) takes most of the time, and at a rate of 95 % only one element in twenty needs it. Numpy finds the kept
+elements faster than torch, has a cube root, and is faster on small layers. The number of kept elements depends on the
+values. So compiled graphs cannot do this, and a GPU would have to wait: `operator` computes all elements there.
 """
 
 from __future__ import annotations
@@ -16,35 +15,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from feather_param.ops.dtypes import INTEGER
+from feather_param.ops.dtypes import INTEGER, Bits
 from feather_param.ops.threads import in_threads
 
-# Elements handled at a time, so that what is made of them stays in the cache (`benchmarks.operator`).
+# Number of elements that are processed at a time, so that the intermediate results stay in the cache
+# (`benchmarks.operator`).
 _CHUNK = 1 << 17
 
-Bits = NDArray[np.signedinteger[Any]]
 Floats = NDArray[np.floating[Any]]
 
 
-def serves(weight: Tensor) -> bool:
-    """Return whether `shrink` knows the dtype."""
+def supports(weight: Tensor) -> bool:
+    """Return whether `shrink` supports the dtype of the weight."""
     return weight.dtype in INTEGER
 
 
 def shrink(weight: Tensor, threshold: Tensor, p: float, out: Tensor, pruned: Tensor | None) -> None:
-    """Compute the operator, in float32 at least, and the mask of what it sets to zero.
+    """Write P(weight), computed in float32 or float64, into `out`, and the mask of the pruned elements into `pruned`.
 
     Args:
         weight: float64, float32, float16 or bfloat16, on the CPU, of any strides without gaps.
         threshold: 0-dim.
         p: exponent.
-        out: where the result goes, of the weight's dtype and strides.
-        pruned: where the mask goes, bool, of the weight's strides; or None.
+        out: of the weight's dtype and strides.
+        pruned: bool, of the weight's strides; or None.
     """
     t = (np.float64 if weight.dtype == torch.float64 else np.float32)(threshold.item())
-    # Numpy sees what is ours only: a storage that it has seen cannot be resized any more, as FSDP does with weights.
+    # Numpy gets no view of the weight: it would keep FSDP from resizing the weight's storage.
     torch.hardshrink(weight, _largest_pruned(t, weight.dtype), out=out)  # a NaN is kept: it must stay visible
-    if math.isnan(t):  # a sick weight elsewhere: prune nothing, and let it be seen
+    if math.isnan(t):  # some weight of the model is not finite: nothing is pruned, and the result shows it
         if p != math.inf:
             out.fill_(math.nan)
         if pruned is not None:
@@ -59,11 +58,12 @@ def shrink(weight: Tensor, threshold: Tensor, p: float, out: Tensor, pruned: Ten
                 part = slice(start, start + _CHUNK)
                 _move(bits[part], t, p, weight.dtype, None if mask is None else mask[part])
 
-    in_threads(work, bits.size if weight.element_size() >= 4 else 0)  # 16 bits are converted by torch
+    # Torch converts 16-bit numbers, in threads of its own: there one of ours is enough.
+    in_threads(work, bits.size if weight.element_size() >= 4 else 0)
 
 
 def _largest_pruned(threshold: np.floating[Any], dtype: torch.dtype) -> float:
-    """Return the largest number of a dtype up to the threshold: it cuts the numbers of that dtype at the same place."""
+    """Return the threshold rounded down to a dtype: the same numbers of this dtype lie above it."""
     if dtype == torch.bfloat16:
         return float((threshold.view(np.int32) & -(1 << 16)).view(np.float32))
     if dtype == torch.float16:
@@ -74,34 +74,34 @@ def _largest_pruned(threshold: np.floating[Any], dtype: torch.dtype) -> float:
 
 
 def _move(bits: Bits, t: np.floating[Any], p: float, dtype: torch.dtype, pruned: NDArray[np.bool_] | None) -> None:
-    """Replace what is not zero by P(w), and write the mask of what is."""
+    """Replace the numbers that are not zero by P(w), and write the mask of the others."""
     kept = bits != 0
     if pruned is not None:
         np.logical_not(kept, out=pruned)
-    if p == math.inf or t == 0:  # what is kept stays as it is
+    if p == math.inf or t == 0:  # P(w) = w
         return
     index = np.flatnonzero(kept)
-    survivors = bits[index]
+    chosen = bits[index]
     if dtype in (torch.float32, torch.float64):
-        moved = _moved(survivors.view(t.dtype), t, p).view(bits.dtype)
-    else:  # by torch, for numpy has no bfloat16
-        wide = torch.from_numpy(survivors).view(dtype).float().numpy()
+        moved = _moved(chosen.view(t.dtype), t, p).view(bits.dtype)
+    else:  # numpy has no bfloat16, so torch converts
+        wide = torch.from_numpy(chosen).view(dtype).float().numpy()
         moved = torch.from_numpy(_moved(wide, t, p)).to(dtype).view(INTEGER[dtype]).numpy()
     bits[index] = moved
 
 
-def _moved(survivors: Floats, t: np.floating[Any], p: float) -> Floats:
-    """Return P(w) of what is not pruned."""
-    magnitude = np.abs(survivors)
+def _moved(kept: Floats, t: np.floating[Any], p: float) -> Floats:
+    """Return P(w) of kept elements."""
+    magnitude = np.abs(kept)
     u = magnitude - t
     u /= magnitude
     factor = _factor(u, p)
-    factor *= survivors
+    factor *= kept
     return factor
 
 
 def _factor(u: Floats, p: float) -> Floats:
-    """Return (1 - (1 - u)^p)^(1/p) for u in (0, 1]."""
+    """Return (1 - (1 - u)^p)^(1/p) for u in (0, 1], see Note [Factor] in `operator`."""
     if p == 1.0:
         return u
     if p == 2.0:

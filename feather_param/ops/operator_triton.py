@@ -1,12 +1,11 @@
-"""Triton kernels: what a GPU does in one pass where torch's own operations take many.
+"""The operator on a GPU, as one Triton kernel.
 
-Imported where a weight lies on a GPU; needs `triton`, which comes with torch's CUDA builds, and the C compiler and the
-GPU that triton needs. Without them, the same numbers come from torch's operations, with several times the memory
-traffic.
+`operator` computes the same with torch's operations, which move several times as much memory. The kernel needs triton,
+which comes with the CUDA builds of torch, a C compiler, and a GPU that triton supports.
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false
-# (a `tl.constexpr` parameter takes plain numbers, which its annotation does not say)
+# (`tl.constexpr` parameters accept plain numbers, but their annotation does not say so)
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ from torch import Tensor
 _BLOCK = 1024
 
 
-def serves(weight: Tensor, p: float) -> bool:
-    """Return whether `shrink` knows the dtype and the exponent."""
+def supports(weight: Tensor, p: float) -> bool:
+    """Return whether `shrink` supports the dtype of the weight and the exponent."""
     return weight.dtype in (torch.float32, torch.float16, torch.bfloat16) and p in (1.0, 2.0, 3.0, math.inf)
 
 
@@ -32,11 +31,12 @@ def _shrink_kernel(weight, threshold, out, pruned, n, P: tl.constexpr, MASKED: t
     w = tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
     t = tl.load(threshold)
     magnitude = tl.abs(w)
-    gone = magnitude <= t  # a NaN is not: it must stay visible
-    if P == 0:  # infinity
+    gone = magnitude <= t  # False for a NaN, which must stay visible
+    if P == 0:  # p = infinity
         value = w
     else:
-        # Up to triton 3.4 the division takes subnormal numbers for 0: there 1, which keeps them as they are, not 0 / 0.
+        # u and the factor are explained in `operator`, Note [Factor].
+        # Up to triton 3.4 the division takes subnormal numbers for 0 and gives 0 / 0. With u = 1 they stay as they are.
         u = tl.where(magnitude < 1.1754943508222875e-38, 1.0, tl.div_rn(magnitude - t, magnitude))
         if P == 1:
             factor = u
@@ -45,7 +45,7 @@ def _shrink_kernel(weight, threshold, out, pruned, n, P: tl.constexpr, MASKED: t
         else:
             cube = u * (3.0 - u * (3.0 - u))
             root = tl.exp2(tl.log2(cube) * 0.3333333333333333)
-            factor = root - (root - tl.div_rn(cube, root * root)) * 0.3333333333333333  # one step of Newton's
+            factor = root - (root - tl.div_rn(cube, root * root)) * 0.3333333333333333  # one Newton step
         value = factor * w
     tl.store(out + at, tl.where(gone, 0.0, value), mask=there)  # rounded to the dtype of `out`
     if MASKED:
@@ -53,7 +53,11 @@ def _shrink_kernel(weight, threshold, out, pruned, n, P: tl.constexpr, MASKED: t
 
 
 def shrink(weight: Tensor, threshold: Tensor, p: float, out: Tensor, pruned: Tensor | None) -> None:
-    """Write P(weight), and the mask of what it sets to zero where there is one; all contiguous, of one dimension."""
+    """Write P(weight) into `out` and, unless it is None, the mask of the pruned elements into `pruned`.
+
+    All tensors but the threshold are contiguous and of one dimension. The threshold is a 0-dim float32 tensor on the
+    same device. ``out`` has the dtype of the weight, ``pruned`` is bool.
+    """
     n = weight.numel()
     if n:
         with torch.cuda.device_of(weight):

@@ -1,4 +1,4 @@
-"""Work on many elements, shared out over threads."""
+"""Run work on many elements in several threads."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ import torch
 
 T = TypeVar("T")
 
-# With fewer elements than this, threads take longer than they save: torch's own still spin for a while on their cores.
-_FEWEST = 1 << 23
+# Below this number of elements, threads take more time than they save: for a while after its own work, torch's threads
+# keep the cores busy.
+_MIN_ELEMENTS = 1 << 23
 
 
 def in_threads(work: Callable[[int, int], T], elements: int) -> list[T]:
-    """Return the results of ``work(i, threads)`` for each of as many threads as so many elements are worth.
+    """Return the results of ``work(i, threads)`` for i from 0 to ``threads - 1``, in any order; each has a thread.
 
-    What is called has to release the GIL, as numpy does, and should not call torch with many elements, which would
-    start threads of its own in each.
+    Args:
+        work: a function that processes the i-th of several fractions of the elements. It should release the GIL, as
+            numpy does. It should not call torch with many elements, because torch would start more threads in each.
+        elements: number of elements. A small number is processed by one thread, a larger one by as many threads as
+            torch uses.
     """
-    threads = torch.get_num_threads() if elements > _FEWEST else 1
+    threads = torch.get_num_threads() if elements > _MIN_ELEMENTS else 1
     if threads == 1:
         return [work(0, 1)]
     with ThreadPoolExecutor(threads - 1) as pool:
@@ -28,7 +32,7 @@ def in_threads(work: Callable[[int, int], T], elements: int) -> list[T]:
         try:
             while len(others) < threads - 1:
                 others.append(pool.submit(work, len(others) + 1, threads))
-        except RuntimeError:  # the interpreter is shutting down and starts no more: what is left is done here
+        except RuntimeError:  # the interpreter is shutting down and starts no threads: the rest runs here
             pass
         here = [work(i, threads) for i in (0, *range(len(others) + 1, threads))]
         return here + [other.result() for other in others]

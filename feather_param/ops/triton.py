@@ -1,4 +1,4 @@
-"""Our Triton kernels, where they run."""
+"""Load the Triton kernels on the GPUs that can run them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 class Kernels(NamedTuple):
-    """The modules that hold our kernels; importing them imports triton."""
+    """The modules with the kernels; importing them imports triton."""
 
     kth: ModuleType
     operator: ModuleType
@@ -20,10 +20,10 @@ class Kernels(NamedTuple):
 
 @cache
 def kernels(device: torch.device) -> Kernels | None:
-    """Return our kernels for a GPU, or None if one of them does not run there.
+    """Return the kernels for a GPU, or None if one of them does not run there.
 
     Each kernel is compiled and run on one element. Triton may be missing, or the C compiler that it calls, or Triton
-    may not support the GPU or its bfloat16. Each of these raises another type of exception.
+    may not support the GPU or bfloat16 on it. Each case raises another type of exception, so all are caught.
     """
     try:
         kth = importlib.import_module("feather_param.ops.kth_triton")

@@ -1,4 +1,4 @@
-"""What a sparsity would take from a model, told before anything is touched."""
+"""The plan of a sparsity: how many zeros `sparsify` would make in each weight."""
 
 from __future__ import annotations
 
@@ -8,16 +8,27 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from feather_param.allocations import count_zeros
-from feather_param.core.baking import check_other_parametrizations
+from feather_param.core.attach import require_plain
 from feather_param.core.config import Config
 from feather_param.ops.finite import require_finite
-from feather_param.selection.select import Filter, select
+from feather_param.selection.globs import Filter
+from feather_param.selection.select import select
+from feather_param.selection.stacked import require_invertible
 from feather_param.utils.text import aligned, grouped
 
 
 @dataclass(frozen=True)
 class PlannedWeight:
-    """One prunable weight: its size, the most zeros it may get, and those it would get by its magnitudes of today."""
+    """One prunable weight in a plan.
+
+    Attributes:
+        name: its name.
+        shape: its shape.
+        total: number of elements.
+        most: the most zeros that its guard allows.
+        zeros: number of zeros by its current magnitudes. None if the rate cannot be reached or the model is on the
+            meta device.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -28,22 +39,30 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `sparsify` would do with the same arguments."""
+    """The zeros that `sparsify` would make with the same arguments.
 
-    rows: tuple[PlannedWeight, ...]  # the prunable weights in the model's order
-    total: int  # number of elements of all of them, N
-    zeros: int  # number of zeros aimed at, round(final_rate * N)
-    most: int  # the most zeros that can be reached
-    skipped: dict[str, str] = field(default_factory=dict)  # the weights left dense, with the reason
+    Attributes:
+        rows: the prunable weights in the model's order.
+        total: number of elements of all prunable weights, N.
+        zeros: number of zeros to reach, ``round(final_rate * N)``.
+        most: the most zeros that the guards allow.
+        skipped: names of the weights that stay dense, with the reason.
+    """
+
+    rows: tuple[PlannedWeight, ...]
+    total: int
+    zeros: int
+    most: int
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def reachable(self) -> bool:
-        """Whether `zeros` can be reached."""
+        """Whether the guards allow `zeros`."""
         return self.zeros <= self.most
 
     @property
     def largest_rate(self) -> float:
-        """The largest rate that can be reached."""
+        """The largest rate that the guards allow."""
         return self.most / self.total
 
     def __str__(self) -> str:
@@ -56,7 +75,7 @@ class Plan:
         lines = aligned(cells)
         lines += [f"dense: {line}" for line in grouped(self.skipped)]
         verdict = "can be reached" if self.reachable else "CANNOT be reached"
-        most = f"{self.most:,} zeros ({math.floor(1e6 * self.most / self.total) / 1e4:.4f} %)"  # never more than it is
+        most = f"{self.most:,} zeros ({math.floor(1e6 * self.most / self.total) / 1e4:.4f} %)"  # rounded down
         lines.append(f"{self.zeros:,} of {self.total:,} zeros {verdict}; at most {most}")
         return "\n".join(lines)
 
@@ -71,15 +90,15 @@ def plan(
     max_rate_per_layer: float | None = None,
     min_nonzero_per_layer: int = 0,
 ) -> Plan:
-    """Tell what `sparsify` would do with these arguments, without touching the model.
+    """Return the zeros that `sparsify` would make with these arguments. The model stays as it is.
 
-    The zeros of each weight are those by the magnitudes of today: a forecast for a pretrained model, hardly one for a
-    new one. The totals are exact.
+    The zeros of each weight follow from the current magnitudes. They are a good forecast for a pretrained model, but
+    not for a new one. The totals are exact.
 
-    The arguments are those of `sparsify`; ``str()`` of the plan is a readable table.
+    The arguments are those of `sparsify`. ``str(plan)`` is a readable table.
 
     Raises:
-        ValueError: `sparsify` would refuse the model or an argument; only a rate out of reach is no error here.
+        ValueError: `sparsify` would refuse the model or an argument. A rate that cannot be reached is no error here.
         TypeError: an argument is of the wrong type.
 
     Example:
@@ -90,7 +109,8 @@ def plan(
     """
     config = Config(final_rate, max_rate_per_layer=max_rate_per_layer, min_nonzero_per_layer=min_nonzero_per_layer)
     selection = select(model, include, exclude, min_params)
-    check_other_parametrizations(selection.weights)
+    require_plain(model)
+    require_invertible(selection.weights)
     budget = config.budget(selection.sizes)
     k = budget.zeros(config.final_rate)
     weights = selection.dense()

@@ -1,4 +1,4 @@
-"""The per-layer report of a sparsified model."""
+"""The report of a sparsified model: the zeros of each weight."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from torch import Tensor
 
 from feather_param.ops.count import PruneCount
 from feather_param.utils.text import aligned, grouped
-from feather_param.utils.warn import warn
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prunable weight.
+    """One prunable weight in a report.
 
     Attributes:
         name: its name.
         shape: its shape.
         total: number of elements.
-        zeros: number of those that are zero.
-        survivor_share: its share of all the elements that survive.
-        ties: elements that equal the threshold and are not zero: they are kept as the smallest number of the dtype, so
-            that the number of zeros is exact, but they count for nothing and do not survive.
+        zeros: number of elements that are zero.
+        survivor_share: its survivors as a fraction of the survivors of all weights.
+        ties: number of kept elements whose magnitude equals the threshold. They are stored as the smallest number of
+            the dtype, so that the number of zeros is exact. They do not count as survivors.
     """
 
     name: str
@@ -46,11 +45,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `desparsify` would leave: a row per weight, the totals, and the weights that stay dense.
+    """The weights that `desparsify` would write: a row for each weight, the totals, and the dense weights.
 
     Attributes:
         rows: the prunable weights in the model's order.
-        skipped: names of the weights left dense, with the reason.
+        skipped: names of the weights that stay dense, with the reason.
 
     Example:
         >>> print(Report((Row("fc.weight", (10, 4), 40, 30, 1.0),)))
@@ -69,30 +68,30 @@ class Report:
 
     @property
     def zeros(self) -> int:
-        """Number of zeros among them."""
+        """Number of zeros among the prunable weights."""
         return sum(row.zeros for row in self.rows)
 
     @property
     def survivors(self) -> int:
-        """Number of those that survive."""
+        """Number of prunable weights that survive."""
         return sum(row.survivors for row in self.rows)
 
     @property
     def rate(self) -> float:
-        """Fraction of zeros among them."""
+        """Fraction of zeros among the prunable weights."""
         return self.zeros / self.total if self.total else 0.0
 
     @property
     def dead(self) -> tuple[str, ...]:
-        """Names of the weights of which nothing survives."""
+        """Names of the weights without survivors."""
         return tuple(row.name for row in self.rows if row.total and not row.survivors)
 
     def __str__(self) -> str:
         cells = [("weight", "shape", "total", "zeros", "rate", "of all survivors")]
         for row in self.rows:
             shape = "x".join(map(str, row.shape))
-            share = f"{row.survivor_share:.2%}"
-            cells.append((row.name, shape, f"{row.total:,}", f"{row.zeros:,}", f"{row.rate:.3%}", share))
+            counts = (f"{row.total:,}", f"{row.zeros:,}", f"{row.rate:.3%}", f"{row.survivor_share:.2%}")
+            cells.append((row.name, shape, *counts))
         cells.append(("all", "", f"{self.total:,}", f"{self.zeros:,}", f"{self.rate:.3%}", "100.00%"))
         lines = aligned(cells)
         tied = [row for row in self.rows if row.ties]
@@ -102,23 +101,10 @@ class Report:
 
 
 def rows(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]) -> tuple[Row, ...]:
-    """Return a row for each weight, given how many of its elements are pruned."""
-    left = {name: weight.numel() - counts[name].zeros - counts[name].ties for name, weight in weights.items()}
-    whole = max(1, sum(left.values()))
+    """Return a row for each weight, from the number of its zeros and ties."""
+    survivors = {name: weight.numel() - counts[name].zeros - counts[name].ties for name, weight in weights.items()}
+    whole = max(1, sum(survivors.values()))
     return tuple(
-        Row(name, tuple(weight.shape), weight.numel(), counts[name].zeros, left[name] / whole, counts[name].ties)
+        Row(name, tuple(weight.shape), weight.numel(), counts[name].zeros, survivors[name] / whole, counts[name].ties)
         for name, weight in weights.items()
     )
-
-
-def warn_of_dead(report: Report) -> None:
-    """Warn of weights of which nothing survives; of some of them because all that is kept equals the threshold."""
-    if not report.dead:
-        return
-    hint = "lower final_rate, or leave these dense with exclude"
-    if ties := [row.name for row in report.rows if row.name in report.dead and row.ties]:
-        hint += (
-            f"; all that is kept of {', '.join(ties)} equals the threshold (weights clipped to one magnitude?), and "
-            "the operator makes that zero: clip to a wider range"
-        )
-    warn(f"nothing survives in {', '.join(report.dead)}: the network behind gets a constant; {hint}")

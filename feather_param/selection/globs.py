@@ -1,4 +1,4 @@
-"""Patterns on names: what they match, and what was meant by one that matches nothing."""
+"""The ``include`` and ``exclude`` arguments: globs on names, and hints for globs that match nothing."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from typing import Any
 from torch import nn
 
 from feather_param.selection.names import full_name
-from feather_param.selection.weights import Site, is_matrix, sites_of
+from feather_param.selection.weights import Place, is_matrix, places_of
 
 Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
-"""Glob patterns on names, or a predicate on (module name, module)."""
+"""Globs on names, or a predicate ``(module name, module) -> bool``."""
 
 
 class Rule:
-    """An ``include`` or ``exclude``: which sites it matches, and which of its patterns have matched any."""
+    """An ``include`` or ``exclude`` argument, which keeps count of the globs that have matched nothing yet.
+
+    Args:
+        rule: a glob, several, or a predicate.
+        argument: name of the argument, for messages.
+
+    Raises:
+        TypeError: the rule is something else.
+    """
 
     def __init__(self, rule: Any, argument: str) -> None:
         if isinstance(rule, type):
@@ -26,79 +34,92 @@ class Rule:
                 f"{rule.__name__}; use lambda name, module: isinstance(module, {rule.__name__})"
             )
         self._predicate = rule if callable(rule) else None
-        patterns = [rule] if isinstance(rule, str) else list(rule) if isinstance(rule, Iterable) else []
-        if self._predicate is None and (not patterns or not all(isinstance(pattern, str) for pattern in patterns)):
+        globs = [rule] if isinstance(rule, str) else list(rule) if isinstance(rule, Iterable) else []
+        if self._predicate is None and (not globs or not all(isinstance(glob, str) for glob in globs)):
             raise TypeError(
                 f"expected {argument} to be glob patterns or a predicate (name, module) -> bool, got {rule!r}"
             )
         self._argument = argument
-        self._patterns = patterns
-        self._unused: dict[Any, None] = dict.fromkeys([rule] if self._predicate else patterns)
+        self._globs = globs
+        self._unused: dict[Any, None] = dict.fromkeys([rule] if self._predicate else globs)
 
-    def matches(self, site: Site, aliases: list[str], default: bool) -> bool:
-        """Return whether the rule matches a site, and note which patterns do."""
+    def matches(self, place: Place, aliases: list[str], default: bool) -> bool:
+        """Return whether the rule matches a place.
+
+        Args:
+            place: the place.
+            aliases: all names of its module.
+            default: whether the rule may match it by the name of the module, or through a predicate. Other places
+                are matched only by a glob on the name of the tensor.
+        """
         if self._predicate is not None:
-            found = [self._predicate] if default and any(self._predicate(name, site.module) for name in aliases) else []
+            matched = default and any(self._predicate(name, place.module) for name in aliases)
+            found = [self._predicate] if matched else []
         else:
-            found = [pattern for pattern in self._patterns if _fits(pattern, site, aliases, default)]
-        for pattern in found:
-            self._unused.pop(pattern, None)
+            found = [glob for glob in self._globs if _matches(glob, place, aliases, default)]
+        for each in found:
+            self._unused.pop(each, None)
         return bool(found)
 
     def require_used(self, model: nn.Module) -> None:
-        """Refuse a rule with a pattern that matched nothing: a typing error would prune, or spare, the wrong layer."""
+        """Refuse a rule with a glob that matched nothing: it is probably misspelt.
+
+        Raises:
+            ValueError: a glob, or the predicate, matched nothing. The message proposes a correction.
+        """
         if not self._unused:
             return
-        missed = ", ".join(repr(pattern) for pattern in self._unused)
-        hint = "" if self._predicate else _meant(next(iter(self._unused)), model, self._argument)
-        layers = [site.name for site, _ in sites_of(model) if site.by_default][:3]
+        missed = ", ".join(repr(each) for each in self._unused)
+        hint = "" if self._predicate else _correction(next(iter(self._unused)), model, self._argument)
+        layers = [place.name for place, _ in places_of(model) if place.by_default][:3]
         hint = hint or (
             f"some of this model's names: {', '.join(layers)}" if layers else "this model has no such layer"
         )
         raise ValueError(f"expected {self._argument} to match a weight, got {missed}, which matches none; {hint}")
 
 
-def _fits(pattern: str, site: Site, aliases: list[str], default: bool) -> bool:
-    last = pattern.rpartition(".")[2]
-    by_name = is_matrix(site.parameter) and last.strip("*?") and fnmatchcase(site.tensor, last)
+def _matches(glob: str, place: Place, aliases: list[str], default: bool) -> bool:
+    last = glob.rpartition(".")[2]
+    by_tensor = is_matrix(place.parameter) and last.strip("*?") and fnmatchcase(place.tensor, last)
     for name in aliases:
-        if fnmatchcase(full_name(name, site.tensor), pattern) and (default or by_name):
+        if fnmatchcase(full_name(name, place.tensor), glob) and (default or by_tensor):
             return True
-        if default and fnmatchcase(name, pattern):
+        if default and fnmatchcase(name, glob):
             return True
     return False
 
 
-def _meant(pattern: str, model: nn.Module, argument: str) -> str:
-    """Return what may have been meant by a pattern that matches no weight; "" if nothing is like it."""
-    sites = list(sites_of(model))
-    for other in (f"{pattern}.*", pattern.removeprefix("*."), f"*.{pattern}", f"*.{pattern}.*"):
-        if any(_fits(other, site, aliases, site.by_default) for site, aliases in sites):
+def _correction(glob: str, model: nn.Module, argument: str) -> str:
+    """Return a hint for a glob that matches no weight, or "" if no name is similar."""
+    places = list(places_of(model))
+    for other in (f"{glob}.*", glob.removeprefix("*."), f"*.{glob}", f"*.{glob}.*"):
+        if any(_matches(other, place, aliases, place.by_default) for place, aliases in places):
             return f"did you mean {other!r}?"
-    named = [(site, aliases) for site, aliases in sites if _names(pattern, site, aliases) and not site.by_default]
-    for site, aliases in named:
-        if not is_matrix(site.parameter):
+    named = [(place, aliases) for place, aliases in places if _names(glob, place, aliases) and not place.by_default]
+    for place, aliases in named:
+        if not is_matrix(place.parameter):
             continue
-        what = f"{aliases[0] or 'the model'!r} is of type {type(site.module).__name__}"
+        what = f"{aliases[0] or 'the model'!r} is of type {type(place.module).__name__}"
         if argument != "include":
             return f"{what}, which stays dense unless include names it"
-        ours = [(other, names) for other, names in sites if other.module is site.module and is_matrix(other.parameter)]
-        return f"{what}, whose weights join only by their own names: include={_by_name(pattern, ours)}"
-    if any(site.parameter is not None for site, _ in named):
+        own = [(other, names) for other, names in places if other.module is place.module and is_matrix(other.parameter)]
+        return f"{what}, whose weights are pruned only if include names them: include={_by_tensor(glob, own)}"
+    if any(place.parameter is not None for place, _ in named):
         return f"{named[0][0].name!r} has fewer than two dimensions, and such Parameters (biases, norms) stay dense"
     return ""
 
 
-def _names(pattern: str, site: Site, aliases: list[str]) -> bool:
-    names = [at for name in aliases for at in (name, full_name(name, site.tensor))]
-    return any(fnmatchcase(at, pattern) or fnmatchcase(at, f"*.{pattern}") for at in names)
+def _names(glob: str, place: Place, aliases: list[str]) -> bool:
+    """Return whether a glob matches the name of a place or of its module, perhaps without the first parts."""
+    names = [name for alias in aliases for name in (alias, full_name(alias, place.tensor))]
+    return any(fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}") for name in names)
 
 
-def _by_name(pattern: str, sites: list[tuple[Site, list[str]]]) -> str:
-    """Return a pattern like this one that matches all these tensors of one module, or else their names."""
-    tensors = [site.tensor for site, _ in sites]
+def _by_tensor(glob: str, places: list[tuple[Place, list[str]]]) -> str:
+    """Return a glob that matches these tensors of one module, or a list of their names."""
+    tensors = [place.tensor for place, _ in places]
     last = tensors[0] if len(tensors) == 1 else os.path.commonprefix(tensors) + "*"  # noqa: RUF071 # of the names
-    for stem in (pattern, pattern.removesuffix(".*"), f"*.{pattern}"):
-        if all(_fits(f"{stem}.{last}", site, aliases, False) for site, aliases in sites):
+    for stem in (glob, glob.removesuffix(".*"), f"*.{glob}"):
+        if all(_matches(f"{stem}.{last}", place, aliases, False) for place, aliases in places):
             return repr(f"{stem}.{last}")
-    return repr([site.name for site, _ in sites])
+    return repr([place.name for place, _ in places])

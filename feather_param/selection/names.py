@@ -1,4 +1,4 @@
-"""Names of modules and tensors, with and without what wrappers put into them."""
+"""Names of modules and tensors, with and without the parts that wrappers add."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import re
 
 from torch import nn
 
+# The attributes under which torch.compile and activation checkpointing hold the module inside.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Return all the names that each module of a model has."""
+    """Return all names of each module of a model. A module that is used twice has two."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -18,12 +19,12 @@ def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def full_name(module: str, tensor: str) -> str:
-    """Return the name of a tensor of a module; the root's tensors have names without a dot."""
+    """Return the name of a tensor of a module. The tensors of the root have names without a dot."""
     return f"{module}.{tensor}" if module else tensor
 
 
 def plain_name(name: str) -> str:
-    """Return the name that a parameter has without our parametrization and without wrappers.
+    """Return the name of a parameter without wrappers and without our parametrization.
 
     Example:
         >>> plain_name("_orig_mod.0.parametrizations.weight.original")
@@ -33,5 +34,10 @@ def plain_name(name: str) -> str:
 
 
 def without_wrappers(name: str) -> str:
-    """Return a name without the parts that torch.compile and activation checkpointing put into it."""
+    """Return a name without the parts that torch.compile and activation checkpointing add.
+
+    Example:
+        >>> without_wrappers("_orig_mod.layer.weight")
+        'layer.weight'
+    """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -1,4 +1,4 @@
-"""Which weights of a model are pruned: each tied weight once, and a reason for each that stays dense."""
+"""Which weights of a model are pruned, and why the others stay dense."""
 
 from __future__ import annotations
 
@@ -10,28 +10,36 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from feather_param.ops.distributed import is_sharded
-from feather_param.parametrizations import states_of
 from feather_param.selection.globs import Filter, Rule
-from feather_param.selection.weights import Site, Weight, is_matrix, sites_of
+from feather_param.selection.weights import Place, Weight, is_matrix, places_of
 from feather_param.utils.checks import integer
 from feather_param.utils.text import grouped
+
+_ORDER = "the order is: sparsify(model), then DDP or fully_shard, then the optimizer"
+_BY_NAME = "a weight of"  # begins the reason of weights that are pruned only if include names them
+_TIED = "tied to"
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The prunable weights in the model's order, and the names of those left dense with the reason."""
+    """The weights to prune, in the model's order, and the names of those that stay dense, with the reason."""
 
     weights: tuple[Weight, ...]
     skipped: dict[str, str] = field(default_factory=dict)
 
     def dense(self) -> dict[str, Tensor]:
         """Return the weights by name."""
-        return {weight.name: weight.sites[0].dense().detach() for weight in self.weights}
+        return {weight.name: weight.places[0].dense().detach() for weight in self.weights}
 
     @property
     def sizes(self) -> dict[str, int]:
         """Number of elements of each weight."""
         return {weight.name: weight.numel for weight in self.weights}
+
+    @property
+    def skipped_unasked(self) -> set[str]:
+        """Names of the weights that stay dense although no argument says so."""
+        return {name for name, reason in self.skipped.items() if reason.startswith((_BY_NAME, _TIED))}
 
 
 def select(
@@ -40,83 +48,79 @@ def select(
     """Choose the weights of a model to prune.
 
     By default these are the weights of all Linear, Conv and ConvTranspose layers and their subclasses, and the input
-    projections of ``nn.MultiheadAttention``. A pattern
-    is matched against the module's name and the weight's (``"layer1.*"``, ``"*.conv1.weight"``); one whose
-    last part is about a tensor (``"*.c_attn.weight"``, ``"lstm.weight_*"``) selects it in any kind of module, if it
-    has two dimensions or more.
+    projections of ``nn.MultiheadAttention``.
+
+    A glob is matched against the name of the module and that of the weight (``"layer1.*"``, ``"*.conv1.weight"``). A
+    glob that ends with the name of a tensor (``"*.c_attn.weight"``, ``"lstm.weight_*"``) selects this tensor in any
+    kind of module, if it has two or more dimensions.
 
     Args:
-        model: the model; it may itself be a layer.
+        model: the model. It may be a single layer.
         include: prune only what this matches.
-        exclude: leave what this matches dense.
+        exclude: leave dense what this matches.
         min_params: leave weights with fewer elements dense.
 
     Raises:
-        ValueError: a filter or one of its patterns matches nothing, nothing is left to prune, a weight cannot be
+        ValueError: a filter or one of its globs matches nothing, no weight is left to prune, a weight cannot be
             pruned, or ``include`` names only some of the layers that share a weight.
-        TypeError: the model is no nn.Module, or a filter is neither patterns nor a callable.
+        TypeError: the model is no nn.Module, or a filter is neither globs nor a callable.
     """
     _check_model(model)
     min_params = integer("min_params", min_params, 0)
-    if already := [place.site.name for shared in states_of(model) for place in shared.places.values()]:
-        raise ValueError(
-            f"expected a plain model, got one that is already sparsified (at {already[0]}); "
-            "call feather_param.desparsify(model) first, or go on with its controller"
-        )
     included = None if include is None else Rule(include, "include")
     excluded = None if exclude is None else Rule(exclude, "exclude")
-    users: dict[int, list[Site]] = {}  # every use of every parameter, selected or not
-    chosen: list[Site] = []
+    users: dict[int, list[Place]] = {}  # all places of each Parameter, selected or not
+    chosen: list[Place] = []
     skipped: dict[str, str] = {}
-    nameable: list[Site] = []
-    for site, aliases in sites_of(model):
-        parameter = site.parameter
-        users.setdefault(site.key, []).append(site)
-        default = site.by_default
-        wanted = included.matches(site, aliases, default) if included else default
-        unwanted = excluded is not None and excluded.matches(site, aliases, wanted or default)
+    by_name: list[Place] = []  # those that include could name
+    for place, aliases in places_of(model):
+        users.setdefault(place.key, []).append(place)
+        default = place.by_default
+        wanted = included.matches(place, aliases, default) if included else default
+        unwanted = excluded is not None and excluded.matches(place, aliases, wanted or default)
         if not wanted:
             if default:
-                skipped[site.name] = "not included"
-            elif include is None and is_matrix(parameter):
-                skipped[site.name] = f"a weight of {type(site.module).__name__}: name it in include to prune it"
-                nameable.append(site)
+                skipped[place.name] = "not included"
+            elif include is None and is_matrix(place.parameter):
+                skipped[place.name] = f"{_BY_NAME} {type(place.module).__name__}: name it in include to prune it"
+                by_name.append(place)
             continue
         if unwanted:
-            skipped[site.name] = "excluded"
+            skipped[place.name] = "excluded"
             continue
-        _check(site)
-        if parameter is not None and parameter.numel() < min_params:
-            skipped[site.name] = f"fewer than {min_params} parameters"
+        _check(place)
+        if place.parameter is not None and place.parameter.numel() < min_params:
+            skipped[place.name] = f"fewer than {min_params} parameters"
             continue
-        chosen.append(site)
+        chosen.append(place)
     for rule in (included, excluded):
         if rule is not None:
             rule.require_used(model)
-    weights = _untie(chosen, users, skipped, strict=include is not None)
+    weights = _group_tied(chosen, users, skipped, strict=include is not None)
     if not weights:
         raise ValueError(
             f"expected a model with weights to prune, got {type(model).__name__} with none: "
-            f"{_why_none(skipped, nameable)}"
+            f"{_why_none(skipped, by_name)}"
         )
     return Selection(tuple(weights), skipped)
 
 
-def _why_none(skipped: dict[str, str], nameable: list[Site]) -> str:
-    """Return the reasons of those that stay dense, and a pattern that would take some."""
-    names = {site.name for site in nameable}
+def _why_none(skipped: dict[str, str], by_name: list[Place]) -> str:
+    """Return why all weights stay dense, and a glob that would select some."""
+    names = {place.name for place in by_name}
     reasons = grouped({name: reason for name, reason in skipped.items() if name not in names})
     why = reasons[:3] + ([f"{len(reasons) - 3} more"] if len(reasons) > 3 else [])
-    if nameable:
+    if by_name:
         # Embeddings last: they are seldom meant, and often tied.
-        first = min(nameable, key=lambda site: isinstance(site.module, nn.Embedding | nn.EmbeddingBag)).name
+        first = min(by_name, key=lambda place: isinstance(place.module, nn.Embedding | nn.EmbeddingBag)).name
         parts = first.split(".")
-        pattern = ".".join(["*", *parts[-2:]]) if len(parts) > 2 else first
-        why.append(f"weights of other layers join by name, for example include={pattern!r} ({len(names)} in all)")
+        glob = ".".join(["*", *parts[-2:]]) if len(parts) > 2 else first
+        why.append(f"weights of other layers join by name, for example include={glob!r} ({len(names)} in all)")
     return "; ".join(why) or "it has no Linear or Conv layer, and no other Parameter of two or more dimensions"
 
 
 def _check_model(model: Any) -> None:
+    """Refuse what is no module, scripted modules, and models in distributed wrappers."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
@@ -128,62 +132,64 @@ def _check_model(model: Any) -> None:
         for cls in type(module).__mro__:
             if cls.__module__.startswith(("torch.distributed.fsdp", "torch.nn.parallel.distributed")):
                 raise ValueError(
-                    f"expected a model that is not yet wrapped, got {cls.__name__} at {name or 'the root'}; "
-                    "the order is: sparsify(model), then DDP or fully_shard, then the optimizer"
+                    f"expected a model that is not yet wrapped, got {cls.__name__} at {name or 'the root'}; {_ORDER}"
                 )
 
 
-def _check(site: Site) -> None:
-    parameter = site.parameter
-    hint = f"; leave it dense with exclude={site.name!r}"
+def _check(place: Place) -> None:
+    """Refuse a tensor that cannot be parametrized or pruned."""
+    parameter = place.parameter
+    hint = f"; leave it dense with exclude={place.name!r}"
     if parameter is not None and is_lazy(parameter):
-        raise ValueError(f"expected initialised weights, got a lazy one at {site.name}; run one batch first")
+        raise ValueError(f"expected initialised weights, got a lazy one at {place.name}; run one batch first")
     if not isinstance(parameter, Tensor) or not isinstance(parameter, nn.Parameter):
-        if site.parametrizations is not None:
+        if place.parametrizations is not None:
             return
-        found = type(getattr(site.module, site.tensor, None)).__name__
+        found = type(getattr(place.module, place.tensor, None)).__name__
         raise ValueError(
-            f"expected {site.name} to be an nn.Parameter, got {found}; "
+            f"expected {place.name} to be an nn.Parameter, got {found}; "
             "old-style weight_norm, spectral_norm and prune hooks replace the parameter; use "
             f"torch.nn.utils.parametrizations instead, or remove them first{hint}"
         )
     if is_sharded(parameter):
-        raise ValueError(
-            f"expected a model that is not yet wrapped, got {site.name} sharded over processes; "
-            "the order is: sparsify(model), then DDP or fully_shard, then the optimizer"
-        )
-    if isinstance(site.module, nn.Embedding | nn.EmbeddingBag):
+        raise ValueError(f"expected a model that is not yet wrapped, got {place.name} sharded over processes; {_ORDER}")
+    if isinstance(place.module, nn.Embedding | nn.EmbeddingBag):
         for option in ("sparse", "max_norm"):
-            if getattr(site.module, option):
+            if getattr(place.module, option):
                 raise ValueError(
-                    f"expected an embedding without {option}=, got {option}={getattr(site.module, option)} at "
-                    f"{site.name}: it writes to the weight past the parametrization, or needs sparse gradients{hint}"
+                    f"expected an embedding without {option}=, got {option}={getattr(place.module, option)} at "
+                    f"{place.name}: it writes to the weight past the parametrization, or needs sparse gradients{hint}"
                 )
     if parameter.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise ValueError(
-            f"expected a weight of a real floating dtype at {site.name}, got {parameter.dtype}; "
+            f"expected a weight of a real floating dtype at {place.name}, got {parameter.dtype}; "
             f"sparsify before quantising{hint}"
         )
 
 
-def _untie(chosen: list[Site], users: dict[int, list[Site]], skipped: dict[str, str], strict: bool) -> list[Weight]:
-    """Group the chosen sites by the tensor they share; a tensor also used elsewhere stays dense."""
-    groups: dict[int, list[Site]] = {}
-    for site in chosen:
-        groups.setdefault(site.key, []).append(site)
+def _group_tied(
+    chosen: list[Place], users: dict[int, list[Place]], skipped: dict[str, str], strict: bool
+) -> list[Weight]:
+    """Group the chosen places by the tensor that they share.
+
+    A tensor that is used in another place as well stays dense, or is refused if `strict`.
+    """
+    groups: dict[int, list[Place]] = {}
+    for place in chosen:
+        groups.setdefault(place.key, []).append(place)
     weights: list[Weight] = []
-    for key, sites in groups.items():
-        others = [user.name for user in users[key] if user not in sites]
+    for key, places in groups.items():
+        others = [user.name for user in users[key] if user not in places]
         if not others:
-            weights.append(Weight(tuple(sites)))
+            weights.append(Weight(tuple(places)))
             continue
         tied = ", ".join(others)
         if strict:
             both = [user.name for user in users[key]]
             raise ValueError(
-                f"expected include to name all the places of a tied weight, got {sites[0].name} without {tied}; "
+                f"expected include to name all the places of a tied weight, got {places[0].name} without {tied}; "
                 f"include both, as include={both} does (others need their patterns beside these), or neither"
             )
-        for site in sites:
-            skipped[site.name] = f"tied to {tied}, which is not selected"
+        for place in places:
+            skipped[place.name] = f"{_TIED} {tied}, which is not selected"
     return weights

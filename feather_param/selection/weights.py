@@ -1,4 +1,4 @@
-"""The places of a model where a weight may lie."""
+"""Prunable tensors of a model, and the places that use them."""
 
 from __future__ import annotations
 
@@ -12,43 +12,38 @@ from torch.nn.utils import parametrize
 
 from feather_param.selection.names import full_name, names_of
 
-LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+LINEAR_AND_CONV = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (*LINEAR_AND_CONV, *TRANSPOSED)
+"""The layers whose weights are pruned by default, with their subclasses."""
 
-# The input projections of `nn.MultiheadAttention`: three Linear layers in all but class, in one tensor or three.
+# The input projections of `nn.MultiheadAttention` are Linear layers without a module of their own.
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @dataclass(frozen=True)
-class Site:
-    """One place where a weight is used: an attribute of a module."""
+class Place:
+    """One use of a tensor: an attribute of a module."""
 
-    name: str
+    name: str  # of the tensor: "layer1.conv.weight"
     module: nn.Module
-    tensor: str
+    tensor: str  # name of the attribute: "weight"
 
     @property
     def by_default(self) -> bool:
-        """Whether this is pruned unless something is said of it; other weights join by their own names."""
+        """Whether the tensor is pruned without being named in ``include``."""
         if isinstance(self.module, nn.MultiheadAttention):
             return self.tensor in _PROJECTIONS and bool(self.originals)
         return self.tensor == "weight" and isinstance(self.module, LAYERS)
 
     @property
     def parametrizations(self) -> parametrize.ParametrizationList | None:
-        """The parametrizations of this tensor, if it has any."""
+        """The parametrizations of the tensor, or None if it has none."""
         return parametrizations_of(self.module).get(self.tensor)
 
     @property
     def originals(self) -> list[Tensor]:
-        """The Parameters that the tensor is computed from: itself, or those of parametrizations; else none."""
+        """The Parameters that the tensor is computed from. A plain tensor is its own; empty if there is none."""
         own = self.parametrizations
         if own is None:
             return [value] if (value := self.module._parameters.get(self.tensor)) is not None else []
@@ -56,61 +51,66 @@ class Site:
 
     @property
     def parameter(self) -> Tensor | None:
-        """The one Parameter that it is computed from, if it is just one."""
+        """The Parameter that the tensor is computed from, or None if there are several or none."""
         return self.originals[0] if len(self.originals) == 1 else None
 
     def dense(self) -> Tensor:
-        """Return the tensor, past all parametrizations."""
+        """Return the tensor, computed through all its parametrizations."""
         return getattr(self.module, self.tensor)
 
     @property
     def key(self) -> int:
-        """What tied sites have in common."""
+        """A number that tied places have in common."""
         return id(self if self.parameter is None else self.parameter)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One prunable tensor and all the places that use it; named after the first."""
+    """One prunable tensor with all the places that use it. It has the name of the first one."""
 
-    sites: tuple[Site, ...]
+    places: tuple[Place, ...]
 
     @property
     def name(self) -> str:
-        return self.sites[0].name
+        """Name of the first place."""
+        return self.places[0].name
 
     @property
     def numel(self) -> int:
-        return self.sites[0].dense().numel()
+        """Number of elements."""
+        return self.places[0].dense().numel()
 
 
 def parametrizations_of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
-    """Return a module's own parametrizations by tensor; a wrapper may hand out those of the module inside."""
+    """Return the parametrizations of a module by the name of the tensor.
+
+    Those of a module inside are not returned: some wrappers forward the attribute ``parametrizations``.
+    """
     found = module._modules.get("parametrizations")
-    places: Any = found._modules if isinstance(found, nn.ModuleDict) else {}
-    return places
+    lists: Any = found._modules if isinstance(found, nn.ModuleDict) else {}
+    return lists
 
 
 def originals_of(own: parametrize.ParametrizationList) -> list[Tensor]:
-    """Return the Parameters that parametrizations compute a tensor from."""
-    if own._parameters:  # looked up in each forward pass
+    """Return the Parameters that a list of parametrizations computes a tensor from."""
+    if own._parameters:  # faster than the attributes; this runs in each forward pass
         return [*own._parameters.values()]  # type: ignore[list-item]
     return [own.original] if own.is_tensor else [getattr(own, f"original{i}") for i in range(own.ntensors)]
 
 
-def sites_of(model: nn.Module) -> Iterator[tuple[Site, list[str]]]:
-    """Yield each tensor of each module once, with all the names of the module."""
+def places_of(model: nn.Module) -> Iterator[tuple[Place, list[str]]]:
+    """Yield each tensor of each module once, with all names of the module."""
     for module, aliases in names_of(model).items():
         if "parametrizations" in aliases[0].split("."):
             continue
         tensors = dict.fromkeys(module._parameters)
         if isinstance(module, LAYERS):
-            tensors["weight"] = None  # also where a hook or a quantiser made it something else: `select` tells
+            tensors["weight"] = None  # even if a hook or a quantiser has replaced the Parameter: `select` refuses it
         tensors.update(dict.fromkeys(parametrizations_of(module)))
         for tensor in tensors:
-            yield Site(full_name(aliases[0], tensor), module, tensor), aliases
+            yield Place(full_name(aliases[0], tensor), module, tensor), aliases
 
 
 def is_matrix(parameter: Tensor | None) -> bool:
-    """Whether a parameter is no bias and no norm: it has two dimensions or more."""
+    """Return whether a Parameter has two or more dimensions. Biases and norms have fewer."""
     return parameter is not None and not is_lazy(parameter) and parameter.dim() >= 2

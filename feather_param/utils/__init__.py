@@ -1,0 +1,1 @@
+"""Helpers that know nothing of sparsity: checks of arguments, optional libraries, tables of text, warnings."""

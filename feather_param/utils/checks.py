@@ -1,21 +1,20 @@
-"""Checks of arguments, at the door."""
+"""Checks of arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Any
 
 
-def real(name: str, value: Any) -> float:
-    """Return a number as a float."""
+def real(name: str, value: object) -> float:
+    """Return a number as a float; raise a TypeError for anything else."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"expected {name} to be a number, got {value!r}")
     return float(value)
 
 
-def integer(name: str, value: Any, least: int) -> int:
-    """Return an int that is at least so much."""
+def integer(name: str, value: object, least: int) -> int:
+    """Return an integer as an int; raise a TypeError for anything else, a ValueError if it is below `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         hint = "; wrap it in int(...)" if isinstance(value, float) else ""
         raise TypeError(f"expected {name} to be an int, got {value!r}{hint}")
@@ -24,14 +23,20 @@ def integer(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-def instance(value: Any, kind: type, source: str) -> None:
-    """Refuse a value of another class, and tell where one of the right class comes from."""
+def instance(value: object, kind: type, source: str) -> None:
+    """Raise a TypeError unless a value is of a class; the message names the `source` of such values."""
     if not isinstance(value, kind):
         raise TypeError(f"expected a {kind.__name__} from {source}, got {type(value).__name__}")
 
 
-def require_same_shapes(what: str, ours: Mapping[str, Any], theirs: Any) -> None:
-    """Refuse the state of another model, by the shapes of its weights."""
+def require_same_shapes(what: str, ours: Mapping[str, object], theirs: object) -> None:
+    """Raise a ValueError unless the shapes of the weights in a state are those of the model.
+
+    Args:
+        what: the kind of state, for the message.
+        ours: the shapes in the model, by name.
+        theirs: the shapes in the state; anything but a mapping counts as an empty one.
+    """
     if ours != theirs:
         theirs = theirs if isinstance(theirs, Mapping) else {}
         both = {**ours, **theirs}

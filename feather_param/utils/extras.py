@@ -1,15 +1,16 @@
-"""Libraries that only some users need, and an error that says how to get them."""
+"""Import of optional libraries."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
 
+# The extra of this package that installs each library.
 _EXTRAS = {"matplotlib": "plot", "numba": "inference", "zstandard": "files"}
 
 
 def extra(name: str) -> ModuleType:
-    """Import a module of an optional library; the ImportError names the extra to install."""
+    """Import a module of an optional library; if it is missing, the ImportError names the extra to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Readable tables of text."""
+"""Text for tables: columns, numbers, and groups of names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines of cells as columns: the first two to the left, for names and shapes, the others to the right.
+    """Return lines of cells with aligned columns: the first two to the left, the others to the right.
 
     Example:
         >>> print(*aligned([("name", "shape", "n"), ("fc", "4", "12")]), sep=chr(10))
@@ -25,7 +25,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def percent(fraction: float) -> str:
-    """Return a fraction in percent, with a digit more where it is small; only 0 reads 0.0 %.
+    """Format a fraction in percent, with one more digit if it is small. Only 0 is shown as 0.0%.
 
     Example:
         >>> percent(0.5), percent(0.0123), percent(0.0012), percent(1e-7), percent(0.0)
@@ -37,7 +37,7 @@ def percent(fraction: float) -> str:
 
 
 def short(count: int) -> str:
-    """Return a number of three digits with a unit's prefix.
+    """Format a count with three significant digits and an SI prefix.
 
     Example:
         >>> short(640), short(1_280), short(589_824), short(4_089_184_256)
@@ -50,39 +50,40 @@ def short(count: int) -> str:
 
 
 def grouped(reasons: Mapping[str, str]) -> list[str]:
-    """Return a line for each name with its reason, and one line for names that differ in a running number alone.
+    """Return lines of names with reasons; names that differ only in a running number share a line.
 
     Example:
         >>> grouped({"0.fc": "excluded", "1.fc": "excluded", "2.fc": "excluded", "head": "tied to 0.fc"})
         ['0..2.fc (3 weights: excluded)', 'head (tied to 0.fc)']
     """
     lines = [([*re.split(r"(\d+)", name)], reason, 1) for name, reason in reasons.items()]
-    places = max((len(parts) for parts, _, _ in lines), default=0)
-    for place in reversed(range(1, places, 2)):
-        lines = _merged(lines, place)
+    length = max((len(parts) for parts, _, _ in lines), default=0)
+    for index in reversed(range(1, length, 2)):
+        lines = _merged(lines, index)
     return [
         f"{''.join(parts)} ({reason if count == 1 else f'{count} weights: {reason}'})" for parts, reason, count in lines
     ]
 
 
-_Line = tuple[list[str], str, int]  # a name in parts, the numbers at odd places; its reason; how many weights it names
+# A name split at its numbers, which have the odd indices; the reason; the number of names it stands for.
+_Line = tuple[list[str], str, int]
 
 
-def _merged(lines: Sequence[_Line], place: int) -> list[_Line]:
-    """Merge the lines that differ at one place alone, where these are three or more numbers in a row."""
+def _merged(lines: Sequence[_Line], index: int) -> list[_Line]:
+    """Merge lines that differ only in the number at an index, if these are at least three consecutive numbers."""
     alike: dict[object, list[_Line]] = {}
     for line in lines:
         parts, reason, count = line
-        single = len(parts) > place and parts[place].isdecimal()
-        key = (*parts[:place], None, *parts[place + 1 :], reason, count) if single else (*parts, reason, count)
+        single = len(parts) > index and parts[index].isdecimal()
+        key = (*parts[:index], None, *parts[index + 1 :], reason, count) if single else (*parts, reason, count)
         alike.setdefault(key, []).append(line)
     merged: list[_Line] = []
     for group in alike.values():
         parts, reason, count = group[0]
-        numbers = [line[0][place] for line in group] if len(group) > 2 else []
+        numbers = [line[0][index] for line in group] if len(group) > 2 else []
         if numbers and numbers == [str(int(numbers[0]) + i) for i in range(len(numbers))]:
             run = f"{numbers[0]}..{numbers[-1]}"
-            merged.append(([*parts[:place], run, *parts[place + 1 :]], reason, count * len(group)))
+            merged.append(([*parts[:index], run, *parts[index + 1 :]], reason, count * len(group)))
         else:
             merged += group
     return merged

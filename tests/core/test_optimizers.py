@@ -747,7 +747,7 @@ def test_an_optimizer_without_the_dense_weights_is_told_of():
     optimizer = sgd(found, lr=0.1)
     train_blindly(model, optimizer, controller, 10)
     with pytest.warns(
-        UserWarning, match=r"none of the 3 prunable weights has moved in 10 steps: .*named_parameters\(\)"
+        UserWarning, match=r"none of the 3 prunable weights has changed in 10 steps: .*named_parameters\(\)"
     ):
         train_blindly(model, optimizer, controller, 1)
     train_blindly(model, optimizer, controller, 20)  # once is enough

@@ -1,4 +1,7 @@
-"""The GPU kernels in triton's interpreter on a CPU: in processes of their own, for triton decides at its import."""
+"""The Triton kernels, run on a CPU by triton's interpreter.
+
+Each check runs in a new process, because triton chooses between interpreter and compiler when it is imported.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +25,7 @@ def check_histogram() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         torch.manual_seed(0)
         values = torch.cat([torch.randn(5000), torch.zeros(100), torch.full((50,), -1.0)]).to(dtype)
-        if dtype != torch.bfloat16:  # the interpreter converts its subnormal numbers wrongly
+        if dtype != torch.bfloat16:  # the interpreter does not convert its subnormal numbers correctly
             values[0] = 1e-40
         bits = values.float().abs().view(torch.int32)
         for width, shift in ((8, 23), (8, 15), (7, 0)):
@@ -43,16 +48,42 @@ def check_kth() -> None:
     for group in (tensors, mixed, halves):
         total = sum(tensor.numel() for tensor in group)
         for k in (0, 1, 5, 11, 60, total // 2, total - 1, total):
-            assert torch.equal(kth_by_digits(group, k, lambda n: n), kth_by_bits(group, k, lambda n: n)), k
-            # Two processes with half of the tensors each.
-            parts = iter(range(10**6))
-
-            def add_up(histogram, group=group, parts=parts):
-                return histogram + (next(parts) < 0)
-
-            assert torch.equal(kth_by_digits(group, k, add_up), kth_by_bits(group, k, lambda n: n))
+            expected = kth_by_bits(group, k, lambda n: n)
+            assert torch.equal(kth_by_digits(group, k, lambda n: n), expected), k
     for bad in (math.nan, math.inf, -math.inf):
         assert kth_by_digits([*tensors, torch.tensor([bad])], 5, lambda n: n).isnan()
+
+
+def check_kth_of_shards() -> None:
+    """Two threads stand in for two processes with a part of the weights each."""
+    from feather_param.ops import kth_triton
+    from feather_param.ops.kth_gpu import kth_by_bits, kth_by_digits
+
+    torch.manual_seed(0)
+    weights = [torch.randn(300), torch.randn(1200), torch.zeros(7), torch.full((40,), 0.25)]
+    parts = weights[:1] + weights[2:3], weights[1:2] + weights[3:]
+    barrier, counts = threading.Barrier(2, timeout=60), {}
+    lock, add_histogram = threading.Lock(), kth_triton.add_histogram
+
+    def one_at_a_time(*arguments) -> None:  # the interpreter does not support threads
+        with lock:
+            add_histogram(*arguments)
+
+    def run(rank: int, k: int) -> torch.Tensor:
+        def add_up(histogram: torch.Tensor) -> torch.Tensor:
+            counts[rank] = histogram
+            barrier.wait()
+            total = counts[0] + counts[1]
+            barrier.wait()
+            return total
+
+        return kth_by_digits(parts[rank], k, add_up)
+
+    kth_triton.add_histogram = one_at_a_time
+    with ThreadPoolExecutor(2) as pool:
+        for k in (0, 1, 7, 8, 700, 1547):
+            expected = kth_by_bits(weights, k, lambda n: n)
+            assert all(torch.equal(kth, expected) for kth in pool.map(run, (0, 1), (k, k))), k
 
 
 def check_shrink() -> None:
@@ -66,14 +97,14 @@ def check_shrink() -> None:
         weight = torch.cat([torch.randn(3000), near, -near, torch.zeros(3)]).to(dtype)
         shapes = (weight, weight[:3000].view(10, 20, 3, 5).to(memory_format=torch.channels_last), weight[::2])
         for p in (1.0, 2.0, 3.0, math.inf):
-            assert operator_triton.serves(weight, p)
+            assert operator_triton.supports(weight, p)
             for shaped in shapes:
                 out, pruned = operator._shrink_on_gpu(shaped, threshold, p, True, operator_triton)
                 assert torch.equal(pruned, shaped.abs().float() <= 0.5)
                 assert out.dtype == dtype
                 assert out.shape == shaped.shape
                 exact = twins.operator(shaped, 0.5, p)
-                # As for the other paths: 8 ulp of the dtype, relative; fp16 results may be subnormal.
+                # The bound of the other computations: 8 ulp of the dtype, relative. Results in fp16 may be subnormal.
                 info = torch.finfo(dtype)
                 bound = 8 * info.eps * exact.abs() + info.smallest_normal * info.eps
                 assert ((out.double() - exact).abs() <= bound).all(), (dtype, p)
@@ -89,21 +120,21 @@ def check_shrink() -> None:
         assert torch.equal(double, operator._shrink_on_gpu(weight, threshold, p, False, operator_triton)[0])
 
 
-def check_trial() -> None:
+def check_loading() -> None:
     from feather_param.ops import kth_triton, operator_triton
     from feather_param.ops.triton import kernels
 
     assert kernels(torch.device("cpu")) == (kth_triton, operator_triton)
 
 
-CHECKS = [check_histogram, check_kth, check_shrink, check_trial]
+CHECKS = [check_histogram, check_kth, check_kth_of_shards, check_shrink, check_loading]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_in_the_interpreter(check):
+def test_the_kernels_are_exact_in_the_interpreter(check):
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-c", f"from tests.ops.test_kernels import {check.__name__} as check; check()"],
+        [sys.executable, "-c", f"from tests.ops.test_triton import {check.__name__} as check; check()"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -112,8 +143,8 @@ def test_in_the_interpreter(check):
     assert done.returncode == 0, done.stderr
 
 
-def test_where_triton_does_not_run_there_are_no_kernels():
+def test_there_are_no_kernels_for_a_device_that_triton_does_not_support():
     from feather_param.ops.triton import kernels
 
     kernels.cache_clear()
-    assert kernels(torch.device("cpu")) is None  # outside its interpreter it knows no CPU
+    assert kernels(torch.device("cpu")) is None  # the compiler does not support CPUs

@@ -109,7 +109,7 @@ def test_include_exclude_min_params(arguments, expected):
 
 
 class Named(nn.Module):
-    """Layers whose weights join by name, beside others."""
+    """Layers whose weights are pruned only by name, beside others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,9 +122,9 @@ class Named(nn.Module):
 
 
 HINTS = [
-    ("lstm", "'lstm' is of type LSTM, whose weights join only by their own names: include='lstm.weight_*'"),
-    ("lstm.*", "'lstm' is of type LSTM, whose weights join only by their own names: include='lstm.weight_*'"),
-    ("emb", "'emb' is of type Embedding, whose weights join only by their own names: include='emb.weight'"),
+    ("lstm", "'lstm' is of type LSTM, whose weights are pruned only if include names them: include='lstm.weight_*'"),
+    ("lstm.*", "'lstm' is of type LSTM, whose weights are pruned only if include names them: include='lstm.weight_*'"),
+    ("emb", "'emb' is of type Embedding, whose weights are pruned only if include names them: include='emb.weight'"),
     ("emb2", "'body.2.emb2' is of type Embedding, .*: include='*.emb2.weight'"),
     ("pair", "'pair' is of type ParameterDict, .*: include=['pair.left', 'pair.right']"),
     ("body", "did you mean 'body.*'?"),
@@ -148,7 +148,7 @@ def test_an_excluded_layer_that_is_dense_anyway_is_told_of():
         select(Named(), exclude="lstm")
 
 
-def test_a_model_whose_weights_all_join_by_name_is_told_how():
+def test_a_model_whose_weights_are_all_pruned_only_by_name_is_told_how():
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -173,7 +173,7 @@ def test_every_layer_is_selected_or_skipped_with_a_reason():
 def test_tied_weights_count_once():
     selection = select(Twice())
     assert names(selection) == ["a.weight", "c.weight"]
-    assert [site.name for site in selection.weights[0].sites] == ["a.weight", "b.weight"]
+    assert [place.name for place in selection.weights[0].places] == ["a.weight", "b.weight"]
     model = Twice()
     controller = feather_param.sparsify(model, final_rate=0.75, total_steps=1, end_step=0)
     assert controller.report().total == 32
@@ -215,7 +215,7 @@ def test_all_places_of_a_weight_are_found_again():
     model = Twice()
     feather_param.sparsify(model, final_rate=0.5, total_steps=2)
     (shared,) = states_of(model)
-    assert [(place.name, place.site.name) for place in shared.places.values()] == [
+    assert [(each.weight, each.place.name) for each in shared.registrations.values()] == [
         ("a.weight", "a.weight"),
         ("a.weight", "b.weight"),
         ("c.weight", "c.weight"),

@@ -1,0 +1,42 @@
+"""Warnings about zeros that come too early, and about weights with no survivors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from feather_param.ops.count import PruneCount
+from feather_param.utils.warn import warn
+
+
+def warn_of_early(call: str, zeros: int, final_zeros: int) -> None:
+    """Warn of a call that makes the zeros final before their number has reached that of ``final_rate``."""
+    purpose = "; to stop early on purpose, call freeze() first" if zeros else ""
+    warn(
+        f"expected {call} after the {final_zeros:,} zeros of final_rate are reached, got it at {zeros:,}: call "
+        "controller.step() after each optimizer.step(), or pass optimizer= to sparsify; of saved states, bake one from "
+        f"end_step on{purpose}"
+    )
+
+
+def warn_of_dead(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]) -> bool:
+    """Warn of weights with no survivors, and return whether there are any.
+
+    The elements that are kept may all equal the threshold. The operator makes these zero, too.
+    """
+    dead = [
+        name
+        for name, weight in weights.items()
+        if weight.numel() and weight.numel() == counts[name].zeros + counts[name].ties
+    ]
+    if not dead:
+        return False
+    hint = "lower final_rate, or leave these dense with exclude"
+    if ties := [name for name in dead if counts[name].ties]:
+        hint += (
+            f"; all that is kept of {', '.join(ties)} equals the threshold (weights clipped to one magnitude?), and "
+            "the operator makes that zero: clip to a wider range"
+        )
+    warn(f"nothing survives in {', '.join(dead)}: the network behind gets a constant; {hint}")
+    return True

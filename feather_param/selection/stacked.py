@@ -1,0 +1,71 @@
+"""Weights that carry parametrizations of other libraries (weight norm, spectral norm, ...)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from feather_param.ops.operator import feather_threshold
+from feather_param.selection.weights import Weight
+
+
+def through(parametrizations: Sequence[nn.Module], tensors: Sequence[Tensor]) -> Tensor:
+    """Return the weight that parametrizations compute from the Parameters behind it."""
+    for parametrization in parametrizations:
+        tensors = [parametrization(*tensors)]
+    (value,) = tensors
+    return value
+
+
+def invert(
+    name: str, originals: Sequence[Tensor], parametrizations: Sequence[nn.Module], value: Tensor
+) -> list[Tensor]:
+    """Return the Parameters from which parametrizations compute a given weight.
+
+    Args:
+        name: name of the weight, for the message.
+        originals: the Parameters as they are now.
+        parametrizations: those of other libraries, in their order. Some change their state when they are inverted.
+        value: the weight to reach, with its zeros.
+
+    Raises:
+        ValueError: they cannot compute this weight, up to rounding, with exactly these zeros.
+    """
+    with torch.no_grad():
+        tensors: Any = value
+        for parametrization in reversed(parametrizations):
+            tensors = parametrization.right_inverse(tensors)  # type: ignore[operator]
+        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        # The norm of a row of zeros is 0, and the normalised row is 0 / 0: such a row keeps its old direction.
+        undefined = through(parametrizations, tensors).isnan()
+        tensors = [
+            torch.where(undefined, old, new) if new.shape == undefined.shape else new
+            for old, new in zip(originals, tensors, strict=True)
+        ]
+        made = through(parametrizations, tensors)
+        rounding = 100 * torch.finfo(value.dtype).eps
+        if not (torch.equal(made == 0, value == 0) and torch.allclose(made, value, rtol=rounding, atol=0.0)):
+            names = ", ".join(type(parametrization).__name__ for parametrization in parametrizations)
+            raise ValueError(
+                f"expected the other parametrizations of {name} ({names}) to be able to hold zeros, but they "
+                "make another weight of them; take them off before sparsify (parametrize.remove_parametrizations), "
+                f"or leave the weight dense with exclude={name!r}"
+            )
+    return tensors
+
+
+def require_invertible(weights: Sequence[Weight]) -> None:
+    """Raise the ValueError of `invert` for weights whose other parametrizations could not hold zeros.
+
+    Each such weight is tried with half of its elements pruned. The model is not changed.
+    """
+    for weight in weights:
+        place = weight.places[0]
+        if place.parametrizations is not None and not place.originals[0].is_meta:
+            dense = place.dense().detach()
+            value = feather_threshold(dense, dense.abs().float().median())
+            invert(place.name, place.originals, copy.deepcopy(list(place.parametrizations)), value)
