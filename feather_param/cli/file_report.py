@@ -1,4 +1,4 @@
-"""What is in a checkpoint file: zeros of each weight, and how large it is in other formats."""
+"""Report a checkpoint file: the zeros of each weight, and its size in other formats."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from torch import Tensor
 
 from feather_param.core.state_dict import of_sparsified
 from feather_param.files.checkpoint import Checkpoint
-from feather_param.files.sizes import untied
-from feather_param.reports.report import Report, Row
+from feather_param.files.tied import untied
+from feather_param.reports import Report, Row
 from feather_param.utils.text import aligned, percent
 
 
 def zeros(checkpoint: Checkpoint) -> Report:
-    """Count the zeros of a checkpoint's weights: its floating tensors of two or more dimensions, tied ones once.
+    """Count the zeros of the weights in a checkpoint.
+
+    The weights are the floating-point tensors with two or more dimensions. Tied weights count once.
 
     Example:
         >>> checkpoint = Checkpoint("torch", {"weight": torch.eye(4), "bias": torch.zeros(4)})
@@ -41,17 +43,17 @@ def zeros(checkpoint: Checkpoint) -> Report:
 
 
 def _is_weight(tensor: Tensor) -> bool:
-    # torch cannot compute with float4, two of which are packed into an element.
+    # torch cannot compare float4. It packs two of them into an element.
     return tensor.is_floating_point() and tensor.dim() >= 2 and "float4" not in str(tensor.dtype)
 
 
 def _count(tensor: Tensor) -> int:
-    tensor = tensor.float() if tensor.element_size() == 1 else tensor  # eight bits compare with nothing on a CPU
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no == on a CPU
     return int((tensor == 0).sum())
 
 
 def in_training(checkpoint: Checkpoint) -> str:
-    """Return a sentence about weights whose zeros are not in them yet, or "" if they are."""
+    """Return a sentence if a checkpoint holds the dense weights of a model in training, else ""."""
     if not of_sparsified(checkpoint.tensors):
         return ""
     return (
@@ -61,7 +63,7 @@ def in_training(checkpoint: Checkpoint) -> str:
 
 
 def notes(checkpoint: Checkpoint) -> list[str]:
-    """Return what a user may not expect of these tensors."""
+    """Return remarks on tensors that are not counted, not baked or larger than necessary."""
     found = [note] if (note := in_training(checkpoint)) else []
     if checkpoint.others:
         kinds = listed([f"{name} ({kind})" for name, kind in checkpoint.others.items()])
@@ -81,24 +83,24 @@ def notes(checkpoint: Checkpoint) -> list[str]:
 def as_text(
     path: Path, nbytes: int, checkpoint: Checkpoint, report: Report, sizes: Mapping[str, int] | None = None
 ) -> str:
-    """Return all there is to say of a file, to be read by people.
+    """Return the report as a table.
 
     Args:
         path: the file.
-        nbytes: its size.
-        checkpoint: what `read` returned.
-        report: what `zeros` returned.
-        sizes: what `file_sizes` returned, if it was asked.
+        nbytes: its size in bytes.
+        checkpoint: its content, from `read`.
+        report: its zeros, from `zeros`.
+        sizes: its size in other formats, from `file_sizes`.
     """
-    place = f" at {checkpoint.key}" if checkpoint.key else ""
-    lines = [f"{path}: {checkpoint.kind}, {nbytes:,} bytes, {len(checkpoint.tensors)} tensors{place}"]
+    key = f" at {checkpoint.key}" if checkpoint.key else ""
+    lines = [f"{path}: {checkpoint.kind}, {nbytes:,} bytes, {len(checkpoint.tensors)} tensors{key}"]
     if checkpoint.beside:
         lines.append(f"beside them: {listed(checkpoint.beside)}")
     lines += ["", str(report)]
     tied = len(checkpoint.tensors) - len(untied(checkpoint.tensors))
-    rest = len(checkpoint.tensors) - tied - len(report.rows)
-    if rest:
-        lines.append(f"and {rest} other tensor{'s' * (rest > 1)} (biases, norms, integers)")
+    others = len(checkpoint.tensors) - tied - len(report.rows)
+    if others:
+        lines.append(f"and {others} other tensor{'s' * (others > 1)} (biases, norms, integers)")
     if tied:
         lines.append(f"and {tied} tied to one of these")
     if sizes:
@@ -112,7 +114,7 @@ def as_text(
 def as_json(
     path: Path, nbytes: int, checkpoint: Checkpoint, report: Report, sizes: Mapping[str, int], notes: Sequence[str]
 ) -> str:
-    """Return the same as JSON, and the notes; `docs/command-line.md` names the fields."""
+    """Return the report and the notes as JSON. `docs/command-line.md` describes the fields."""
     counts = {row.name: row.zeros for row in report.rows}
     content: dict[str, Any] = {
         "file": str(path),
@@ -129,7 +131,7 @@ def as_json(
                 "dtype": str(tensor.dtype).removeprefix("torch."),
                 "shape": list(tensor.shape),
                 "total": tensor.numel(),
-                "zeros": counts.get(name),  # null: no weight, or tied to one before
+                "zeros": counts.get(name),  # null: no weight, or tied to an earlier one
             }
             for name, tensor in checkpoint.tensors.items()
         ],
@@ -141,6 +143,6 @@ def as_json(
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """Return names with commas between them; of many, the first."""
+    """Return names with commas between them. Of more than ``most`` names, return the first."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

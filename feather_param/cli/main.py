@@ -1,4 +1,4 @@
-"""The command ``feather-param``: look into checkpoint files, and shrink them."""
+"""The command ``feather-param``: report, compress, expand and time checkpoint files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,29 +19,32 @@ from torch import Tensor
 import feather_param
 from feather_param.cli.architecture import build, load
 from feather_param.cli.file_report import as_json, as_text, in_training, listed, notes, zeros
-from feather_param.files.atomic import replacing
+from feather_param.cli.progress import Progress
+from feather_param.files.atomic import atomic_write
 from feather_param.files.checkpoint import Checkpoint, read
 from feather_param.files.sizes import file_sizes
-from feather_param.reports.html import page
+from feather_param.files.tied import first_names, untied
+from feather_param.reports import page
+from feather_param.utils.extras import extra
 from feather_param.utils.text import percent
 
 _PROGRAM = "feather-param"
 _TORCH = (".pt", ".pth", ".bin")
 _SAFETENSORS = ".safetensors"
-_EVERY = 0.1  # seconds between two lines of progress
 _EPILOG = """\
 exit status: 0 done, 1 a file cannot be processed, 2 wrong usage, 130 interrupted, 141 nobody reads the output.
-The result goes to stdout, everything else to stderr. IN and FILE may be files of torch.save (read with
-weights_only=True: nothing in them is run), safetensors files, or sparse files; their content tells which.
+The result goes to stdout, everything else to stderr. IN and FILE are files of torch.save, safetensors files or
+sparse files. The content of a file tells its format, not its name. Files of torch.save are read with
+weights_only=True: no code in them is run.
 """
 
 
 class _Usage(Exception):
-    """The command line is wrong; the message tells how."""
+    """The command line is wrong. The message says why."""
 
 
 class _Failed(Exception):
-    """A file cannot be processed; the message tells why."""
+    """A file cannot be processed. The message says why."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Usage as error:
         return _fail(error, 2)
     except BrokenPipeError:
-        # The interpreter would complain when it flushes stdout at its end: give it another one to flush.
+        # The interpreter flushes stdout when it exits. Without another stdout, that would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
@@ -79,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (_Failed, ValueError, TypeError, ImportError, MemoryError) as error:
         return _fail(error, 1)
     except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
+        if "DefaultCPUAllocator" not in str(error):  # torch has no class for this error
             raise
-        return _fail("out of memory", 1)  # as torch says it
+        return _fail("out of memory", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 
@@ -98,7 +100,7 @@ def _note(message: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=_PROGRAM,
-        description="Look into checkpoint files, and store them without their zeros.",
+        description="Report the zeros of checkpoint files, and store them without the zeros.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -108,16 +110,20 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="zeros of each weight, and the file's size in other formats")
     report.add_argument("file", metavar="FILE", type=Path)
     report.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    report.add_argument("--html", metavar="OUT", type=Path, help="write a page as well")
+    report.add_argument("--html", metavar="OUT", type=Path, help="also write an HTML page (needs feather_param[plot])")
     report.add_argument(
-        "--no-sizes", action="store_true", help="do not measure the other formats (seconds, for a large file)"
+        "--no-sizes",
+        action="store_true",
+        help="do not measure the size in other formats, which takes seconds for a large file",
     )
     report.set_defaults(run=_report)
 
     compress = commands.add_parser("compress", help="write a checkpoint as a sparse file")
     compress.add_argument("file", metavar="IN", type=Path)
     compress.add_argument("out", metavar="OUT", type=Path, help="the sparse file, *.safetensors for example")
-    compress.add_argument("--zstd", action="store_true", help="compress with zstandard as well")
+    compress.add_argument(
+        "--zstd", action="store_true", help="also compress with zstandard (needs feather_param[files])"
+    )
     compress.set_defaults(run=_compress)
 
     expand = commands.add_parser("expand", help="write a sparse file as a dense checkpoint")
@@ -125,21 +131,23 @@ def _parser() -> argparse.ArgumentParser:
     expand.add_argument("out", metavar="OUT", type=Path, help=f"ends in {', '.join(_TORCH)} or {_SAFETENSORS}")
     expand.set_defaults(run=_expand)
 
-    bench = commands.add_parser("bench", help="time a network dense and sparse on this machine's CPU")
+    bench = commands.add_parser("bench", help="time a network dense and sparse on this CPU")
     bench.add_argument("file", metavar="IN", type=Path)
     bench.add_argument(
         "--arch",
         metavar=("MODULE:FUNCTION", "NAME=VALUE"),
         nargs="+",
         required=True,
-        help="what to call for the network, and with what: torchvision.models:resnet50 num_classes=10",
+        help="the function that builds the network, and its arguments: torchvision.models:resnet50 num_classes=10",
     )
-    bench.add_argument("--input", metavar="SIZES", type=_shape, required=True, help="of the input, 1x3x224x224")
+    bench.add_argument(
+        "--input", metavar="SHAPE", type=_shape, required=True, help="the shape of the input: 1x3x224x224"
+    )
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(run=_bench)
 
     for command in (report, compress, bench):
-        command.add_argument("--key", help="where in a torch file the state_dict is, for example training.model")
+        command.add_argument("--key", help="the key of the state_dict in a torch file: training.model")
     return parser
 
 
@@ -147,12 +155,13 @@ def _report(arguments: argparse.Namespace) -> str:
     path: Path = arguments.file
     if arguments.html:
         _check_out(path, arguments.html)
+        extra("matplotlib.figure")  # an ImportError now, and not after the sizes are measured
     checkpoint = _read(path, arguments.key)
     report, remarks = zeros(checkpoint), notes(checkpoint)
-    with _Progress() as progress:
+    with Progress() as progress:
         sizes = {} if arguments.no_sizes else file_sizes(checkpoint.tensors, progress)
     if arguments.html:
-        with replacing(arguments.html) as file:
+        with atomic_write(arguments.html) as file:
             file.write(page(report, sizes=sizes, title=path.name).encode())
     nbytes = path.stat().st_size
     for remark in remarks:
@@ -171,7 +180,7 @@ def _compress(arguments: argparse.Namespace) -> str:
         )
     checkpoint = _read(path, arguments.key)
     if checkpoint.kind == "sparse":
-        raise _Failed(f"{path} is a sparse file already; expand it first to compress it in another way")
+        raise _Failed(f"{path} is a sparse file already; expand it first to compress it differently")
     if checkpoint.beside and arguments.key is None:
         raise _Failed(
             f"{path} also holds {listed(checkpoint.beside)}, which a sparse file cannot; "
@@ -181,10 +190,10 @@ def _compress(arguments: argparse.Namespace) -> str:
         raise _Failed(
             f"expected tensors alone, got {kind} at {name}, which a sparse file cannot hold; save it elsewhere"
         )
-    with _Progress() as progress:
+    with Progress() as progress:
         progress("compressing", 0.0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about what the notes tell
+            warnings.simplefilter("ignore", UserWarning)  # the notes say the same
             feather_param.save_sparse(checkpoint.tensors, out, zstd=arguments.zstd)
     for remark in notes(checkpoint):
         _note(remark)
@@ -199,47 +208,47 @@ def _expand(arguments: argparse.Namespace) -> str:
     checkpoint = _read(path, None)
     if checkpoint.kind != "sparse":
         raise _Failed(f"{path} is no sparse file: its tensors are dense already")
-    with _Progress() as progress:
+    with Progress() as progress:
         progress("writing", 0.0)
         if out.suffix == _SAFETENSORS:
-            # Tied tensors are written twice: the format has no other way, and whoever loads them ties them again.
+            # The format has no tied tensors. They are written twice, and the model that loads them ties them again.
             tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
             try:
                 content = safetensors.torch.save(tensors, {"format": "pt"})
             except KeyError as error:
                 raise _Failed(f"{out}: safetensors cannot hold {error.args[0]}; expand to a .pt file") from error
-            with replacing(out) as file:
+            with atomic_write(out) as file:
                 file.write(content)
         else:
             tensors = _apart(checkpoint.tensors)
-            with replacing(out) as file:
+            with atomic_write(out) as file:
                 torch.save(tensors, file)
     return _sizes(path, out)
 
 
 def _bench(arguments: argparse.Namespace) -> str:
     if "" not in sys.path:
-        sys.path.insert(0, "")  # as for python -m: the user's own modules lie in the working directory
-    place, *settings = arguments.arch
+        sys.path.insert(0, "")  # the modules of the user are in the working directory, as for python -m
+    function, *settings = arguments.arch
     try:
-        model = build(place, settings)
+        model = build(function, settings)
     except ValueError as error:
         raise _Usage(f"argument --arch: {error}") from error
     checkpoint = _read(arguments.file, arguments.key)
     if sentence := in_training(checkpoint):
         raise _Failed(f"{arguments.file}: {sentence}")
     load(model, checkpoint.tensors)
-    with _Progress() as progress:
+    with Progress() as progress:
         progress("timing", 0.0)
         try:
             _, report = feather_param.to_sparse_inference(model.eval(), torch.randn(arguments.input))
         except RuntimeError as error:
-            raise _Failed(f"{place} with an input of {arguments.input}: {error}") from error
+            raise _Failed(f"{function} with an input of {arguments.input}: {error}") from error
     return json.dumps(asdict(report), indent=2) if arguments.json else str(report)
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    """Return the sizes in a text like 1x3x224x224."""
+    """Return the shape in a text like 1x3x224x224."""
     sizes = text.split("x")
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise argparse.ArgumentTypeError(f"expected sizes of 1 or more like 1x3x224x224, got {text}")
@@ -247,13 +256,16 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give each tensor memory of its own, else torch.save writes all of them with each; tied ones stay tied."""
-    first = {id(tensor): tensor.clone() for tensor in tensors.values()}
-    return {name: first[id(tensor)] for name, tensor in tensors.items()}
+    """Return copies of tensors, each with its own memory. Tied tensors stay tied.
+
+    The tensors of a sparse file lie in one block of memory, and torch.save would write all of it for each of them.
+    """
+    copies = {name: tensor.clone() for name, tensor in untied(tensors).items()}
+    return {name: copies[first] for name, first in first_names(tensors).items()}
 
 
 def _read(path: Path, key: str | None) -> Checkpoint:
-    with _Progress() as progress:
+    with Progress() as progress:
         progress("reading", 0.0)
         return read(path, key)
 
@@ -261,10 +273,10 @@ def _read(path: Path, key: str | None) -> Checkpoint:
 def _check_out(path: Path, out: Path) -> None:
     if out.is_dir():
         raise _Usage(f"expected OUT to be a file, got the folder {out}")
-    if out.exists() and not out.is_file():  # to the administrator /dev/null is a name like any other
-        raise _Usage(f"expected OUT to be a file, got {out}, a device or pipe, whose place a file would take")
+    if out.exists() and not out.is_file():  # root may replace /dev/null
+        raise _Usage(f"expected OUT to be a file, got {out}, a device or pipe, which a file would replace")
     if not out.parent.is_dir():
-        raise _Usage(f"expected OUT in a folder that is there, got {out}")
+        raise _Usage(f"expected OUT in an existing folder, got {out}")
     if not os.access(Path(os.path.realpath(out)).parent, os.W_OK):
         raise _Usage(f"expected OUT in a folder that you may write to, got {out}")
     if out.exists() and path.exists() and out.samefile(path):
@@ -273,24 +285,3 @@ def _check_out(path: Path, out: Path) -> None:
 
 def _sizes(path: Path, out: Path) -> str:
     return f"{path}: {path.stat().st_size:,} bytes\n{out}: {out.stat().st_size:,} bytes"
-
-
-class _Progress:
-    """A line on a terminal that tells what is being done; nothing where stderr is none."""
-
-    def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
-        self._last = 0.0
-
-    def __call__(self, what: str, part: float) -> None:
-        now = time.monotonic()
-        if self._shown and (part == 0.0 or now - self._last >= _EVERY):
-            self._last = now
-            print(f"\r\x1b[K{what}" + (f" {part:.0%}" if part else " ..."), end="", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

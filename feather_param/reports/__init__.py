@@ -1,0 +1,30 @@
+"""Reports of a sparsified model: text, figures, pages and TensorBoard scalars.
+
+`Report` counts the zeros of each weight, `Plan` predicts them, `History` records the masks in training, and
+`MultiplyAdds` counts the multiply-adds of a forward pass. `figures.draw` draws these, `page` writes them as an HTML
+page, and the functions of `tensorboard` write them as scalars. Only the figure and the page need matplotlib, which is
+imported when they are made.
+"""
+
+from feather_param.reports import figures, tensorboard
+from feather_param.reports.history import History, LayerRecord, Record
+from feather_param.reports.html import page
+from feather_param.reports.multiply_adds import LayerMultiplyAdds, MultiplyAdds, multiply_adds
+from feather_param.reports.plan import Plan, PlannedWeight
+from feather_param.reports.report import Report, Row
+
+__all__ = [
+    "History",
+    "LayerMultiplyAdds",
+    "LayerRecord",
+    "MultiplyAdds",
+    "Plan",
+    "PlannedWeight",
+    "Record",
+    "Report",
+    "Row",
+    "figures",
+    "multiply_adds",
+    "page",
+    "tensorboard",
+]

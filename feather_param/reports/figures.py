@@ -1,170 +1,262 @@
-"""Reports as a matplotlib figure (``pip install 'feather_param[plot]'``)."""
+"""Draw reports as one matplotlib figure (``pip install 'feather_param[plot]'``)."""
 
 from __future__ import annotations
 
 import io
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from feather_param.reports.history import History
+from feather_param.reports.history import History, Record
 from feather_param.reports.multiply_adds import MultiplyAdds
 from feather_param.reports.report import Report
-from feather_param.utils.checks import instance
+from feather_param.utils.checks import instance, real
 from feather_param.utils.extras import extra
 from feather_param.utils.text import percent, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
-__all__ = ["draw", "draw_survivors", "history_svg"]
+__all__ = ["Accuracy", "draw", "svg"]
+
+Accuracy = Mapping[str, Sequence[tuple[int, float]]]
+"""The test accuracy of runs by their name: pairs of an optimizer step and a fraction from 0 to 1."""
 
 _BLUE, _ORANGE, _GREY, _PALE, _INK = "#2b6cb0", "#c05621", "#718096", "#e2e8f0", "#2d3748"
-_HISTORY_WIDTH, _HISTORY_HEIGHT = 5.5, 6.0  # inches
-_FEWEST_ROWS = 8  # that there is room for, lest the only bar be a block
+_CURVES = (_GREY, _BLUE, _ORANGE, "#2f855a", "#6b46c1", "#b83280")
+_NARROW, _WIDE = 7.5, 13.0  # inches
+_CURVES_HEIGHT, _ROW, _AROUND = 2.9, 0.2, 1.0  # inches: the curves, a layer, the axis below the layers
+_FEWEST_ROWS = 5  # the room in a panel, so that the bar of a single layer is no block
+_MOST_ROWS = 250  # more layers are drawn as thin bars without names and numbers
+_THIN_ROWS = 60  # the room for these, whatever their number
+_LONGEST_NAME = 48  # characters
 
 
 def draw(
-    report: Report, *, history: History | None = None, multiply_adds: MultiplyAdds | None = None, title: str = ""
+    report: Report | None = None,
+    *,
+    history: History | None = None,
+    multiply_adds: MultiplyAdds | None = None,
+    accuracy: Accuracy | None = None,
+    title: str = "",
 ) -> Figure:
-    """Draw which weights survive, layer by layer, and, where given, how it came about and what it could save.
+    """Draw a panel for each argument: survivors, history, multiply-adds and test accuracy.
+
+    The panels with curves are above, the panels with a bar for each layer are below. More than 250 layers are drawn
+    without their names.
 
     Args:
-        report: what `Controller.report` returned.
-        history: adds rate, threshold and churn over the steps, from the second look on.
-        multiply_adds: adds the multiply-adds left in each layer.
-        title: headline.
+        report: the survivors of each layer, from `Controller.report`.
+        history: rate, threshold and churn over the steps. It is drawn if it has two records or more.
+        multiply_adds: the remaining multiply-adds of each layer.
+        accuracy: the test accuracy over the steps. Each name has a curve of (optimizer step, fraction) pairs.
+        title: the title of the figure.
 
     Returns:
-        A figure that no window system and no global state knows of; ``figure.savefig("report.png")`` writes it.
+        A figure outside of pyplot, without a window. ``figure.savefig("report.png")`` writes it.
 
     Raises:
-        TypeError: an argument is of another class.
+        TypeError: an argument is of the wrong type.
+        ValueError: there is neither a report nor an accuracy, a curve has no points, or an accuracy is no fraction.
         ImportError: matplotlib is not installed: ``pip install feather_param[plot]``.
 
     Example:
         >>> controller = feather_param.sparsify(nn.Linear(4, 4), final_rate=0.75, total_steps=1, end_step=0)
-        >>> figure = draw(controller.report(), title="a small layer")
+        >>> figure = draw(controller.report(), accuracy={"sparse": [(1, 0.5), (2, 0.75)]}, title="a small layer")
         >>> [axes.get_xlabel() for axes in figure.axes]
-        ['weights that survive, of each layer (dashed: all layers, 25.0%)']
+        ['optimizer step', 'survivors of each layer (dashed: all layers, 25.0%)']
     """
-    check_arguments(report, history, multiply_adds)
-    history = history if history and len(history.looks) > 1 else None
-    layers = max(_FEWEST_ROWS, len(report.rows), len(multiply_adds.rows) if multiply_adds else 0)
-    widths = [_HISTORY_WIDTH] * bool(history) + [7.0] + [6.0] * (multiply_adds is not None)
-    figure = _figure(sum(widths), max(_HISTORY_HEIGHT if history else 0.0, 1.4 + 0.2 * layers))
-    if title:
-        figure.suptitle(title, fontsize=13, fontweight="bold")
-    grid = figure.add_gridspec(1, len(widths), width_ratios=widths)
-    parts = [figure.add_subfigure(grid[column]) for column in range(len(widths))]
-    if history is not None:
-        _draw_history(parts.pop(0), history)
-    draw_survivors(parts.pop(0).subplots(), report)
-    if multiply_adds is not None:
-        same = [row.name for row in report.rows] == [row.name for row in multiply_adds.rows]
-        _draw_multiply_adds(parts.pop(0).subplots(), multiply_adds, named=not same)
+    curves = check_arguments(report, history, multiply_adds, accuracy)
+    records = history.records if history is not None and len(history.records) > 1 else []
+    columns = bool(curves) + 3 * bool(records)
+    bars = (report is not None) + (multiply_adds is not None)
+    rows = max(_FEWEST_ROWS, len(report.rows) if report else 0, len(multiply_adds.rows) if multiply_adds else 0)
+    heights = [_CURVES_HEIGHT] * bool(columns) + [_AROUND + _ROW * (rows if rows <= _MOST_ROWS else _THIN_ROWS)] * bool(
+        bars
+    )
+    width = _WIDE if columns > 1 or bars > 1 else _NARROW
+    heading = textwrap.fill(title, int(8 * width))
+    above = 0.3 * (heading.count("\n") + 1) if heading else 0.0
+    figure = extra("matplotlib.figure").Figure(figsize=(width, sum(heights) + above), dpi=120, layout="constrained")
+    extra("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.04)
+    if heading:
+        figure.suptitle(_printable(heading), fontsize=13, fontweight="bold", parse_math=False)
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    if columns:
+        panels = list(figure.add_subfigure(grid[0]).subplots(1, columns, squeeze=False)[0])
+        if curves:
+            _draw_accuracy(panels.pop(0), curves)
+        if records:
+            _draw_history(panels, records)
+    if bars:
+        panels = list(figure.add_subfigure(grid[-1]).subplots(1, bars, squeeze=False)[0])
+        if report is not None:
+            _draw_survivors(panels.pop(0), report)
+        if multiply_adds is not None:
+            names = [row.name for row in report.rows] if report is not None else []
+            _draw_multiply_adds(panels.pop(0), multiply_adds, named=names != [row.name for row in multiply_adds.rows])
     return figure
 
 
-def check_arguments(report: Any, history: Any, multiply_adds: Any) -> None:
-    """Raise a TypeError for what is no report, history or count; the latter two may be None."""
-    instance(report, Report, "controller.report()")
-    if history is not None:
-        instance(history, History, "History(controller)")
-    if multiply_adds is not None:
-        instance(multiply_adds, MultiplyAdds, "multiply_adds(model, input)")
+def svg(figure: Figure) -> str:
+    """Return a figure as an SVG element for an HTML page.
 
-
-def history_svg(history: History) -> str:
-    """Return rate, threshold and churn over the steps as an SVG element for a page; it refers to nothing outside.
-
-    Raises:
-        ImportError: matplotlib is not installed: ``pip install feather_param[plot]``.
+    The same figure gives the same text. The element refers to nothing outside, and its words stay text.
     """
-    figure = _figure(_HISTORY_WIDTH, _HISTORY_HEIGHT)
-    _draw_history(figure, history)
     file = io.StringIO()
-    with extra("matplotlib.style").context({"svg.fonttype": "none", "svg.hashsalt": "feather_param"}):
+    style = extra("matplotlib.style").context({"svg.fonttype": "none", "svg.hashsalt": "feather_param"})
+    with style, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts draw the words
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return file.getvalue()[file.getvalue().index("<svg") :]
 
 
-def draw_survivors(axes: Axes, report: Report) -> None:
-    """Draw the fraction of each layer that survives, and write how many weights that are; dead layers in orange."""
-    instance(report, Report, "controller.report()")
-    kept = [row.survivors / max(1, row.total) for row in report.rows]
+def check_arguments(report: Any, history: Any, multiply_adds: Any, accuracy: Any) -> dict[str, list[tuple[int, float]]]:
+    """Refuse arguments of `draw` that cannot be drawn, and return the curves of the accuracy."""
+    if report is None and accuracy is None:
+        raise ValueError("expected a report or an accuracy to draw, got neither; pass controller.report()")
+    for value, kind, source in (
+        (report, Report, "controller.report()"),
+        (history, History, "History(controller)"),
+        (multiply_adds, MultiplyAdds, "multiply_adds(model, input)"),
+    ):
+        if value is not None:
+            instance(value, kind, source)
+    if accuracy is None:
+        return {}
+    if not isinstance(accuracy, Mapping):
+        raise TypeError(f"expected accuracy to map names to (step, fraction) pairs, got {type(accuracy).__name__}")
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for name, points in accuracy.items():
+        curves[str(name)] = [(step, real(f"the accuracy of {name}", value)) for step, value in points]
+        if not curves[str(name)]:
+            raise ValueError(f"expected (step, fraction) pairs for {name}, got none")
+        for step, value in curves[str(name)]:
+            if not 0 <= value <= 1:
+                raise ValueError(f"expected the accuracy of {name} as a fraction from 0 to 1, got {value} at {step}")
+    return curves
+
+
+def _draw_accuracy(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    colors = _CURVES if len(curves) > 1 else (_BLUE,)
+    lines: list[Any] = []
+    for i, points in enumerate(curves.values()):
+        steps, values = zip(*points, strict=True)
+        style: dict[str, Any] = {"marker": "o" if len(points) <= 20 else None, "markersize": 3}
+        lines += axes.plot(steps, values, color=colors[i % len(colors)], **style)
+    axes.set_ylabel("test accuracy")
+    axes.yaxis.set_major_formatter(_percents())
+    _legend(axes, lines, [f"{_shortened(name)}: {points[-1][1]:.2%}" for name, points in curves.items()])
+    _over_steps(axes)
+
+
+def _draw_history(panels: Sequence[Axes], records: Sequence[Record]) -> None:
+    rate, threshold, churn = panels
+    steps = [record.step for record in records]
+    style: dict[str, Any] = {"marker": "o" if len(steps) <= 20 else None, "markersize": 3}
+    rate.plot(steps, [record.rate for record in records], color=_ORANGE, **style)
+    rate.set_ylabel("rate (zeros)")
+    rate.set_ylim(0, 1)
+    rate.yaxis.set_major_formatter(_percents())
+    threshold.plot(steps, [record.threshold for record in records], color=_GREY, **style)
+    threshold.set_ylabel("threshold")
+    left = [record.left / max(1, record.survivors) for record in records[1:]]
+    entered = [record.entered / max(1, record.survivors) for record in records[1:]]
+    lines = churn.plot(steps[1:], left, color=_GREY, **style) + churn.plot(steps[1:], entered, color=_BLUE, **style)
+    churn.set_ylabel("churn (of survivors)")
+    churn.yaxis.set_major_formatter(_percents())
+    _legend(churn, lines, ["left", "entered"])
+    for axes in panels:
+        axes.set_ylim(bottom=0)
+        _over_steps(axes)
+
+
+def _draw_survivors(axes: Axes, report: Report) -> None:
+    """Draw the fraction of survivors of each layer. Write their number beside it, for dead layers in orange."""
+    fractions = [row.survivors / max(1, row.total) for row in report.rows]
     overall = report.survivors / max(1, report.total)
-    longest = max(kept, default=0.0) or 1.0
-    axes.barh(range(len(kept)), kept, color=_BLUE, height=0.72)
-    labels = [
-        f"{percent(part)}  ({row.survivors:,} of {row.total:,})" for part, row in zip(kept, report.rows, strict=True)
-    ]
-    _name_rows(axes, [row.name for row in report.rows])
-    for i, (part, label) in enumerate(zip(kept, labels, strict=True)):
-        color = _INK if part else _ORANGE
-        axes.text(max(part, overall) + 0.01 * longest, i, label, va="center", fontsize=7, color=color)
+    longest = max(fractions, default=0.0) or 1.0
+    axes.barh(range(len(fractions)), fractions, color=_BLUE, height=_bar_height(len(fractions)), linewidth=0)
+    _layers(axes, [row.name for row in report.rows])
+    if len(fractions) <= _MOST_ROWS:
+        for i, (fraction, row) in enumerate(zip(fractions, report.rows, strict=True)):
+            label = f"{percent(fraction)}  ({row.survivors:,} of {row.total:,})"
+            at = max(fraction, overall) + 0.01 * longest  # right of the dashed line
+            axes.text(at, i, label, va="center", fontsize=7, color=_INK if fraction else _ORANGE)
     axes.set_xlim(0, 1.45 * longest)  # room for the labels
-    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 1])
-    axes.xaxis.set_major_formatter(extra("matplotlib.ticker").PercentFormatter(1.0, decimals=None))
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= longest])
+    axes.xaxis.set_major_formatter(_percents())
     axes.axvline(overall, color=_GREY, linewidth=1, linestyle="--")
-    axes.set_xlabel(f"weights that survive, of each layer (dashed: all layers, {percent(overall)})")
-
-
-def _figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches that no window system knows of."""
-    figure = extra("matplotlib.figure").Figure(figsize=(width, height), dpi=120, layout="constrained")
-    extra("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
-    return figure
+    axes.set_xlabel(f"survivors of each layer (dashed: all layers, {percent(overall)})")
 
 
 def _draw_multiply_adds(axes: Axes, counted: MultiplyAdds, named: bool) -> None:
     dense = [row.dense for row in counted.rows]
-    left = [row.left for row in counted.rows]
     longest = max(dense, default=0) or 1
-    axes.barh(range(len(dense)), dense, color=_PALE, height=0.72)
-    axes.barh(range(len(left)), left, color=_BLUE, height=0.72)
-    _name_rows(axes, [row.name if named else "" for row in counted.rows])
-    for i, row in enumerate(counted.rows):
-        label = f"{percent(row.left / max(1, row.dense))}  ({short(row.left)} of {short(row.dense)})"
-        axes.text(row.dense + 0.01 * longest, i, label, va="center", fontsize=7, color=_INK)
-    axes.set_xlim(0, 1.4 * longest)
+    height = _bar_height(len(dense))
+    axes.barh(range(len(dense)), dense, color=_PALE, height=height, linewidth=0)
+    axes.barh(range(len(dense)), [row.remaining for row in counted.rows], color=_BLUE, height=height, linewidth=0)
+    _layers(axes, [row.name if named else "" for row in counted.rows])
+    if len(dense) <= _MOST_ROWS:
+        for i, row in enumerate(counted.rows):
+            label = f"{percent(row.remaining / max(1, row.dense))}  ({short(row.remaining)} of {short(row.dense)})"
+            axes.text(row.dense + 0.01 * longest, i, label, va="center", fontsize=7, color=_INK)
+    axes.set_xlim(0, 1.45 * longest)  # room for the labels
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= longest])
     axes.xaxis.set_major_formatter(extra("matplotlib.ticker").EngFormatter(sep=""))
-    whole = f"{percent(counted.left / max(1, counted.dense))} of {short(counted.dense)}"
-    axes.set_xlabel(f"multiply-adds of each layer, dark: without the zeros (all layers: {whole})")
+    total = f"{percent(counted.remaining / max(1, counted.dense))} of {short(counted.dense)}"
+    axes.set_xlabel(f"multiply-adds of each layer (dark: remaining, {total})")
 
 
-def _name_rows(axes: Axes, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), [name.removesuffix(".weight") for name in names], fontsize=8)
+def _layers(axes: Axes, names: Sequence[str]) -> None:
+    """Set up the vertical axis of a panel with a bar for each layer, the first one at the top."""
+    if len(names) > _MOST_ROWS:
+        axes.set_ylabel("layer")
+    else:
+        labels = [_shortened(name.removesuffix(".weight")) for name in names]
+        axes.set_yticks(range(len(names)), labels, fontsize=8, parse_math=False)
     axes.set_ylim(max(_FEWEST_ROWS, len(names)) - 0.4, -0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
-def _draw_history(part: Figure | SubFigure, history: History) -> None:
+def _bar_height(rows: int) -> float:
+    """Return the height of a bar; thin bars leave no gaps, which would make stripes."""
+    return 0.72 if rows <= _MOST_ROWS else 1.0
+
+
+def _over_steps(axes: Axes) -> None:
+    """Set up a panel with curves over the optimizer steps."""
     ticker = extra("matplotlib.ticker")
-    top, middle, bottom = part.subplots(3, 1, sharex=True)
-    part.align_ylabels()
-    looks = history.looks
-    steps = [look.step for look in looks]
-    style: dict[str, Any] = {"marker": "o" if len(steps) <= 30 else None, "markersize": 3}
-    top.plot(steps, [look.rate for look in looks], color=_ORANGE, **style)
-    top.set_ylabel("rate (zeros)")
-    top.set_ylim(0, 1)
-    top.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
-    middle.plot(steps, [look.threshold for look in looks], color=_GREY, **style)
-    middle.set_ylabel("threshold")
-    for name, color in (("left", _GREY), ("entered", _BLUE)):  # since the look before
-        churn = [getattr(look, name) / max(1, look.survivors) for look in looks[1:]]
-        bottom.plot(steps[1:], churn, color=color, label=name, **style)
-    bottom.set_ylabel("churn (of survivors)")
-    bottom.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=None))
-    bottom.legend(frameon=False)
-    bottom.set_xlabel("optimizer step")
-    bottom.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
-    bottom.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-    for axes in (top, middle, bottom):
-        axes.set_ylim(bottom=0)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        axes.grid(axis="y", color=_PALE, linewidth=0.8)
-        axes.set_axisbelow(True)
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="y", color=_PALE, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _legend(axes: Axes, lines: Sequence[Any], labels: Sequence[str]) -> None:
+    legend = axes.legend(lines, ["-"] * len(lines), frameon=False, fontsize=9)
+    for text, label in zip(legend.get_texts(), labels, strict=True):  # as they are: legend() hides "_name"
+        text.set_parse_math(False)
+        text.set_text(label)
+
+
+def _percents() -> Any:
+    return extra("matplotlib.ticker").PercentFormatter(1.0, decimals=None)
+
+
+def _shortened(name: str) -> str:
+    """Return a name with at most 48 characters: of a longer one, the beginning and the end."""
+    name = _printable(name)
+    half = _LONGEST_NAME // 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)

@@ -1,28 +1,48 @@
-"""How the sparsity of a model came about: who survived, and who entered and left, over the steps."""
+"""The history of the masks: how many weights survive, enter and leave over the steps."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from feather_param.controller import Controller
 from feather_param.utils.checks import require_same_shapes
 from feather_param.utils.text import aligned
 
-__all__ = ["History", "LayerLook", "Look"]
-
 _VERSION = 1
+_NEEDED = ("masks", "step_count", "rate", "threshold")
+
+
+class Masked(Protocol):
+    """The attributes of a `Controller` that a history reads."""
+
+    @property
+    def step_count(self) -> int: ...
+    @property
+    def rate(self) -> float: ...
+    @property
+    def threshold(self) -> Tensor: ...
+    def masks(self) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
-class LayerLook:
-    """One weight at one look: elements that survive, and those that entered and left since the look before."""
+class LayerRecord:
+    """The counts of one weight in a record.
+
+    Attributes:
+        name: its name.
+        total: number of elements.
+        survivors: number of elements that survive.
+        entered: number of survivors that were pruned in the record before.
+        left: number of pruned elements that survived in the record before.
+    """
 
     name: str
     total: int
@@ -32,13 +52,20 @@ class LayerLook:
 
 
 @dataclass(frozen=True)
-class Look:
-    """All weights at one look."""
+class Record:
+    """The counts of all weights at one step.
 
-    step: int  # optimizer steps made
-    rate: float  # the scheduled one
+    Attributes:
+        step: number of optimizer steps made.
+        rate: the scheduled rate.
+        threshold: the threshold.
+        layers: the prunable weights in the model's order.
+    """
+
+    step: int
+    rate: float
     threshold: float
-    layers: tuple[LayerLook, ...]  # the prunable weights in the model's order
+    layers: tuple[LayerRecord, ...]
 
     @property
     def total(self) -> int:
@@ -47,28 +74,34 @@ class Look:
 
     @property
     def survivors(self) -> int:
-        """Number of those that survive."""
+        """Number of weights that survive."""
         return sum(layer.survivors for layer in self.layers)
 
     @property
     def entered(self) -> int:
-        """Number of survivors that were pruned at the look before."""
+        """Number of survivors that were pruned in the record before."""
         return sum(layer.entered for layer in self.layers)
 
     @property
     def left(self) -> int:
-        """Number of pruned ones that survived at the look before."""
+        """Number of pruned weights that survived in the record before."""
         return sum(layer.left for layer in self.layers)
 
 
 class History:
-    """Watch the masks of a model in training: call `look` once in a while, once an epoch for example.
+    """Record the masks of a model in training. Call `record` now and then, for example once an epoch.
 
-    A weight survives if `desparsify` would leave it at that moment. The first look is taken at once. The masks of
-    the last look are kept in memory, one bit a weight; a look takes about as long as baking the model would.
+    A weight survives if `desparsify` would keep it at that moment. The constructor makes the first record. The history
+    keeps the masks of the last record in memory, one bit for each weight. A record takes about as long as baking.
+
+    Args:
+        controller: the controller that `sparsify` returned.
 
     Attributes:
-        looks: all looks so far, the oldest first.
+        records: all records, the oldest first.
+
+    Raises:
+        TypeError: ``controller`` is no controller.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -76,11 +109,11 @@ class History:
         >>> controller = feather_param.sparsify(layer, final_rate=0.5, total_steps=2, end_step=1)
         >>> history = History(controller)
         >>> controller.step()
-        >>> _ = history.look()
+        >>> _ = history.record()
         >>> with torch.no_grad():
         ...     layer.parametrizations.weight.original[0, 0] = 5.0
         >>> controller.step()
-        >>> history.look().entered
+        >>> history.record().entered
         1
         >>> print(history)
         step  rate     threshold  survivors  entered  left
@@ -89,17 +122,18 @@ class History:
         2     50.000%          3          2        1     1
     """
 
-    def __init__(self, controller: Controller) -> None:
-        if not isinstance(controller, Controller):
+    def __init__(self, controller: Masked) -> None:
+        # Not hasattr: it would evaluate the properties.
+        if any(inspect.getattr_static(controller, name, None) is None for name in _NEEDED):
             raise TypeError(f"expected the controller that sparsify returns, got {type(controller).__name__}")
         self._controller = controller
         self._shapes: dict[str, list[int]] = {}
         self._masks: dict[str, NDArray[np.uint8]] = {}
-        self.looks: list[Look] = []
-        self.look()
+        self.records: list[Record] = []
+        self.record()
 
-    def look(self) -> Look:
-        """Append a look at the model as it is now, and return it.
+    def record(self) -> Record:
+        """Append a record of the model as it is now, and return it.
 
         Raises:
             RuntimeError: the model has been desparsified.
@@ -108,40 +142,43 @@ class History:
         controller = self._controller
         masks = controller.masks()
         packed = {name: np.packbits(mask.cpu().numpy()) for name, mask in masks.items()}
-        layers: list[LayerLook] = []
+        layers: list[LayerRecord] = []
         for name, now in packed.items():
             before = self._masks.get(name, now)
             entered, left = _count(now & ~before), _count(before & ~now)
-            layers.append(LayerLook(name, masks[name].numel(), _count(now), entered, left))
+            layers.append(LayerRecord(name, masks[name].numel(), _count(now), entered, left))
         self._shapes = {name: list(mask.shape) for name, mask in masks.items()}
         self._masks = packed
-        self.looks.append(Look(controller.step_count, controller.rate, float(controller.threshold), tuple(layers)))
-        return self.looks[-1]
+        self.records.append(Record(controller.step_count, controller.rate, float(controller.threshold), tuple(layers)))
+        return self.records[-1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on: plain values and uint8 tensors, which ``weights_only=True`` loads."""
+        """Return the records and the last masks: plain values and uint8 tensors, which ``weights_only=True`` loads."""
         return {
             "version": _VERSION,
             "shapes": self._shapes,
             "masks": {name: torch.from_numpy(mask.copy()) for name, mask in self._masks.items()},
-            "looks": [
+            "records": [
                 {
-                    "step": look.step,
-                    "rate": look.rate,
-                    "threshold": look.threshold,
-                    "layers": [[layer.survivors, layer.entered, layer.left] for layer in look.layers],
+                    "step": record.step,
+                    "rate": record.rate,
+                    "threshold": record.threshold,
+                    "layers": [[layer.survivors, layer.entered, layer.left] for layer in record.layers],
                 }
-                for look in self.looks
+                for record in self.records
             ],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from where the history of the same model was saved; the looks taken here so far are forgotten.
+        """Continue the saved history of the same model. The records made here so far are dropped.
+
+        Args:
+            state_dict: what `state_dict` returned.
 
         Raises:
-            ValueError: it is the state of another model or version, or none; the history is then untouched.
+            ValueError: it is no history, or one of another model or version. This history then stays as it was.
         """
-        if not isinstance(state_dict, Mapping) or not {"version", "shapes", "masks", "looks"} <= state_dict.keys():
+        if not isinstance(state_dict, Mapping) or not {"version", "shapes", "masks", "records"} <= state_dict.keys():
             raise ValueError("expected the state_dict of a History, got something else")
         if state_dict["version"] != _VERSION:
             raise ValueError(
@@ -152,23 +189,24 @@ class History:
         require_same_shapes("the history", self._shapes, theirs)
         totals = {name: math.prod(shape) for name, shape in theirs.items()}
         self._masks = {name: mask.cpu().numpy().copy() for name, mask in state_dict["masks"].items()}
-        self.looks = [
-            Look(
-                look["step"],
-                look["rate"],
-                look["threshold"],
+        self.records = [
+            Record(
+                record["step"],
+                record["rate"],
+                record["threshold"],
                 tuple(
-                    LayerLook(name, totals[name], *counts) for name, counts in zip(totals, look["layers"], strict=True)
+                    LayerRecord(name, totals[name], *counts)
+                    for name, counts in zip(totals, record["layers"], strict=True)
                 ),
             )
-            for look in state_dict["looks"]
+            for record in state_dict["records"]
         ]
 
     def __str__(self) -> str:
         cells: list[tuple[str, ...]] = [("step", "rate", "threshold", "survivors", "entered", "left")]
-        for look in self.looks:
-            counts = (f"{count:,}" for count in (look.survivors, look.entered, look.left))
-            cells.append((f"{look.step:,}", f"{look.rate:.3%}", f"{look.threshold:.4g}", *counts))
+        for record in self.records:
+            counts = (f"{count:,}" for count in (record.survivors, record.entered, record.left))
+            cells.append((f"{record.step:,}", f"{record.rate:.3%}", f"{record.threshold:.4g}", *counts))
         return "\n".join(aligned(cells))
 
 

@@ -1,4 +1,4 @@
-"""Reports as one page of HTML that needs nothing but itself: no scripts, no fonts, no pictures from elsewhere."""
+"""Write reports as one HTML page that loads nothing: no scripts, no fonts, no other files."""
 
 from __future__ import annotations
 
@@ -6,29 +6,24 @@ import functools
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from feather_param.reports.figures import check_arguments, history_svg
-from feather_param.reports.history import History, Look
+from feather_param.reports.figures import Accuracy, check_arguments, draw, svg
+from feather_param.reports.history import History, Record
 from feather_param.reports.multiply_adds import MultiplyAdds
 from feather_param.reports.report import Report
+from feather_param.utils.checks import instance
 from feather_param.utils.text import percent, short
-
-__all__ = ["page"]
 
 _STYLE = """
 :root { color-scheme: light; }
-body { margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #2d3748; background: #fff;
+body { margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #2d3748; background: #fff;
   font: 15px/1.45 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; white-space: nowrap; }
-th, td { padding: .15rem .7rem .15rem 0; border-bottom: 1px solid #edf2f7; }
-td.name { white-space: nowrap; min-width: 9rem; } td.n, th.n { text-align: right; white-space: nowrap; }
+th { text-align: left; font-weight: 600; white-space: nowrap; position: sticky; top: 0; background: #fff; }
+th, td { padding: .15rem 1.2rem .15rem 0; border-bottom: 1px solid #edf2f7; }
+td.name { min-width: 9rem; overflow-wrap: anywhere; } td.n, th.n { text-align: right; white-space: nowrap; }
 tr.all td { font-weight: 600; border-top: 2px solid #a0aec0; } tr.dead td { color: #c05621; }
-.scroll { overflow-x: auto; }
-.bar { position: relative; display: block; width: 11rem; height: .9rem; background: #edf2f7; }
-.bar b { position: absolute; inset: 0 auto 0 0; background: #2b6cb0; }
-.bar i { position: absolute; top: -.3rem; bottom: -.3rem; border-left: 1px dashed #718096; }
-.chart svg { max-width: 100%; height: auto; } .spark { width: 6rem; height: 1.1rem; vertical-align: middle; }
+.figure svg { max-width: 100%; height: auto; }
 footer { margin: 2.5rem 0 1rem; font-size: .8rem; color: #718096; }
 """
 
@@ -38,21 +33,24 @@ def page(
     *,
     history: History | None = None,
     multiply_adds: MultiplyAdds | None = None,
+    accuracy: Accuracy | None = None,
     sizes: Mapping[str, int] | None = None,
     title: str = "Sparsity",
 ) -> str:
-    """Return a page that shows which weights survive, and, where given, how it came about and what it saves.
+    """Return an HTML page with the figure that `figures.draw` draws, and with tables of all numbers.
 
     Args:
-        report: what `Controller.report` returned.
-        history: adds rate, threshold and churn over the steps, and the survivors of each layer over time; it needs
-            matplotlib (``pip install feather_param[plot]``).
-        multiply_adds: adds the multiply-adds left in each layer.
-        sizes: adds bytes by the name of a file format; the first one is compared with.
-        title: headline.
+        report: the survivors of each layer, from `Controller.report`.
+        history: adds rate, threshold and churn over the steps, if it has two records or more.
+        multiply_adds: adds the remaining multiply-adds of each layer.
+        accuracy: adds the test accuracy over the steps; see `figures.draw`.
+        sizes: adds bytes by the name of a file format. The others are compared with the first.
+        title: the title of the page.
 
     Raises:
-        TypeError: an argument is of another class.
+        TypeError: an argument is of the wrong type.
+        ValueError: an accuracy cannot be drawn; see `figures.draw`.
+        ImportError: matplotlib is not installed: ``pip install feather_param[plot]``.
 
     Example:
         >>> controller = feather_param.sparsify(nn.Linear(4, 4), final_rate=0.75, total_steps=1, end_step=0)
@@ -60,15 +58,16 @@ def page(
         >>> html[:15], "a &lt;small&gt; layer" in html, "12 of 16 weights are zero" in html
         ('<!doctype html>', True, True)
     """
-    check_arguments(report, history, multiply_adds)
+    instance(report, Report, "controller.report()")
+    check_arguments(report, history, multiply_adds, accuracy)
+    records = history.records if history is not None and len(history.records) > 1 else []
+    figure = draw(report, history=history, multiply_adds=multiply_adds, accuracy=accuracy)
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{_summary(report, multiply_adds)}</p>"]
+    parts.append(f'<div class="figure">{svg(figure)}</div>')
     if sizes:
         parts += ["<h2>File size</h2>", _sizes(sizes)]
-    looks = history.looks if history is not None and len(history.looks) > 1 else []
-    if history is not None and looks:
-        parts += ["<h2>Over the training</h2>", f'<div class="chart">{history_svg(history)}</div>']
     if report.rows:
-        parts += ["<h2>Layers</h2>", _layers(report, looks, multiply_adds)]
+        parts += ["<h2>Layers</h2>", _layers(report, records, multiply_adds)]
     if multiply_adds is not None and multiply_adds.uncounted:
         parts += ["<h2>Multiply-adds not counted</h2>", _reasons(multiply_adds.uncounted)]
     if report.skipped:
@@ -84,64 +83,51 @@ def page(
 def _summary(report: Report, counted: MultiplyAdds | None) -> str:
     text = f"{report.zeros:,} of {report.total:,} weights are zero ({report.rate:.3%})."
     if counted is not None:
-        left = percent(counted.left / max(1, counted.dense))
-        text += f" Of {short(counted.dense)} multiply-adds of a forward pass {left} are left, if every zero is skipped."
+        remaining = percent(counted.remaining / max(1, counted.dense))
+        text += f" Without the zeros, {remaining} of {short(counted.dense)} multiply-adds of a forward pass remain."
     if report.dead:
         text += f" Nothing survives in {', '.join(report.dead)}."
     return escape(text)
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:
-    largest = max(1, *sizes.values())
-    first = max(1, next(iter(sizes.values())))
-    rows = [
-        f'<td>{escape(name)}</td><td class="n">{size:,} B</td><td class="n">{percent(size / first)}</td>'
-        f"<td>{_bar(size / largest)}</td>"
-        for name, size in sizes.items()
-    ]
-    return _table(["format", ">size", f">of {next(iter(sizes))}", ""], rows)
+    name, first = next(iter(sizes.items()))
+    rows = [_name(name) + _right(f"{size:,} B") + _right(percent(size / max(1, first))) for name, size in sizes.items()]
+    return _table(["format", ">size", f">of {name}"], rows)
 
 
-def _layers(report: Report, looks: Sequence[Look], counted: MultiplyAdds | None) -> str:
-    kept = [row.survivors / max(1, row.total) for row in report.rows]
-    overall = report.survivors / max(1, report.total)
-    longest = max(*kept, overall, 1e-9)
-    trails: dict[str, list[float]] = {row.name: [] for row in report.rows}
-    for look in looks:
-        for layer in look.layers:
-            trails.setdefault(layer.name, []).append(layer.survivors / max(1, layer.total))
-    latest = {layer.name: layer for layer in looks[-1].layers} if looks else {}
+def _layers(report: Report, records: Sequence[Record], counted: MultiplyAdds | None) -> str:
+    """Return the table of all layers. `records` is empty or has two records or more."""
+    heads = ["weight", "shape", ">weights", ">zeros", ">rate", ">survivors"]
+    heads += [">entered", ">left"] * bool(records) + [">multiply-adds", ">remaining"] * (counted is not None)
+    last = {layer.name: layer for layer in records[-1].layers} if records else {}
     adds = {row.name: row for row in counted.rows} if counted is not None else {}
-    heads = ["weight", "shape", ">weights", ">zeros", ">survive", f"dashed: all, {percent(overall)}"]
-    heads += ["over time", ">entered", ">left"] * bool(looks) + [">multiply-adds", ">without zeros"] * bool(counted)
     rows: list[str] = []
-    for row, part in zip(report.rows, kept, strict=True):
-        cells = [_name(row.name), _cell("x".join(map(str, row.shape))), _right(f"{row.total:,}")]
-        cells += [
-            _right(f"{row.zeros:,}"),
-            _right(percent(part)),
-            f"<td>{_bar(part / longest, overall / longest)}</td>",
-        ]
-        if looks:
-            layer = latest.get(row.name)
-            trail = trails[row.name]
-            cells.append(f"<td>{_sparkline(trail)}</td>" if trail else _cell(""))
-            cells += [_right(f"{layer.entered:,}" if layer else ""), _right(f"{layer.left:,}" if layer else "")]
+    for row in report.rows:
+        cells = [_name(row.name), _cell("x".join(map(str, row.shape)))]
+        cells += _counts(row.total, row.zeros, row.survivors)
+        if records:
+            layer = last.get(row.name)
+            cells += [_right(f"{layer.entered:,}"), _right(f"{layer.left:,}")] if layer else [_right("-")] * 2
         if counted is not None:
             add = adds.get(row.name)
-            cells += [_right(short(add.dense) if add else "-"), _right(short(add.left) if add else "-")]
+            cells += [_right(f"{add.dense:,}"), _right(f"{add.remaining:,}")] if add else [_right("-")] * 2
         rows.append("".join(cells))
-    total = [_name("all"), _cell(""), _right(f"{report.total:,}"), _right(f"{report.zeros:,}")]
-    total += [_right(percent(overall)), _cell("")]
-    if looks:
-        total += [_cell(""), _right(f"{looks[-1].entered:,}"), _right(f"{looks[-1].left:,}")]
+    total = [_name("all"), _cell(""), *_counts(report.total, report.zeros, report.survivors)]
+    if records:
+        total += [_right(f"{records[-1].entered:,}"), _right(f"{records[-1].left:,}")]
     if counted is not None:
-        total += [_right(short(counted.dense)), _right(short(counted.left))]
+        total += [_right(f"{counted.dense:,}"), _right(f"{counted.remaining:,}")]
     classes = ["dead" if row.name in report.dead else "" for row in report.rows]
     table = _table(heads, [*rows, "".join(total)], [*classes, "all"])
-    if not looks:
+    if not records:
         return table
-    return f"<p>Entered and left: from step {looks[-2].step:,} to {looks[-1].step:,}.</p>{table}"
+    return f"<p>Entered and left: from step {records[-2].step:,} to {records[-1].step:,}.</p>{table}"
+
+
+def _counts(total: int, zeros: int, survivors: int) -> list[str]:
+    rate = f"{zeros / total:.3%}" if total else "-"
+    return [*map(_right, (f"{total:,}", f"{zeros:,}", rate, f"{survivors:,}"))]
 
 
 def _reasons(reasons: Mapping[str, str]) -> str:
@@ -149,7 +135,7 @@ def _reasons(reasons: Mapping[str, str]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[str], classes: Sequence[str] = ()) -> str:
-    """Return a table; a head that begins with > stands over numbers."""
+    """Return a table. A head that begins with ``>`` is aligned to the right, above numbers."""
     head = "".join(
         f'<th class="n">{escape(text[1:])}</th>' if text.startswith(">") else f"<th>{escape(text)}</th>"
         for text in heads
@@ -158,20 +144,7 @@ def _table(heads: Sequence[str], rows: Sequence[str], classes: Sequence[str] = (
     body = "\n".join(
         f'<tr class="{kind}">{row}</tr>' if kind else f"<tr>{row}</tr>" for kind, row in zip(kinds, rows, strict=True)
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
-
-
-def _bar(part: float, mark: float | None = None) -> str:
-    dashed = "" if mark is None else f'<i style="left:{100 * mark:.2f}%"></i>'
-    return f'<span class="bar"><b style="width:{100 * part:.2f}%"></b>{dashed}</span>'
-
-
-def _sparkline(ys: Sequence[float]) -> str:
-    """Return a line as small as a word, from 0 to 1."""
-    points = " ".join(f"{100.0 * i / max(1, len(ys) - 1):.1f},{19.0 - 18.0 * y:.1f}" for i, y in enumerate(ys))
-    style = 'fill="none" stroke="#2b6cb0" stroke-width="1.6" vector-effect="non-scaling-stroke"'
-    line = f'<polyline {style} points="{points}"/>'
-    return f'<svg class="spark" viewBox="0 0 100 20" preserveAspectRatio="none">{line}</svg>'
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
 
 def _cell(text: str, kind: str = "") -> str:

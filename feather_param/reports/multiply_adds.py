@@ -1,4 +1,4 @@
-"""The multiplications that are left: what zeros could save at best, layer by layer."""
+"""The multiply-adds of a forward pass, layer by layer, with and without the zeros."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from feather_param.selection.names import names_of
 from feather_param.selection.weights import is_matrix, parametrizations_of
 from feather_param.utils.text import aligned, grouped
 
-__all__ = ["LayerMultiplyAdds", "MultiplyAdds", "multiply_adds"]
-
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _COUNTED = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
@@ -26,7 +24,14 @@ _COUNTED = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 
 @dataclass(frozen=True)
 class LayerMultiplyAdds:
-    """One weight: how often each of its elements is multiplied in a forward pass, and how many are not zero."""
+    """The multiply-adds of one weight.
+
+    Attributes:
+        name: its name.
+        shape: its shape.
+        uses: number of multiplications of each element in a forward pass.
+        nonzeros: number of elements that are not zero.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -35,60 +40,71 @@ class LayerMultiplyAdds:
 
     @property
     def dense(self) -> int:
-        """Multiply-adds of the dense weight."""
+        """Number of multiply-adds with the zeros."""
         return self.uses * math.prod(self.shape)
 
     @property
-    def left(self) -> int:
-        """Those that its zeros do not make superfluous."""
+    def remaining(self) -> int:
+        """Number of multiply-adds without the zeros."""
         return self.uses * self.nonzeros
 
 
 @dataclass(frozen=True)
 class MultiplyAdds:
-    """The multiply-adds of one forward pass."""
+    """The multiply-adds of one forward pass.
 
-    rows: tuple[LayerMultiplyAdds, ...]  # the weights that were counted, in the model's order
-    uncounted: dict[str, str] = field(default_factory=dict)  # other matrices and kernels, with the reason
+    Attributes:
+        rows: the counted weights in the model's order.
+        uncounted: names of the other matrices and kernels, with the reason.
+    """
+
+    rows: tuple[LayerMultiplyAdds, ...]
+    uncounted: dict[str, str] = field(default_factory=dict)
 
     @property
     def dense(self) -> int:
-        """Multiply-adds of the dense network."""
+        """Number of multiply-adds with the zeros."""
         return sum(row.dense for row in self.rows)
 
     @property
-    def left(self) -> int:
-        """Those that zeros do not make superfluous."""
-        return sum(row.left for row in self.rows)
+    def remaining(self) -> int:
+        """Number of multiply-adds without the zeros."""
+        return sum(row.remaining for row in self.rows)
 
     def __str__(self) -> str:
-        cells = [("weight", "shape", "multiply-adds", "left", "left/dense", "of all left")]
-        whole = max(1, self.left)
+        cells = [("weight", "shape", "multiply-adds", "remaining", "of dense", "of all remaining")]
+        whole = max(1, self.remaining)
         for row in self.rows:
             shape = "x".join(map(str, row.shape))
-            share = f"{row.left / max(1, row.dense):.3%}"
-            cells.append((row.name, shape, f"{row.dense:,}", f"{row.left:,}", share, f"{row.left / whole:.2%}"))
-        share = f"{self.left / max(1, self.dense):.3%}"
-        cells.append(("all", "", f"{self.dense:,}", f"{self.left:,}", share, "100.00%"))
+            of_dense = f"{row.remaining / max(1, row.dense):.3%}"
+            of_all = f"{row.remaining / whole:.2%}"
+            cells.append((row.name, shape, f"{row.dense:,}", f"{row.remaining:,}", of_dense, of_all))
+        of_dense = f"{self.remaining / max(1, self.dense):.3%}"
+        cells.append(("all", "", f"{self.dense:,}", f"{self.remaining:,}", of_dense, "100.00%"))
         lines = aligned(cells)
         lines += [f"not counted: {line}" for line in grouped(self.uncounted)]
         return "\n".join(lines)
 
 
 def multiply_adds(model: nn.Module, example_input: Any) -> MultiplyAdds:
-    """Count the multiply-adds of one forward pass, and those that are left without the zeros.
+    """Count the multiply-adds of one forward pass, with and without the zeros.
 
-    Counted are the weights of Linear, Conv and ConvTranspose layers, each element times the places it is applied at,
-    padding included: with B examples, a Linear layer's at ``B * (rows of its input)``, a convolution's at
-    ``B * (positions of its output)``, a transposed one's at ``B * (positions of its input)``. Biases, norms and
-    activations are not. It is a bound: no kernel skips every zero for nothing.
+    The weights of Linear, Conv and ConvTranspose layers are counted. Biases, norms and activations are not. Each
+    element of a weight counts once for each position that the layer applies it to, padding included. For a batch of
+    size B, the number of positions is
 
-    The pass is made in evaluation mode without gradients, and the model is left as it was.
+    * Linear: B times the rows of its input,
+    * Conv: B times the positions of its output,
+    * ConvTranspose: B times the positions of its input.
+
+    The remaining multiply-adds are a lower bound: no kernel skips every zero at no cost.
+
+    The forward pass runs in evaluation mode without gradients. The model stays as it was.
 
     Args:
-        model: a plain model (zeros are those of its weights) or a sparsified one (those that `desparsify` would leave).
-        example_input: what the model takes: a tensor, a tuple of positional arguments, or a mapping of named ones.
-            Give a batch of one to count for one example.
+        model: a plain or a sparsified model. The zeros of a sparsified model are those that `desparsify` would write.
+        example_input: the input of the model: a tensor, a tuple of positional arguments, or a mapping of keyword
+            arguments. Use a batch of one to count for one example.
 
     Raises:
         TypeError: ``model`` is no nn.Module.
@@ -99,21 +115,21 @@ def multiply_adds(model: nn.Module, example_input: Any) -> MultiplyAdds:
         >>> with torch.no_grad():
         ...     _ = model[2].weight[:, 64:].zero_()
         >>> print(multiply_adds(model, torch.zeros(1, 3, 4, 4)))
-        weight    shape    multiply-adds   left  left/dense  of all left
-        0.weight  8x3x3x3          3,456  3,456    100.000%       84.38%
-        2.weight  10x128           1,280    640     50.000%       15.62%
-        all                        4,736  4,096     86.486%      100.00%
+        weight    shape    multiply-adds  remaining  of dense  of all remaining
+        0.weight  8x3x3x3          3,456      3,456  100.000%            84.38%
+        2.weight  10x128           1,280        640   50.000%            15.62%
+        all                        4,736      4,096   86.486%           100.00%
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
     uses: dict[nn.Module, int] = {}
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        uses[module] = uses.get(module, 0) + _applications(module, given, output)
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        source = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        uses[module] = uses.get(module, 0) + _applications(module, source, output)
 
     layers = [module for module in model.modules() if isinstance(module, _COUNTED)]
-    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
     try:
         with _evaluating(model), torch.no_grad():
             if isinstance(example_input, Mapping):
@@ -127,7 +143,7 @@ def multiply_adds(model: nn.Module, example_input: Any) -> MultiplyAdds:
 
 
 def _counted(model: nn.Module, uses: Mapping[nn.Module, int]) -> MultiplyAdds:
-    nonzeros = {place: int(mask.sum()) for place, mask in final_masks(model).items()}
+    nonzeros = {key: int(mask.sum()) for key, mask in final_masks(model).items()}
     rows: list[LayerMultiplyAdds] = []
     uncounted: dict[str, str] = {}
     for module, (name, *_) in names_of(model).items():
@@ -136,9 +152,9 @@ def _counted(model: nn.Module, uses: Mapping[nn.Module, int]) -> MultiplyAdds:
         prefix = f"{name}." if name else ""
         if module in uses:
             weight: Tensor = module.weight  # type: ignore[assignment]
-            count = nonzeros.get((module, "weight"))
-            count = int((weight != 0).sum()) if count is None else count
-            rows.append(LayerMultiplyAdds(f"{prefix}weight", tuple(weight.shape), uses[module], count))
+            nonzero = nonzeros.get((module, "weight"))
+            nonzero = int((weight != 0).sum()) if nonzero is None else nonzero
+            rows.append(LayerMultiplyAdds(f"{prefix}weight", tuple(weight.shape), uses[module], nonzero))
             continue
         kind = parametrize.type_before_parametrizations(module).__name__
         reason = "its layer is not called in this pass" if isinstance(module, _COUNTED) else f"a weight of {kind}"
@@ -147,18 +163,19 @@ def _counted(model: nn.Module, uses: Mapping[nn.Module, int]) -> MultiplyAdds:
     return MultiplyAdds(tuple(rows), uncounted)
 
 
-def _applications(module: nn.Module, given: Tensor, output: Tensor) -> int:
-    """Return how often each element of the layer's weight was multiplied."""
+def _applications(module: nn.Module, source: Tensor, output: Tensor) -> int:
+    """Return the number of positions that a layer applied its weight to."""
     if isinstance(module, nn.Linear):
         return output.numel() // max(1, module.out_features)
     if isinstance(module, _TRANSPOSED):
-        return given.numel() // max(1, module.in_channels)
+        return source.numel() // max(1, module.in_channels)
     assert isinstance(module, _CONVOLUTIONS)
     return output.numel() // max(1, module.out_channels)
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; restore the mode of each module afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,25 +1,30 @@
-"""Reports as TensorBoard scalars, for a writer that the user has."""
+"""Write reports as TensorBoard scalars, to the writer of the user."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from feather_param.reports.history import Look
+from feather_param.reports.history import Record
 from feather_param.reports.multiply_adds import MultiplyAdds
 from feather_param.reports.report import Report
 from feather_param.utils.checks import instance
 
-__all__ = ["ScalarWriter", "add_look", "add_multiply_adds", "add_report"]
+__all__ = ["ScalarWriter", "add_multiply_adds", "add_record", "add_report"]
 
 
 class ScalarWriter(Protocol):
-    """What is needed of a writer, which SummaryWriter (``feather_param[tensorboard]``) and others have."""
+    """A writer of scalars, for example ``torch.utils.tensorboard.SummaryWriter`` (``feather_param[tensorboard]``)."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> Any: ...
 
 
 def add_report(writer: ScalarWriter, report: Report, step: int) -> None:
-    """Write the fraction of each weight that survives after so many optimizer steps, as ``survivors/NAME``.
+    """Write the fraction of survivors of each weight as ``survivors/NAME``.
+
+    Args:
+        writer: the writer.
+        report: the report that `Controller.report` returned.
+        step: number of optimizer steps made.
 
     Example:
         >>> class Writer:
@@ -34,11 +39,15 @@ def add_report(writer: ScalarWriter, report: Report, step: int) -> None:
         writer.add_scalar(f"survivors/{row.name}", row.survivors / max(1, row.total), step)
 
 
-def add_look(writer: ScalarWriter, look: Look) -> None:
-    """Write a look of a `History` at its step: rate, threshold, survivors and churn.
+def add_record(writer: ScalarWriter, record: Record) -> None:
+    """Write a record of a `History` at its step: rate, threshold, survivors and churn.
 
-    The churn of a weight is the number of elements that entered and left since the look before, as a fraction of
-    those that survive: ``churn/entered`` and ``churn/left`` of all weights together, ``entered/NAME`` of each.
+    The tags of the churn are ``churn/entered`` and ``churn/left`` for all weights together, and ``entered/NAME`` for
+    each weight. The values are fractions of the survivors.
+
+    Args:
+        writer: the writer.
+        record: the record.
 
     Example:
         >>> class Writer:
@@ -46,8 +55,8 @@ def add_look(writer: ScalarWriter, look: Look) -> None:
         ...         print(tag, round(value, 2), step)
         >>> layer = nn.Linear(2, 2)
         >>> layer.weight = nn.Parameter(torch.tensor([[1.0, -2.0], [-4.0, 3.0]]))
-        >>> from feather_param.reports.history import History
-        >>> add_look(Writer(), History(feather_param.sparsify(layer, final_rate=0.5, total_steps=1)).looks[0])
+        >>> from feather_param.reports import History
+        >>> add_record(Writer(), History(feather_param.sparsify(layer, final_rate=0.5, total_steps=1)).records[0])
         sparsity/rate 0.5 0
         sparsity/threshold 2.0 0
         churn/entered 0.0 0
@@ -55,19 +64,26 @@ def add_look(writer: ScalarWriter, look: Look) -> None:
         survivors/weight 0.5 0
         entered/weight 0.0 0
     """
-    instance(look, Look, "history.looks")
-    values = {"sparsity/rate": look.rate, "sparsity/threshold": look.threshold}
-    values |= {"churn/entered": look.entered / max(1, look.survivors), "churn/left": look.left / max(1, look.survivors)}
-    for layer in look.layers:
+    instance(record, Record, "history.records")
+    survivors = max(1, record.survivors)
+    values = {"sparsity/rate": record.rate, "sparsity/threshold": record.threshold}
+    values |= {"churn/entered": record.entered / survivors, "churn/left": record.left / survivors}
+    for layer in record.layers:
         values[f"survivors/{layer.name}"] = layer.survivors / max(1, layer.total)
         values[f"entered/{layer.name}"] = layer.entered / max(1, layer.survivors)
     for tag, value in values.items():
-        writer.add_scalar(tag, value, look.step)
+        writer.add_scalar(tag, value, record.step)
 
 
 def add_multiply_adds(writer: ScalarWriter, counted: MultiplyAdds, step: int) -> None:
-    """Write the fraction of multiply-adds left, as ``multiply_adds/left`` and ``multiply_adds/NAME``."""
+    """Write the fraction of remaining multiply-adds as ``multiply_adds/remaining`` and ``multiply_adds/NAME``.
+
+    Args:
+        writer: the writer.
+        counted: the count that `multiply_adds` returned.
+        step: number of optimizer steps made.
+    """
     instance(counted, MultiplyAdds, "multiply_adds(model, input)")
-    writer.add_scalar("multiply_adds/left", counted.left / max(1, counted.dense), step)
+    writer.add_scalar("multiply_adds/remaining", counted.remaining / max(1, counted.dense), step)
     for row in counted.rows:
-        writer.add_scalar(f"multiply_adds/{row.name}", row.left / max(1, row.dense), step)
+        writer.add_scalar(f"multiply_adds/{row.name}", row.remaining / max(1, row.dense), step)

@@ -1,0 +1,200 @@
+"""A command that fails prints one sentence, and has the documented exit status."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from feather_param.cli import main as cli
+from tests.cli.commands import BENCH, KINDS, fails, process
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch hacked",))
+
+
+def test_nothing_in_a_file_is_run(run):
+    for name, content in (("evil.pt", {"w": torch.ones(2), "e": Evil()}), ("whole.pt", nn.Linear(2, 2))):
+        for zipped in (True, False):
+            torch.save(content, name, _use_new_zipfile_serialization=zipped)
+            for command in (["report", name], ["compress", name, "out.safetensors"], ["expand", name, "out.pt"]):
+                what = "system" if name == "evil.pt" else "torch.nn.modules.linear.Linear"
+                fails(run(*command), 1, what)
+                fails(run(*command), 1, "loading these can run any code, so it was not done")
+    assert sorted(path.name for path in Path().iterdir()) == ["evil.pt", "whole.pt"]
+
+
+@pytest.mark.filterwarnings("ignore:.*(TorchScript|torch.jit).*")
+def test_other_files_are_told(run):
+    torch.jit.script(nn.Linear(2, 2)).save("script.pt")
+    torch.save([1, 2], "list.pt")
+    torch.save(torch.ones(2), "tensor.pt")
+    torch.save({"lr": 0.1}, "numbers.pt")
+    torch.save({"weight": torch.zeros(1).expand(2**30, 2**30)}, "huge.pt")
+    for name, content in {
+        "text": b"hello",
+        "empty": b"",
+        "json": b'{"weight_map": {}}',
+        "zip": b"PK\x03\x04...",
+    }.items():
+        Path(name).write_bytes(content)
+    Path("short").write_bytes(b"\xff\0\0\0\0\0\0\0{")
+    for name, message in {
+        "script.pt": "got a TorchScript program",
+        "list.pt": "expected a state_dict at the top of list.pt, got list; it holds none",
+        "tensor.pt": "expected a state_dict at the top of tensor.pt, got tensor; it holds none",
+        "numbers.pt": "expected a state_dict at the top of numbers.pt, got dict; it holds none",
+        "text": "expected text to be a file of torch, safetensors or save_sparse, got one of another kind",
+        "empty": "got an empty one",
+        "json": "if it is an index of several files, each of these is a checkpoint",
+        "zip": "which is damaged or something else: PytorchStreamReader failed reading zip archive: ",
+        "huge.pt": "out of memory",
+        "short": "expected a safetensors file, got short, which is damaged",
+        "missing": "missing: No such file or directory",
+        ".": ".: Is a directory",
+    }.items():
+        fails(run("report", name), 1, message)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_end_with_one_sentence(kind, run):
+    KINDS[kind](Path("whole"))
+    content = Path("whole").read_bytes()
+    generator = random.Random(0)
+    failed = 0
+    for _ in range(40):
+        damaged = bytearray(content)
+        if generator.random() < 0.4:
+            damaged = damaged[: generator.randrange(len(damaged))]
+        else:
+            for _ in range(generator.choice([1, 10, 100])):
+                damaged[int(len(damaged) * generator.random() ** 2)] = generator.randrange(256)
+        Path("damaged").write_bytes(damaged)
+        result = run("report", "damaged", "--no-sizes")
+        assert result.status in (0, 1), result.err
+        assert (result.status == 0) == (result.out != "")
+        assert all(line.startswith("feather-param: ") for line in result.err.splitlines()), result.err
+        failed += result.status
+    assert failed >= 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: COMMAND; see feather-param --help"),
+        (["shrink", "in.pt"], "invalid choice: 'shrink'"),
+        (["report"], "the following arguments are required: FILE; see feather-param report --help"),
+        (["report", "in.pt", "--csv"], "unrecognized arguments: --csv"),
+        (["report", "in.pt", "--html", "in.pt"], "expected two files, got in.pt twice: it would be overwritten"),
+        (["report", "in.pt", "--html", "."], "expected OUT to be a file, got the folder ."),
+        (["compress", "in.pt", "pipe"], "expected OUT to be a file, got pipe, a device or pipe"),
+        (["compress", "in.pt"], "the following arguments are required: OUT"),
+        (["compress", "in.pt", "in.pt"], "expected two files, got in.pt twice"),
+        (["compress", "in.pt", "link.safetensors"], "expected two files, got link.safetensors twice"),
+        (["compress", "in.pt", "hard.safetensors"], "expected two files, got hard.safetensors twice"),
+        (["compress", "in.pt", "out.pt"], "it becomes, got out.pt; call it out.safetensors"),
+        (["compress", "in.pt", "nowhere/out.safetensors"], "expected OUT in an existing folder, got nowhere/out"),
+        (["expand", "in.pt", "out.onnx"], "expected OUT to end in .pt, .pth, .bin or .safetensors, got out.onnx"),
+        (["expand", "sparse.safetensors", "sparse.safetensors"], "expected two files"),
+        (["bench", "in.pt", "--input", "1x50"], "the following arguments are required: --arch"),
+        (
+            ["bench", "in.pt", *BENCH, "--input", "1,50"],
+            "argument --input: expected sizes of 1 or more like 1x3x224x224, got 1,50",
+        ),
+        (["bench", "in.pt", *BENCH, "--input", "0x50"], "expected sizes of 1 or more like 1x3x224x224, got 0x50"),
+        (["bench", "in.pt", "--arch", "resnet", "--input", "1"], "expected package.module:function, got resnet"),
+        (
+            ["bench", "in.pt", "--arch", "nowhere:x", "--input", "1"],
+            "nowhere:x to be importable from here, got: No module",
+        ),
+        (["bench", "in.pt", "--arch", "torch.nn:x", "--input", "1"], "has no attribute 'x'"),
+        (["bench", "in.pt", "--arch", "torch.nn:Linear", "5", "--input", "1"], "as name=value, got 5"),
+        (["bench", "in.pt", "--arch", "torch:tensor", "data=1", "--input", "1"], "return an nn.Module, got Tensor"),
+        (["bench", "in.pt", *BENCH, "colour=red", "--input", "1"], "unexpected keyword argument 'colour'"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_one_sentence(argv, message, run):
+    KINDS["torch"](Path("in.pt"))
+    KINDS["sparse"](Path("sparse.safetensors"))
+    Path("link.safetensors").symlink_to("in.pt")
+    os.link("in.pt", "hard.safetensors")
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    os.mkfifo("pipe")
+    fails(run(*argv), 2, message)
+    Path("pipe").unlink()
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_a_folder_that_may_not_be_written_to_is_named(run, monkeypatch):
+    KINDS["torch"](Path("in.pt"))
+    monkeypatch.setattr(cli.os, "access", lambda path, mode: False)  # an administrator may write anywhere
+    fails(run("compress", "in.pt", "out"), 2, "expected OUT in a folder that you may write to, got out")
+
+
+def test_a_page_without_matplotlib_fails_before_any_work(run, monkeypatch):
+    KINDS["torch"](Path("in.pt"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(cli, "read", None)
+    fails(run("report", "in.pt", "--html", "page.html"), 1, "pip install 'feather_param[plot]'")
+    assert not Path("page.html").exists()
+
+
+@pytest.mark.parametrize("command", [["compress", "in.pt", "out.safetensors"], ["expand", "sparse", "out.pt"]])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device", "out")])
+def test_a_stopped_command_leaves_the_old_file_and_no_other(command, error, run, monkeypatch):
+    KINDS["torch"](Path("in.pt"))
+    KINDS["sparse"](Path("sparse"))
+    Path(command[2]).write_bytes(b"old")
+
+    def stop(*_: object) -> None:
+        assert len(list(Path().iterdir())) == 4  # the new file is there, under another name
+        raise error
+
+    monkeypatch.setattr(os, "fsync", stop)
+    if error is KeyboardInterrupt:
+        fails(run(*command), 130, "interrupted")
+    else:
+        fails(run(*command), 1, "out: No space left on device")
+    assert sorted(path.name for path in Path().iterdir()) == sorted(["in.pt", "sparse", command[2]])
+    assert Path(command[2]).read_bytes() == b"old"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals and pipes")
+def test_ctrl_c_ends_a_process_with_130(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child would go on ignoring it
+    try:
+        running = process("report", tmp_path / "pipe")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    writing, deadline = None, time.monotonic() + 120
+    while writing is None and running.poll() is None and time.monotonic() < deadline:
+        try:
+            writing = os.open(tmp_path / "pipe", os.O_WRONLY | os.O_NONBLOCK)  # fails until the command reads
+        except OSError:
+            time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, out, err) == (130, "", "feather-param: error: interrupted\n")
+    assert writing is not None
+    os.close(writing)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+def test_a_reader_that_leaves_is_no_error():
+    KINDS["torch"](Path("in.pt"))
+    reading, writing = os.pipe()
+    os.close(reading)
+    running = process("report", "in.pt", stdout=writing)
+    _, err = running.communicate(timeout=60)
+    os.close(writing)
+    assert (running.returncode, err) == (141, "")
