@@ -1,12 +1,13 @@
-"""Sizes of checkpoint files, and what saving and loading them costs: `python -m benchmarks.files`.
+"""Measure sizes of checkpoint files, and the time to save and load them: `python -m benchmarks.files`.
 
-ResNet-50 of torchvision, its random weights pruned once: globally, as `sparsify` does it, and every layer alike, which
-scatters the zeros most evenly. The sizes for a trained network, from its state_dict: ``--checkpoint FILE``.
+The files hold torchvision's ResNet-50 with random weights, pruned in one step: globally by `sparsify`, or with the same
+rate in each layer, which distributes the zeros most evenly. ``--checkpoint FILE`` measures the sizes for the state_dict
+of a trained network instead.
 
-Compares `save_sparse` with torch.save of the dense state_dict, the same file in gzip -9 and in zstandard (at our
-level), safetensors, and torch.save of sparse tensors. Each way loads until there is a dense state_dict in memory, from
-the page cache. Loads take turns within this process; and since a process usually loads a model once, when its memory
-is still fresh, torch.load and load_sparse take turns in processes of their own as well.
+`save_sparse` is compared with torch.save of the dense state_dict, the same file in gzip -9 and in zstandard (at the
+level of `save_sparse`), safetensors, and torch.save of sparse tensors. Each format loads from the page cache to a dense
+state_dict in memory. The formats alternate in this process. A process usually loads a model once, into fresh memory, so
+torch.load and load_sparse are also measured in new processes.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def load_torch(path: Path) -> State:
     return torch.load(path, weights_only=True)
 
 
-WAYS: dict[str, tuple[Save, Load]] = {
+FORMATS: dict[str, tuple[Save, Load]] = {
     DENSE: (torch.save, load_torch),
     "safetensors, dense": (save_safetensors, safetensors.torch.load_file),
     "dense, gzip -9": (save_gzip, load_gzip),
@@ -126,11 +127,11 @@ FRESH = (DENSE, "save_sparse", "save_sparse, zstd")
 
 
 def measure(state: State, n: int = 0) -> dict[str, dict[str, float]]:
-    """Return of each way the megabytes, and over n rounds the seconds and their ratios to torch's dense file."""
+    """Return the megabytes of each format and, over n rounds, the seconds and their ratios to torch's dense file."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: Path(folder) / str(i) for i, name in enumerate(WAYS)}
+        paths = {name: Path(folder) / str(i) for i, name in enumerate(FORMATS)}
         figures: dict[str, dict[str, float]] = {}
-        for name, (save, load) in WAYS.items():
+        for name, (save, load) in FORMATS.items():
             start = time.perf_counter()
             save(state, paths[name])
             figures[name] = {"save seconds": time.perf_counter() - start, "MB": paths[name].stat().st_size / 1e6}
@@ -139,11 +140,11 @@ def measure(state: State, n: int = 0) -> dict[str, dict[str, float]]:
                 raise AssertionError(f"{name} lost something")
         if not n:
             return {name: {"MB": row["MB"]} for name, row in figures.items()}
-        loads = timing.rounds({name: lambda name=name: WAYS[name][1](paths[name]) for name in WAYS}, n)
+        loads = timing.rounds({name: lambda name=name: FORMATS[name][1](paths[name]) for name in FORMATS}, n)
         fresh: dict[str, list[float]] = {name: [] for name in FRESH}
         for _ in range(n):
             for name, seconds in fresh.items():
-                seconds.append(_elsewhere(name, paths[name]))
+                seconds.append(_in_new_process(name, paths[name]))
         for name, row in figures.items():
             row["load seconds"] = median(loads[name])
             row["load over torch.load"] = timing.ratio(loads, name, DENSE)
@@ -153,31 +154,33 @@ def measure(state: State, n: int = 0) -> dict[str, dict[str, float]]:
     return figures
 
 
-def _elsewhere(name: str, path: Path) -> float:
-    """Return the seconds of the first load in a process of its own."""
+def _in_new_process(name: str, path: Path) -> float:
+    """Return the seconds of the first load in a new process."""
     command = [sys.executable, "-m", "benchmarks.files", "--first", name, str(path)]
     root = Path(__file__).parent.parent
     return float(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout)
 
 
 def table(title: str, columns: dict[str, dict[str, dict[str, float]]], key: str, form: str) -> str:
-    """Return one figure of each way, in a column for each file."""
-    ways = [name for name in WAYS if key in next(iter(columns.values()))[name]]
-    rows = [[name, *(format(column[name][key], form) for column in columns.values())] for name in ways]
+    """Return a table of one figure, with a row for each format and a column for each file."""
+    names = [name for name in FORMATS if key in next(iter(columns.values()))[name]]
+    rows = [[name, *(format(column[name][key], form) for column in columns.values())] for name in names]
     return timing.show([title, *columns], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", nargs="+", type=Path, metavar="FILE", help="state_dicts of torch.save instead")
+    parser.add_argument(
+        "--checkpoint", nargs="+", type=Path, metavar="FILE", help="files of torch.save with state_dicts"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--first", nargs=2, metavar=("WAY", "FILE"), help="only print the seconds of one load")
+    parser.add_argument("--first", nargs=2, metavar=("FORMAT", "FILE"), help="only print the seconds of one load")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore", UserWarning)  # torch's: sparse tensors are in beta, and checked when loaded
+    warnings.simplefilter("ignore", UserWarning)  # from torch: sparse tensors are in beta, and are checked when loaded
     if arguments.first:
         name, path = arguments.first
         start = time.perf_counter()
-        state = WAYS[name][1](Path(path))
+        state = FORMATS[name][1](Path(path))
         print(time.perf_counter() - start)
         del state
         return

@@ -1,15 +1,16 @@
-"""Inference of pruned networks, sparse against dense: `python -m benchmarks.inference`.
+"""Measure the inference of pruned networks, sparse and dense: `python -m benchmarks.inference`.
 
-All ways take turns, on one thread unless `--threads` says otherwise:
+The methods alternate, on one thread unless `--threads` is given:
 
     dense          the network in torch
-    sparse         of `to_sparse_inference`
-    without numba  the same where numba is not installed
-    torch CSR      every Linear weight as `to_sparse_csr()` leaves it; torch has no such convolution
-    ONNX Runtime   the dense network, exported; it folds batch norms into convolutions, which the others do not
+    sparse         the network of `to_sparse_inference`
+    without numba  the same network if numba is not installed
+    torch CSR      each Linear weight converted with `to_sparse_csr()`; torch has no convolution with a CSR weight
+    ONNX Runtime   the exported dense network; the runtime folds batch norms into convolutions
 
-Weights are random and pruned at once by magnitude, with one threshold for all layers or, "uniform", with the same rate
-in each to 0.1 %, except those of `--checkpoint`, which were trained: networks `--arch`, for images of side `--size`.
+The weights are random and pruned in one step by magnitude. One threshold is used for all layers; cases named "uniform"
+have the same rate in each layer, to 0.1 %. `--checkpoint` measures trained weights of the network `--arch` instead, for
+images of side `--size`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ from tqdm import tqdm
 import archs
 import feather_param
 from benchmarks import timing
-from feather_param.inference import kernel as sparse_kernel
-from feather_param.inference.batchnorm import recalibrate_batchnorm
+from feather_param.inference import kernel, recalibrate_batchnorm
 
 Case = tuple[nn.Module, Tensor]
 
@@ -43,7 +43,7 @@ def linear() -> nn.Module:
 
 
 def mlp() -> nn.Module:
-    """Return four Linear layers with a ReLU between."""
+    """Return four Linear layers with ReLUs between them."""
     return nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(4096, 4096), nn.ReLU())][:-1])
 
 
@@ -83,11 +83,13 @@ def pruned(network: str, rate: float, uniform: bool, batch: int) -> Case:
     model = build()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "nothing survives")
-        limit = rate + 0.001 if uniform else None  # as rounding within each layer needs room
+        limit = rate + 0.001 if uniform else None  # the rounding in each layer needs some room
         feather_param.sparsify(model, final_rate=rate, total_steps=1, max_rate_per_layer=limit).step()
         feather_param.desparsify(model)
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        recalibrate_batchnorm(model, [torch.randn(4, *shape)])  # or signals die away, and tiny numbers are slow
+        recalibrate_batchnorm(
+            model, [torch.randn(4, *shape)]
+        )  # otherwise activations vanish, and subnormal numbers are slow
     return model.eval(), torch.randn(batch, *shape)
 
 
@@ -102,34 +104,34 @@ def trained(path: Path, arch: str, size: int, batch: int) -> Case:
 
 
 def measure(model: nn.Module, x: Tensor, n: int, sessions: dict[Any, Callable[[], object]]) -> dict[str, Any]:
-    """Return seconds of each way and what `to_sparse_inference` reported; ONNX Runtime's sessions are used again."""
+    """Return the seconds of each method and figures of the report. ONNX Runtime's sessions are reused."""
     fast, report = feather_param.to_sparse_inference(model, x)
-    with unittest.mock.patch.object(sparse_kernel, "compiled", return_value=None):
+    with unittest.mock.patch.object(kernel, "compiled", return_value=None):
         alone, _ = feather_param.to_sparse_inference(model, x)
-    ways: dict[str, Callable[[], object]] = {
+    calls: dict[str, Callable[[], object]] = {
         "dense": lambda: model(x),
         "sparse": lambda: fast(x),
         "without numba": lambda: alone(x),
     }
     missing = {}
     try:
-        ways["torch CSR"] = with_csr_weights(model, x)
+        calls["torch CSR"] = with_csr_weights(model, x)
     except ValueError as error:
         missing["torch CSR"] = str(error)
     try:
-        graph = (str(model), x.shape)  # its speed does not depend on the numbers, and exporting takes long
-        ways["ONNX Runtime"] = sessions[graph] = sessions.get(graph) or in_onnx_runtime(model, x)
+        graph = (str(model), x.shape)  # its speed does not depend on the weights, and exporting takes long
+        calls["ONNX Runtime"] = sessions[graph] = sessions.get(graph) or in_onnx_runtime(model, x)
     except ImportError as error:
         missing["ONNX Runtime"] = str(error)
     with torch.no_grad():  # torch CSR fails in inference mode
         dense = model(x)
         error = float((fast(x) - dense).abs().max() / dense.abs().max())
-        seconds = timing.rounds(ways, n, warmup=2)
+        seconds = timing.rounds(calls, n, warmup=2)
     return {
         "zeros": sum(row.rate * torch.Size(row.shape).numel() for row in report.rows)
         / sum(torch.Size(row.shape).numel() for row in report.rows),
         "seconds": timing.medians(seconds),
-        "times dense": {name: timing.ratio(seconds, "dense", name) for name in ways if name != "dense"},
+        "times dense": {name: timing.ratio(seconds, "dense", name) for name in calls if name != "dense"},
         "missing": missing,
         "layers swapped": f"{len(report.swapped)} of {len(report.rows)}",
         "dense MB": report.dense_mb,
@@ -139,7 +141,7 @@ def measure(model: nn.Module, x: Tensor, n: int, sessions: dict[Any, Callable[[]
 
 
 def with_csr_weights(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    """Return the network's forward with torch's own CSR tensors as weights."""
+    """Return the forward pass with torch's CSR tensors as Linear weights."""
     model = copy.deepcopy(model)
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     if len(layers) < len([layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]):
@@ -152,13 +154,13 @@ def with_csr_weights(model: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def in_onnx_runtime(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    """Return the dense network as ONNX Runtime runs it."""
+    """Return the forward pass of the dense network in ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about its own future
+        warnings.simplefilter("ignore")  # deprecations in the exporter
         torch.onnx.export(model, (x,), f"{folder}/model.onnx", dynamo=True, verbose=False)
         session = onnxruntime.InferenceSession(f"{folder}/model.onnx", options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.numpy()}
@@ -167,14 +169,14 @@ def in_onnx_runtime(model: nn.Module, x: Tensor) -> Callable[[], object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="which of the random ones; all unless given")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="networks with random weights; default: all")
     parser.add_argument("--checkpoint", nargs="+", type=Path, default=[], help="state_dicts, or files of save_sparse")
     parser.add_argument("--arch", choices=archs.__all__, default="resnet20", help="network of the checkpoints")
     parser.add_argument("--size", type=int, nargs="+", default=[32], help="sides of the checkpoints' images")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes for the checkpoints")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--suffix", default="", help="put behind the name of the results file")
+    parser.add_argument("--suffix", default="", help="end of the results file's name")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     networks = arguments.networks or ([] if arguments.checkpoint else list(NETWORKS))
@@ -193,11 +195,11 @@ def main() -> None:
     path = None
     for name in tqdm(cases, desc="networks"):
         figures[name] = row = measure(*cases[name](), arguments.rounds, sessions)
-        times = [row["times dense"].get(way) for way in ("sparse", "without numba", "torch CSR", "ONNX Runtime")]
+        times = [row["times dense"].get(method) for method in ("sparse", "without numba", "torch CSR", "ONNX Runtime")]
         cells = ["-" if value is None else f"{value:.2f}" for value in times]
         sizes = (f"{row['dense MB']:.1f}", f"{row['sparse MB']:.1f}")
         rows.append([name, f"{1e3 * row['seconds']['dense']:.2f}", *cells, row["layers swapped"], *sizes])
-        path = timing.write("inference" + arguments.suffix, figures)  # what is measured is kept if the rest is not
+        path = timing.write("inference" + arguments.suffix, figures)  # keeps the results so far if a later case fails
     header = ["network", "dense ms", "sparse", "without numba", "torch CSR", "ONNX Runtime"]
     print(timing.show([*header, "layers swapped", "dense MB", "sparse MB"], rows))
     print(f"\ntimes as fast as dense; written to {path}")

@@ -169,10 +169,10 @@ def baked_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], *, zstd: bool = False) -> None:
     """Save a model or a state_dict without its zeros.
 
-    A tensor with enough zeros is stored as its other elements and the gaps between them, of one byte each. Other tensors
-    are stored dense. Tied tensors are stored once. `load_sparse` restores every bit, also of -0.0 and NaN. The file is
-    written under a temporary name and renamed, so ``path`` always holds a complete file, also if several processes
-    write it.
+    A tensor with enough zeros is stored as its other elements and the gaps between them, of one byte each. Other
+    tensors are stored dense. Tied tensors are stored once. `load_sparse` restores every bit, also of -0.0 and NaN. The
+    file is written under a temporary name and renamed, so ``path`` always holds a complete file, also if several
+    processes write it.
 
     Args:
         source: a model or a state_dict. Of a sparsified model, its `baked_state_dict` is saved.

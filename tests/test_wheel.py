@@ -1,4 +1,4 @@
-"""The wheel, built and used outside the checkout."""
+"""Build the wheel, and use it outside the checkout."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(*command: object, cwd: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_wheel_carries_the_library_alone_and_works(tmp_path):
+def test_the_wheel_has_the_library_alone_and_works(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(ROOT / "feather_param", source / "feather_param")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -41,11 +41,11 @@ def test_the_wheel_carries_the_library_alone_and_works(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"feather_param", "feather_param-0.1.0.dist-info"}
     assert "feather_param/py.typed" in names
-    # An environment that borrows torch from this one, but not the editable install.
+    # An environment that uses the torch of this one, but not its editable install.
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
     here = next(path for path in sys.path if path.endswith("site-packages"))
     run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
-    (site / "borrowed.pth").write_text(here + "\n", encoding="utf-8")
+    (packages / "borrowed.pth").write_text(here + "\n", encoding="utf-8")
     run(python, "-W", "error", "-c", SCRIPT, cwd=tmp_path)

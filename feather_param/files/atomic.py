@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from typing import BinaryIO
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file that takes a path's place at the end, unless something fails: then it is removed.
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file for writing, and rename it to ``path`` at the end.
 
-    Its name is unlike any other writer's. A link goes on pointing to where it did, a file that was there keeps its
-    permissions, and the content is on the disk before the name is.
+    If the body raises, the temporary file is removed and the old file stays. The temporary name is random, so several
+    processes may write to one path. The content is flushed to the disk before the file is renamed. A symbolic link
+    stays a link, and an existing file keeps its permissions.
 
     Raises:
-        ValueError: there is a folder, a device or a pipe, whose place a file would take.
-        FileNotFoundError: the folder is not there.
+        ValueError: the path is a folder, a device or a pipe.
+        FileNotFoundError: the folder of the path does not exist.
     """
     given, path = path, Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():  # to the administrator a device is a name like any other
-        kind = "a folder" if path.is_dir() else "a device or pipe, whose place a file would take"
+    if path.exists() and not path.is_file():  # an administrator can rename a file to a device's name
+        kind = "a folder" if path.is_dir() else "a device or pipe, which a file would replace"
         raise ValueError(f"expected a file or a new name, got {given}, {kind}")
     if not path.parent.is_dir():
-        folder = path.parent if given.parent.is_dir() else given.parent  # the former for a link that leads nowhere
-        raise FileNotFoundError(errno.ENOENT, "expected a folder that is there, to write a file into", str(folder))
-    temporary = path.with_name(f".save_sparse-{secrets.token_hex(8)}.tmp")
+        folder = path.parent if given.parent.is_dir() else given.parent  # the former for a broken link
+        raise FileNotFoundError(errno.ENOENT, "expected an existing folder to write a file into", str(folder))
+    temporary = path.with_name(f".feather_param-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             yield file

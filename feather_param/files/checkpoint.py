@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint file of any usual kind, without running what is in it."""
+"""Read the tensors of a checkpoint file of any common kind, without running code in it."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from feather_param.files.safetensors import opened
+from feather_param.files.safetensors import open_container
 from feather_param.files.sparse import SPARSE, load_sparse
 
-_USUAL = ("state_dict", "model_state_dict", "model")
+_COMMON_KEYS = ("state_dict", "model_state_dict", "model")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds."""
+    """The content of a checkpoint file."""
 
     kind: str  # "torch", "safetensors" or "sparse"
     tensors: dict[str, Tensor]  # the dense tensors by name, on the CPU
-    others: dict[str, str] = field(default_factory=dict)  # what else stands among them: a short description by name
-    key: str = ""  # where in the file they are, names joined by dots; empty where they are the whole
-    beside: tuple[str, ...] = ()  # names of what is in the file beside them
+    others: dict[str, str] = field(default_factory=dict)  # descriptions of the other entries, by name
+    key: str = ""  # location of the tensors in the file, names joined by dots; empty if they are the whole file
+    beside: tuple[str, ...] = ()  # names of the other entries of the file
 
 
 def read(path: Path, key: str | None = None) -> Checkpoint:
-    """Read a file of ``torch.save``, safetensors or `save_sparse`, told apart by their content.
+    """Read a file of ``torch.save``, safetensors or `save_sparse`. The kind is found from the content.
 
-    Of torch's, only tensors and plain values are read (``weights_only=True``). Where they hold more than a state_dict,
-    it is looked for under ``state_dict``, ``model_state_dict`` and ``model``.
+    A torch file is read with ``weights_only=True``. If it is not a state_dict itself, its entries ``state_dict``,
+    ``model_state_dict`` and ``model`` are tried.
 
     Args:
         path: the file.
-        key: where in a torch file the state_dict is, names joined by dots (``"training.model"``).
+        key: location of the state_dict in a torch file, names joined by dots (``"training.model"``).
 
     Raises:
-        ValueError: the file is damaged, of another kind, holds what could run code, or no state_dict at the place.
-        OSError: it cannot be read.
-        ImportError: it needs a library that is not installed.
+        ValueError: the file is damaged, is of another kind, contains objects that could run code, or has no state_dict
+            at this location.
+        OSError: the file cannot be read.
+        ImportError: a library that the file needs is not installed.
 
     Example:
         >>> import tempfile
@@ -59,7 +60,7 @@ def read(path: Path, key: str | None = None) -> Checkpoint:
     if start[8:] == b"{":
         return _read_safetensors(path, key)
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
-        return _take(_load_torch(path), path, key)
+        return _checkpoint(_load_torch(path), path, key)
     what = "one of another kind" if start else "an empty one"
     what = "JSON; if it is an index of several files, each of these is a checkpoint" if start[:1] == b"{" else what
     raise ValueError(f"expected {path} to be a file of torch, safetensors or save_sparse, got {what}")
@@ -69,19 +70,19 @@ def _read_safetensors(path: Path, key: str | None) -> Checkpoint:
     if key:
         raise ValueError(f"expected no key for {path}: a safetensors file holds one set of tensors")
     try:
-        sparse = SPARSE in (opened(path).metadata() or {})
+        sparse = SPARSE in (open_container(path).metadata() or {})
         tensors = {} if sparse else load_file(path, backend="pread")
     except OSError:
         raise
-    except Exception as error:  # of safetensors' own class, or what torch makes of a dtype that it lacks
+    except Exception as error:  # SafetensorError, or an error of torch for a dtype that it does not have
         raise ValueError(f"expected a safetensors file, got {path}, which is damaged: {error}") from error
-    return Checkpoint("sparse", load_sparse(path)) if sparse else _take(tensors, path, None, "safetensors")
+    return Checkpoint("sparse", load_sparse(path)) if sparse else _checkpoint(tensors, path, None, "safetensors")
 
 
 def _load_torch(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the file's age and kinds of tensors: nothing its user can change
+            warnings.simplefilter("ignore")  # about old formats and tensor kinds, which the user cannot change
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         unsafe = _unsafe(path, str(error))
@@ -93,7 +94,7 @@ def _load_torch(path: Path) -> Any:
         ) from error
     except OSError:
         raise
-    except Exception as error:  # whatever torch makes of a damaged file or of another program's
+    except Exception as error:  # torch raises many types for damaged files and for those of other programs
         if "TorchScript" in str(error):
             raise ValueError(
                 f"expected tensors in {path}, got a TorchScript program; "
@@ -105,22 +106,22 @@ def _load_torch(path: Path) -> Any:
 
 
 def _sentence(message: str) -> str:
-    """Return the first sentence of a message of torch, without the place in torch's source before it."""
+    """Return the first sentence of a message of torch, without the place in torch's source code."""
     line = re.sub(r"^\[enforce fail at [^]]*\][ .]*", "", message.strip().partition("\n")[0])
     return line.partition(". ")[0].rstrip(".")[:200]
 
 
 def _unsafe(path: Path, message: str) -> list[str]:
-    """Return the names of what a pickle would import."""
+    """Return the names of the objects that a pickle would import."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # it knows fewer files than torch.load does
+    except Exception:  # it supports fewer kinds of files than torch.load
         return re.findall(r"GLOBAL ([\w.]+)", message)[:1]
 
 
-def _take(content: Any, path: Path, key: str | None, kind: str = "torch") -> Checkpoint:
-    """Find the state_dict in what was read."""
-    names = _split(content, path, key) if key else _usual(content)
+def _checkpoint(content: Any, path: Path, key: str | None, kind: str = "torch") -> Checkpoint:
+    """Return the state_dict in the content of a file."""
+    names = _names_in(key, content, path) if key else _common_key(content)
     beside: list[str] = []
     state = content
     for depth, name in enumerate(names):
@@ -136,23 +137,23 @@ def _take(content: Any, path: Path, key: str | None, kind: str = "torch") -> Che
     return Checkpoint(kind, tensors, others, ".".join(names), tuple(beside))
 
 
-def _usual(content: Any) -> list[str]:
+def _common_key(content: Any) -> list[str]:
     if isinstance(content, Mapping):
-        for name in _USUAL:
+        for name in _COMMON_KEYS:
             if _has_tensors(content.get(name)):
                 return [name]
     return []
 
 
-def _split(content: Any, path: Path, key: str) -> list[str]:
-    """Return the names that a key is made of; each may hold dots itself."""
+def _names_in(key: str, content: Any, path: Path) -> list[str]:
+    """Return the names in a key. A name may contain dots itself."""
     if not isinstance(content, Mapping):
         raise ValueError(f"expected {key} in {path}, got {_kind(content)} with nothing in it")
     if key in content:
         return [key]
     for name in content:
         if isinstance(name, str) and key.startswith(f"{name}.") and isinstance(content[name], Mapping):
-            return [name, *_split(content[name], path, key.removeprefix(f"{name}."))]
+            return [name, *_names_in(key.removeprefix(f"{name}."), content[name], path)]
     raise ValueError(f"expected {key} in {path}, got {', '.join(map(str, list(content)[:10])) or 'nothing'}")
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the safetensors container, read without trust."""
+"""The safetensors container: named parts of bytes, and metadata."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 
-def write(file: BinaryIO, metadata: Mapping[str, str], parts: Mapping[str, NDArray[np.uint8]]) -> None:
-    """Write parts, each as a one-dimensional U8 tensor, and metadata, in order (safetensors shuffles the latter)."""
+def write_container(file: BinaryIO, metadata: Mapping[str, str], parts: Mapping[str, NDArray[np.uint8]]) -> None:
+    """Write metadata and parts in the given order. Each part becomes a one-dimensional tensor of dtype U8.
+
+    The safetensors library writes its metadata in a random order, so two files of the same tensors would differ.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, content in parts.items():
@@ -28,31 +31,33 @@ def write(file: BinaryIO, metadata: Mapping[str, str], parts: Mapping[str, NDArr
         file.write(content.data)
 
 
-def opened(path: str | os.PathLike[str]) -> Any:
-    """Open a safetensors file; a name that stands twice in it, which the library accepts, is refused.
+def open_container(path: str | os.PathLike[str]) -> Any:
+    """Open a safetensors file with `safetensors.safe_open`, and check that no name occurs twice in its header.
+
+    The library checks everything else.
 
     Raises:
-        ValueError: it is no such file, or one whose parts overlap, leave bytes out or end after it.
-        OSError: it cannot be read.
+        ValueError: the path is no regular file, or the file is no valid safetensors file.
+        OSError: the file cannot be read.
     """
     mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open a pipe may take for ever
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe may wait for ever
         raise ValueError("it is a device or pipe")
     with open(path, "rb") as file:
         try:
-            # Not mapped into memory: there, a file that somebody cuts short would end the process.
+            # "pread" does not map the file into memory. If a mapped file is truncated, reading it ends the process.
             container = safe_open(os.fsdecode(path), "numpy", backend="pread")
         except SafetensorError as error:
             raise ValueError(str(error)) from error
-        parse(file.read(int.from_bytes(file.read(8), "little")).decode())
+        parse_json(file.read(int.from_bytes(file.read(8), "little")).decode())
     return container
 
 
-def parse(text: str) -> dict[str, Any]:
-    """Return the object that JSON text stands for, in which no name may stand twice.
+def parse_json(text: str) -> dict[str, Any]:
+    """Return the JSON object of a text.
 
     Raises:
-        ValueError: it is not JSON, not an object, nested too deeply, or ambiguous.
+        ValueError: the text is no JSON object, is nested too deeply, or an object in it has a name twice.
     """
     try:
         parsed = json.loads(text, object_pairs_hook=_unique)
@@ -66,5 +71,5 @@ def parse(text: str) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     parsed = dict(pairs)
     if len(parsed) != len(pairs):
-        raise ValueError("a name stands twice in the header")
+        raise ValueError("a name occurs twice in the header")
     return parsed

@@ -1,4 +1,4 @@
-"""How large the same tensors are in one file format and another, by writing them."""
+"""Compare the sizes of file formats, by writing the same tensors in each."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from feather_param.files.sparse import first_names, save_sparse
+from feather_param.files.sparse import write_sparse
+from feather_param.files.tied import untied
 
 _CHUNK = 1 << 20
-_LEVEL = 6  # gzip's own
+_LEVEL = 6  # the default of gzip
 
 Progress = Callable[[str, float], None]
-"""Told what is being done, and which fraction of it has been."""
+"""Is called with the name of a format and the fraction of it that is done, in [0, 1]."""
 
 
-def file_sizes(tensors: Mapping[str, Tensor], progress: Progress = lambda what, part: None) -> dict[str, int]:
-    """Return the bytes that tensors take: dense, dense and gzipped, and as `save_sparse` writes them.
+def file_sizes(tensors: Mapping[str, Tensor], progress: Progress = lambda name, fraction: None) -> dict[str, int]:
+    """Return the bytes that tensors take: dense, dense and gzipped, and in a sparse file.
 
-    The dense ones are counted without the header, of some kilobytes, that each format has; tied tensors once.
-    ``"sparse + zstd"`` is there only where zstandard is installed (``pip install feather_param[files]``).
-    gzip and zstandard take seconds for 100 MB: `progress` is called now and then.
+    Tied tensors count once. The dense sizes leave out the header, which takes some kilobytes in any format.
+    ``"sparse + zstd"`` is only there if zstandard is installed (``pip install feather_param[files]``).
+    gzip and zstandard take seconds for 100 MB; ``progress`` is called from time to time.
 
     Example:
         >>> weight = torch.where(torch.rand(500, 500) < 0.1, torch.randn(500, 500), 0.0)
@@ -42,16 +43,11 @@ def file_sizes(tensors: Mapping[str, Tensor], progress: Progress = lambda what, 
             progress(name, 0.0)
             path = Path(folder) / "sizes.safetensors"
             try:
-                save_sparse(tensors, path, zstd=zstd)
-            except ImportError:  # zstandard
+                write_sparse(tensors, path, zstd=zstd)
+            except ImportError:  # zstandard is not installed
                 continue
             sizes[name] = path.stat().st_size
     return sizes
-
-
-def untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return each tensor once, by its first name."""
-    return {name: tensors[name] for name, first in first_names(tensors).items() if name == first}
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
@@ -61,12 +57,12 @@ def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
 
 
 def _gzip_size(contents: list[NDArray[np.uint8]], total: int, progress: Progress) -> int:
-    packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, 31)  # 31: gzip's header and checksum around it
+    compressor = zlib.compressobj(_LEVEL, zlib.DEFLATED, 31)  # 31: with gzip's header and checksum
     size = done = 0
     for content in contents:
         for start in range(0, content.size, _CHUNK):
             chunk = content[start : start + _CHUNK]
-            size += len(packer.compress(chunk.data))
+            size += len(compressor.compress(chunk.data))
             done += chunk.size
             progress("gzip", done / total)
-    return size + len(packer.flush())
+    return size + len(compressor.flush())

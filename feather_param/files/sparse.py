@@ -1,4 +1,4 @@
-"""Checkpoint files that are really smaller: zeros are not stored. The format is `docs/sparse-files.md`."""
+"""Sparse files: write tensors without their zeros, and read them. `docs/sparse-files.md` specifies the format."""
 
 from __future__ import annotations
 
@@ -15,23 +15,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from feather_param.api import baked_state_dict
-from feather_param.core.state_dict import of_sparsified
-from feather_param.files.atomic import replacing
-from feather_param.files.codec import LARGEST, Bytes, crc, pack, unpack
-from feather_param.files.safetensors import opened, parse, write
+from feather_param.files.atomic import atomic_write
+from feather_param.files.codec import MAX_EXPANSION, Bytes, checksum, decode, encode
+from feather_param.files.safetensors import open_container, parse_json, write_container
+from feather_param.files.tied import first_names
 from feather_param.ops.distributed import is_sharded
-from feather_param.parametrizations import states_of
-from feather_param.utils.warn import warn
 
-SPARSE = "feather_param sparse"  # entries of a file's metadata
+SPARSE = "feather_param sparse"  # keys of a file's metadata
 _CRC = "feather_param crc32"
 _VERSION = 1
-_ALIGNMENT = 64  # bytes, as torch's own allocator does
-# Every dtype but the quantised ones, whose scales are not in their elements.
+_ALIGNMENT = 64  # bytes, as in torch's own allocator
+# Every dtype except the quantised ones, whose scales are not part of their elements.
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in vars(torch).values()
@@ -42,7 +39,7 @@ _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a file says of one tensor, which parts it has, and its place in memory."""
+    """The description of a tensor in a file, the parts that the file has of it, and its place in memory."""
 
     dtype: torch.dtype
     shape: list[int]
@@ -52,88 +49,64 @@ class _Entry:
     memory: slice
 
 
-def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], *, zstd: bool = False) -> None:
-    """Save a model or a state_dict without its zeros.
-
-    Tensors with enough zeros are stored as their other elements and the gaps between them, one byte each; the rest as
-    they are; tied tensors once. Bit by bit the same comes back, -0.0 and NaN included. The file is written under
-    another name first, so that ``path`` holds the old content or the new, also when several processes write.
-
-    Args:
-        source: a model (of a sparsified one, what `baked_state_dict` gives is saved) or a state_dict.
-        path: the file; it is in the safetensors format.
-        zstd: compress with zstandard as well.
-
-    Raises:
-        TypeError: the source is neither, or an entry of it is no tensor, or one that cannot be stored: quantised, of
-            another layout than strided, without content (meta, lazy) or sharded.
-        ValueError: ``path`` is a folder, a device or a pipe.
-        FileNotFoundError: its folder is not there.
-        ImportError: zstandard is not installed: ``pip install feather_param[files]``.
+def write_sparse(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, zstd: bool = False) -> None:
+    """Write tensors to a sparse file. `feather_param.save_sparse` describes it and its errors.
 
     Example:
         >>> import tempfile, pathlib
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
-        >>> save_sparse({"w": torch.eye(100)}, path)
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "eye.safetensors"
+        >>> write_sparse({"w": torch.eye(100)}, path)
         >>> torch.equal(load_sparse(path)["w"], torch.eye(100)), path.stat().st_size < 1500
         (True, True)
     """
-    if not isinstance(source, nn.Module | Mapping):
-        raise TypeError(f"expected a model or a state_dict, got {type(source).__name__}")
-    if isinstance(source, nn.Module):
-        source = baked_state_dict(source) if states_of(source) else source.state_dict()
-    state = dict(source.items())  # holds all tensors at once: their addresses tell which are tied
+    state = dict(tensors.items())  # keeps all tensors alive, as `first_names` requires
     for name, tensor in state.items():
         _check(name, tensor)
-    if of_sparsified(state):
-        warn(
-            "expected baked weights, got the state_dict of a sparsified model, whose zeros are not in it yet: it is "
-            "saved dense; to save the zeros, pass the model, or baked_state_dict(model)"
-        )
-    tensors: dict[str, Any] = first_names(state)
+    entries: dict[str, Any] = first_names(state)
     parts: dict[str, Bytes] = {}
-    for name in [name for name, first in tensors.items() if name == first]:
-        own, shrunk = pack(_elements(state[name]), zstd)
+    for name in [name for name, first in entries.items() if name == first]:
+        own, compressed = encode(_elements(state[name]), zstd)
         dtype, shape = str(state[name].dtype).removeprefix("torch."), list(state[name].shape)
-        tensors[name] = {"dtype": dtype, "shape": shape, "zstd": shrunk, "crc32": crc(own)}
+        entries[name] = {"dtype": dtype, "shape": shape, "zstd": compressed, "crc32": checksum(own)}
         parts.update({f"{part}:{name}": content for part, content in own.items()})
-    text = json.dumps({"version": _VERSION, "tensors": tensors}, separators=(",", ":"))
-    with replacing(Path(path)) as file:
-        write(file, {SPARSE: text, _CRC: str(zlib.crc32(text.encode()))}, parts)
+    text = json.dumps({"version": _VERSION, "tensors": entries}, separators=(",", ":"))
+    with atomic_write(Path(path)) as file:
+        write_container(file, {SPARSE: text, _CRC: str(zlib.crc32(text.encode()))}, parts)
 
 
 def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Load what `save_sparse` saved: a state_dict of dense tensors on the CPU.
+    """Load a file of `save_sparse` as a state_dict of dense tensors on the CPU.
 
-    Nothing in the file is executed, and no tensor is made that is larger than 2048 times what the file holds of it.
-    The tensors lie in one block of memory, which is there as long as any of them: clone the one that outlives the rest.
+    No code in the file is executed. A tensor takes at most 2048 times as many bytes as it has in the file. All tensors
+    share one block of memory, which is freed with the last of them. Clone a tensor to keep it alone.
 
     Raises:
-        TypeError: the path is none.
-        ValueError: the file is damaged, or another one; the message tells where, or what to load it with.
-        OSError: it cannot be read.
-        ImportError: zstandard is not installed: ``pip install feather_param[files]``.
+        TypeError: ``path`` is not a path.
+        ValueError: the file is damaged, or is not a sparse file. The message names the damage, or the function that
+            loads the file.
+        OSError: the file cannot be read.
+        ImportError: the file is compressed and zstandard is not installed: ``pip install feather_param[files]``.
 
     Example:
         >>> import tempfile, pathlib
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
-        >>> save_sparse(nn.Linear(2, 1), path)
+        >>> feather_param.save_sparse(nn.Linear(2, 1), path)
         >>> {name: tuple(tensor.shape) for name, tensor in load_sparse(path).items()}
         {'weight': (1, 2), 'bias': (1,)}
     """
-    if not isinstance(path, str | os.PathLike):  # open would take a number for a file that is open already
+    if not isinstance(path, str | os.PathLike):  # open() takes an int as a file descriptor
         raise TypeError(f"expected a path, got {type(path).__name__}")
     other = "which is damaged or another one"
     try:
-        container = opened(path)
+        container = open_container(path)
         metadata = container.metadata() or {}
         if SPARSE not in metadata and container.keys():
             other = "a safetensors file of another program; load it with safetensors.torch.load_file(path)"
         text = metadata[SPARSE]
-        header = parse(text)
+        header = parse_json(text)
         version = header["version"]
         if type(version) is not int:
-            raise ValueError("the version is no number")
+            raise ValueError("the version is not an int")
     except (ValueError, KeyError, RecursionError) as error:
         if os.path.isfile(path) and zipfile.is_zipfile(path):
             other = "a zip file, as torch.save writes; load it with torch.load(path, weights_only=True)"
@@ -149,12 +122,12 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if metadata.get(_CRC) != str(zlib.crc32(text.encode())):
             raise ValueError("the checksum of the header is wrong")
         return _read(container, header.get("tensors"))
-    except (ValueError, RecursionError) as error:  # the latter of showing something deep
+    except (ValueError, RecursionError) as error:  # str() of a deeply nested value raises RecursionError
         raise ValueError(f"expected a whole file of save_sparse, got {path}, which is damaged: {error}") from error
 
 
 def _check(name: object, tensor: object) -> None:
-    """Raise a TypeError for what cannot be stored."""
+    """Raise a TypeError if a tensor cannot be stored."""
     if not isinstance(name, str) or any("\ud800" <= character <= "\udfff" for character in name):
         raise TypeError(f"expected names to be strings of Unicode, got {name!r}; rename it")
     if not isinstance(tensor, Tensor):
@@ -178,25 +151,8 @@ def _check(name: object, tensor: object) -> None:
 def _has_memory(tensor: Tensor) -> bool:
     try:
         return not tensor.is_meta and (not tensor.numel() or tensor.untyped_storage().data_ptr() != 0)
-    except RuntimeError:  # torch has no other way of telling it
+    except RuntimeError:  # torch raises it for a tensor without storage
         return False
-
-
-def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return for each name the first one of the same tensor.
-
-    Example:
-        >>> weight = torch.ones(2)
-        >>> first_names({"embedding": weight, "head": weight, "other": torch.ones(2)})
-        {'embedding': 'embedding', 'head': 'embedding', 'other': 'other'}
-    """
-    first: dict[Any, str] = {}
-    found: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        view = (tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, *view) if tensor.numel() else name
-        found[name] = first.setdefault(place, name)
-    return found
 
 
 def _elements(tensor: Tensor) -> NDArray[Any]:
@@ -209,26 +165,26 @@ def _elements(tensor: Tensor) -> NDArray[Any]:
 
 
 def _read(container: Any, tensors: Any) -> dict[str, Tensor]:
-    """Return the tensors of a file."""
+    """Return the tensors of an open file."""
     sizes: dict[str, int] = {}
-    for part in container.keys():  # noqa: SIM118 # it is no dict
+    for part in container.keys():  # noqa: SIM118 # a container is not a dict
         content = container.get_slice(part)
         if content.get_dtype() != "U8" or len(content.get_shape()) != 1:
             raise ValueError(f"{part} is not stored as bytes")
         (sizes[part],) = content.get_shape()
     entries, names = _entries(tensors, sizes)
     size = max((entry.memory.stop for entry in entries.values()), default=0)
-    memory = np.zeros(size + _ALIGNMENT, np.uint8)  # one block: fresh pages are most of what loading costs
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)  # one block, because fresh memory pages dominate the loading time
     memory = memory[-memory.ctypes.data % _ALIGNMENT :]
     loaded: dict[str, Tensor] = {}
     for name, entry in entries.items():
         raw = memory[entry.memory]
         try:
             parts = {part: container.get_tensor(f"{part}:{name}") for part in entry.parts}
-            if crc(parts) != entry.crc32:
+            if checksum(parts) != entry.crc32:
                 raise ValueError("the checksum is wrong")
             width = entry.dtype.itemsize // (2 if entry.dtype.is_complex else 1)  # a complex number is two elements
-            unpack(parts, entry.zstd, raw.view(f"u{width}"))
+            decode(parts, entry.zstd, raw.view(f"u{width}"))
             loaded[name] = torch.from_numpy(raw).view(entry.dtype).reshape(entry.shape)
         except (ValueError, SafetensorError) as error:
             raise ValueError(f"{name}: {error}") from error
@@ -236,9 +192,14 @@ def _read(container: Any, tensors: Any) -> dict[str, Tensor]:
 
 
 def _entries(tensors: Any, sizes: dict[str, int]) -> tuple[dict[str, _Entry], dict[str, str]]:
-    """Return what a file has of each tensor that it describes, and for each name, the one it is described under."""
+    """Return the entry of each described tensor, and for every name the name of its entry.
+
+    Args:
+        tensors: the object ``tensors`` of the file's header.
+        sizes: the bytes of each part.
+    """
     if type(tensors) is not dict:
-        raise ValueError("it tells of no tensors")
+        raise ValueError("the header has no tensors")
     entries: dict[str, _Entry] = {}
     names: dict[str, str] = {}
     begin = used = 0
@@ -261,7 +222,7 @@ def _entries(tensors: Any, sizes: dict[str, int]) -> tuple[dict[str, _Entry], di
             raise ValueError(f"{name} has no values")
         used += len(own)
         stored = sum(sizes[f"{part}:{name}"] for part in own)
-        end = begin + _nbytes(name, [_DTYPES[dtype].itemsize, *shape], LARGEST * (stored + 1))
+        end = begin + _nbytes(name, [_DTYPES[dtype].itemsize, *shape], MAX_EXPANSION * (stored + 1))
         entries[name] = _Entry(_DTYPES[dtype], shape, raw["zstd"], raw["crc32"], own, slice(begin, end))
         begin = end + -end % _ALIGNMENT
     if used != len(sizes):
@@ -269,13 +230,19 @@ def _entries(tensors: Any, sizes: dict[str, int]) -> tuple[dict[str, _Entry], di
     return entries, names
 
 
-def _nbytes(name: str, sizes: list[int], most: int) -> int:
-    """Return the product of some sizes; where it is too large, stop before it costs anything to compute."""
+def _nbytes(name: str, sizes: list[int], limit: int) -> int:
+    """Return the product of sizes. Raise a ValueError before the product takes long to compute.
+
+    Args:
+        name: name of the tensor.
+        sizes: bytes of a number, and the shape.
+        limit: the largest product.
+    """
     empty = 0 in sizes
-    most = 2**63 - 1 if empty else most  # which torch can count
+    limit = 2**63 - 1 if empty else limit  # torch's own limit, which counts empty tensors too
     product = 1
     for n in sizes:
         product *= n or 1
-        if product > most:
-            raise ValueError(f"{name} claims more than the {most} bytes that so small a part of a file may stand for")
+        if product > limit:
+            raise ValueError(f"{name} claims more than the {limit} bytes that its parts in the file may expand to")
     return 0 if empty else product

@@ -1,4 +1,4 @@
-"""The running statistics of BatchNorm layers, taken anew from data."""
+"""Recompute the running statistics of BatchNorm layers."""
 
 from __future__ import annotations
 
@@ -10,32 +10,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["recalibrate_batchnorm"]
-
 
 def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
-    """Compute the running statistics of every BatchNorm layer anew, as the mean over the batches of a loader.
+    """Recompute the running statistics of every BatchNorm layer as the mean over the batches of a loader.
 
-    Pruning at once changes what every layer gets, and the running statistics still tell of the network before: call
-    this then. After a training that ended near its final rate it changes next to nothing. Each layer's mean and
-    (unbiased) variance become the plain averages over all batches of what the layer gets from the model as it is now.
+    Pruning in one step changes the input of every layer, so the running statistics no longer fit: call this
+    afterwards. After a training that ended near its final rate it changes almost nothing. The mean and the (unbiased)
+    variance of each layer become the averages over all batches, with the weights of the model as it is now.
 
-    Unlike in `torch.optim.swa_utils.update_bn`, dropout does not distort the statistics, each module's mode and
-    momentum are put back, and so are the old statistics where this raises. Layers that are not reached keep theirs.
+    Unlike `torch.optim.swa_utils.update_bn`, it runs the model without dropout, and restores the mode and momentum of
+    each module. If it raises, it restores the old statistics too. Layers that the model does not call keep theirs.
 
-    Use training data, in batches of the size of training, and drop a smaller last one, for all batches count alike.
-    It works on sparsified models and on plain ones. In several processes pass the module inside of DDP; each process
-    averages over its own batches (SyncBatchNorm over all).
+    Use training data in batches of the training's size, and drop a smaller last batch, because all batches have equal
+    weight. Sparsified and plain models both work. With DDP, pass the module inside. Each process then averages over
+    its own batches (SyncBatchNorm over all).
 
     Args:
         model: any model with BatchNorm layers that keep running statistics, SyncBatchNorm included.
-        loader: batches: tensors, or tuples or lists whose first element is the tensor that the model takes; they
-            are moved to the device of the model.
+        loader: batches: tensors, or tuples or lists whose first element is the input tensor of the model. The
+            inputs are moved to the device of the model.
 
     Raises:
-        ValueError: the model has no such layer, the loader no batch, or a statistic came out as NaN or infinity; the
-            model is then as it was.
-        TypeError: the model is no nn.Module, the loader no iterable or a tensor, or a batch of another kind.
+        ValueError: the model has no such layer, the loader has no batch, or a statistic is NaN or infinite.
+        TypeError: the model is no nn.Module, the loader is a tensor or no iterable, or a batch is of another kind.
+        The model is unchanged in each case.
 
     Example:
         >>> model = nn.BatchNorm1d(1)
@@ -62,24 +60,24 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
     momenta = {layer: layer.momentum for layer in layers.values()}
     before = {layer: [buffer.clone() for buffer in layer.buffers(recurse=False)] for layer in layers.values()}
     try:
-        # By attribute: a model's own train() and eval() may do more than set modes.
+        # Set the attribute, because a model may override train() and eval().
         for module in modes:
             module.training = False
         for layer in layers.values():
-            layer.training, layer.momentum = True, None  # None: the average over all batches since the reset
+            layer.training, layer.momentum = True, None  # None: a cumulative average since the reset
             layer.reset_running_stats()
         _run(model, loader)
         for name, layer in layers.items():
             if not layer.num_batches_tracked:
-                _put_back(layer, before[layer])
+                _restore(layer, before[layer])
             elif not all(bool(buffer.isfinite().all()) for buffer in layer.buffers(recurse=False)):
                 raise ValueError(
                     f"expected finite statistics, got NaN or infinity in {name or 'the model'}; "
-                    "look for NaN in the inputs and in the weights"
+                    "check the inputs and the weights for NaN"
                 )
     except BaseException:
         for layer, buffers in before.items():
-            _put_back(layer, buffers)
+            _restore(layer, buffers)
         raise
     finally:
         for module, mode in modes.items():
@@ -106,6 +104,6 @@ def _run(model: nn.Module, loader: Iterable[Any]) -> None:
 
 
 @torch.no_grad()
-def _put_back(layer: nn.Module, buffers: Iterable[Tensor]) -> None:
+def _restore(layer: nn.Module, buffers: Iterable[Tensor]) -> None:
     for buffer, old in zip(layer.buffers(recurse=False), buffers, strict=True):
         buffer.copy_(old)

@@ -1,11 +1,14 @@
-"""A sparse weight times shifted rows, compiled by numba: what makes convolutions with many zeros fast on a CPU.
+"""Direct sparse convolution on a CPU: a sum of slices of the input, compiled by numba.
 
 # Note [A convolution is a sum of shifted rows]
-Lay the padded input out flat, channel after channel. Moving the window by one pixel then moves every element that it
-reads by one, so all outputs of a channel are one sum of slices of equal length, ``weight * x[start : start + n]``, and
-where a slice starts depends on the weight's input channel and place in the window alone. Zeros are left out of the sum;
-what is left is what vector units do best: no window is copied (im2col), and nothing is gathered. The outputs that lie
-over the border between two rows or images are computed with the others and not used.
+Store the padded input in flat memory, one channel after the other. If the window moves by one pixel, the index of each
+element that it reads moves by one. All outputs of a channel are therefore one sum of slices of equal length,
+``weight * x[start : start + n]``. The start of a slice depends only on the weight's input channel and its offset in the
+window. Weights that are zero are left out of the sum. No window is copied (im2col) and nothing is gathered, so vector
+instructions make the inner loop fast. Some outputs lie across the border between two rows or two images. They are
+computed with the others and ignored.
+
+Park et al. describe the method in https://arxiv.org/abs/1608.01409.
 """
 
 from __future__ import annotations
@@ -16,24 +19,24 @@ from typing import Any
 
 from feather_param.utils.extras import extra
 
-_BLOCK = 1024  # columns whose sums stay in the nearest cache while a row is added up
+_BLOCK = 1024  # elements of an output row that are summed at once, so that they stay in the L1 cache
 
 
 def sum_of_slices(crow: Any, col: Any, values: Any, starts: Any, x: Any, bias: Any, out: Any, width: int) -> None:
-    """Set ``out[i, :width]`` to ``bias[i] + sum(values[p] * x[starts[col[p]] :][:width])``, p over the i-th row.
+    """Set ``out[i, :width]`` to ``bias[i] + sum(values[p] * x[starts[col[p]] :][:width])``, with p over the i-th row.
 
-    The rows are those of a matrix in CSR form. This is plain Python, on one thread; `compiled` returns it as machine
-    code.
+    The matrix is in CSR format. This function is plain Python; `compiled` returns it as machine code. It runs on one
+    thread.
 
     Args:
-        crow: where each row begins in col and values, int32 [rows + 1].
+        crow: start of each row in ``col`` and ``values``, int32 [rows + 1].
         col: columns of the elements that are not zero, int32 [n].
         values: these elements, float32 [n].
-        starts: where the slice of each column begins in x, int64 [columns].
-        x: float32 [m].
+        starts: start of each column's slice in ``x``, int64 [columns].
+        x: the input, float32 [m].
         bias: float32 [rows].
-        out: float32 [rows, at least width], written in place.
-        width: length of the slices; the largest start + width is at most m.
+        out: the output, float32 [rows, at least width]. It is written in place.
+        width: length of the slices. The largest start + width is at most m.
 
     Example:
         >>> import numpy as np
@@ -48,7 +51,7 @@ def sum_of_slices(crow: Any, col: Any, values: Any, starts: Any, x: Any, bias: A
             total = out[i, begin : begin + n]
             total[:] = bias[i]
             p = crow[i]
-            while p + 4 <= crow[i + 1]:  # four at once, for the sum is then read and written a quarter as often
+            while p + 4 <= crow[i + 1]:  # four at once, to read and write the sum a quarter as often
                 a, b, c, d = values[p], values[p + 1], values[p + 2], values[p + 3]
                 at = begin + starts[col[p]]
                 x_a = x[at : at + n]
@@ -72,9 +75,9 @@ def sum_of_slices(crow: Any, col: Any, values: Any, starts: Any, x: Any, bias: A
 
 @functools.cache
 def compiled() -> Callable[..., None] | None:
-    """Return `sum_of_slices` as machine code that lets other threads run, or None if numba is not installed.
+    """Return `sum_of_slices` as machine code, or None if numba is not installed. The code releases the GIL.
 
-    The first call compiles, about a second; nothing is written to disk.
+    The first call compiles it, in about a second. Nothing is cached on the disk.
 
     Example:
         >>> compiled() is None or callable(compiled())

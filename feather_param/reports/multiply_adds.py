@@ -14,12 +14,8 @@ from torch.nn.utils import parametrize
 
 from feather_param.core.baking import final_masks
 from feather_param.selection.names import names_of
-from feather_param.selection.weights import is_matrix, parametrizations_of
+from feather_param.selection.weights import LAYERS, TRANSPOSED, is_matrix, parametrizations_of
 from feather_param.utils.text import aligned, grouped
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_COUNTED = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ def multiply_adds(model: nn.Module, example_input: Any) -> MultiplyAdds:
         source = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         uses[module] = uses.get(module, 0) + _applications(module, source, output)
 
-    layers = [module for module in model.modules() if isinstance(module, _COUNTED)]
+    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
     hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
     try:
         with _evaluating(model), torch.no_grad():
@@ -157,7 +153,7 @@ def _counted(model: nn.Module, uses: Mapping[nn.Module, int]) -> MultiplyAdds:
             rows.append(LayerMultiplyAdds(f"{prefix}weight", tuple(weight.shape), uses[module], nonzero))
             continue
         kind = parametrize.type_before_parametrizations(module).__name__
-        reason = "its layer is not called in this pass" if isinstance(module, _COUNTED) else f"a weight of {kind}"
+        reason = "its layer is not called in this pass" if isinstance(module, LAYERS) else f"a weight of {kind}"
         matrices = [tensor for tensor, value in module._parameters.items() if is_matrix(value)]
         uncounted.update({prefix + tensor: reason for tensor in [*matrices, *parametrizations_of(module)]})
     return MultiplyAdds(tuple(rows), uncounted)
@@ -167,9 +163,9 @@ def _applications(module: nn.Module, source: Tensor, output: Tensor) -> int:
     """Return the number of positions that a layer applied its weight to."""
     if isinstance(module, nn.Linear):
         return output.numel() // max(1, module.out_features)
-    if isinstance(module, _TRANSPOSED):
+    if isinstance(module, TRANSPOSED):
         return source.numel() // max(1, module.in_channels)
-    assert isinstance(module, _CONVOLUTIONS)
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return output.numel() // max(1, module.out_channels)
 
 

@@ -6,8 +6,8 @@ import re
 
 from torch import nn
 
-# The attributes under which torch.compile and activation checkpointing hold the module inside.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+COMPILED = "_orig_mod"  # the attribute under which torch.compile holds the module inside
+_WRAPPERS = (COMPILED, "_checkpoint_wrapped_module")  # and activation checkpointing
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -1,4 +1,4 @@
-"""A reader of sparse files written from docs/sparse-files.md alone, one gap after the other, with numpy alone."""
+"""A slow reader of sparse files, written from docs/sparse-files.md alone. It uses numpy and reads gap by gap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 __all__ = ["SIZES", "Refused", "parts_of", "read"]
 
-SIZES = {  # bytes of an element, from the page
+SIZES = {  # bytes of an element, from the documentation
     **dict.fromkeys(["bool", "uint8", "int8", "float4_e2m1fn_x2", "bits8", "bits1x8", "bits2x4", "bits4x2"], 1),
     **{f"float8_{kind}": 1 for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")},
     **{f"{sign}int{n}": 1 for sign in ("", "u") for n in range(1, 8)},
@@ -32,7 +32,7 @@ def must(condition: object) -> None:
 
 
 def read(content: bytes) -> dict[str, tuple[str, list[int], bytes]]:
-    """Return dtype, shape and the bytes of the elements of each tensor; raise `Refused` where the page says so."""
+    """Return dtype, shape and bytes of each tensor; raise `Refused` for what the documentation says to refuse."""
     try:
         outer, data = parts_of(content)
         text = outer.pop("__metadata__")["feather_param sparse"]

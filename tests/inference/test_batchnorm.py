@@ -1,4 +1,4 @@
-"""`recalibrate_batchnorm`: the statistics of the model as it is now, and nothing else changed."""
+"""`recalibrate_batchnorm` recomputes the statistics and changes nothing else."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import feather_param
-from feather_param.inference.batchnorm import recalibrate_batchnorm
+from feather_param.inference import recalibrate_batchnorm
 
 EPS = torch.finfo(torch.float32).eps
 
 
 def net(norm: type[nn.Module] = nn.BatchNorm2d, **options) -> nn.Sequential:
-    """Everything that a mode or a statistic could be lost in: dropout, modes that differ, two kinds of momentum."""
+    """Return a model with dropout, different modes and two momenta."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, bias=False),
@@ -42,32 +42,32 @@ def snapshot(model: nn.Module) -> tuple:
 
 
 def equal(a: tuple, b: tuple, *, but: str = "nothing") -> bool:
-    """Whether two snapshots are bit for bit the same, apart from the entries whose name has `but` in it."""
+    """Return whether two snapshots are equal, except for entries with ``but`` in their names."""
     names = [name for name in a[0] if but not in name]
     return a[0].keys() == b[0].keys() and a[1:] == b[1:] and all(torch.equal(a[0][n], b[0][n]) for n in names)
 
 
-# What it computes
+# Results
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_one_layer_equals_a_slow_twin(dims):
     torch.manual_seed(0)
     layer = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d][dims - 1](3)
-    layer.running_mean.fill_(100.0)  # no trace of the old statistics stays
+    layer.running_mean.fill_(100.0)  # the old statistics do not count
     loader = [torch.randn(size, 3, *[2] * (dims if dims > 1 else 0)) for size in (4, 7, 2)]
     recalibrate_batchnorm(layer, loader)
     for channel in range(3):
         values = [batch.transpose(0, 1)[channel].flatten().double().tolist() for batch in loader]
         mean = statistics.fmean(statistics.fmean(batch) for batch in values)
         variance = statistics.fmean(statistics.variance(batch) for batch in values)
-        # A rounding for each of 56 summands of magnitude 4 at most (squared: 16), and three for each of three updates.
+        # One rounding for each of 56 terms of at most 4 (squared: 16), and three for each of three updates.
         assert layer.running_mean[channel].item() == pytest.approx(mean, abs=65 * EPS * 4)
         assert layer.running_var[channel].item() == pytest.approx(variance, abs=65 * EPS * 16)
     assert layer.num_batches_tracked == 3
 
 
-def test_a_layer_behind_others_sees_the_model_without_dropout():
+def test_the_model_runs_without_dropout():
     model = net()
     twin = copy.deepcopy(model)
     recalibrate_batchnorm(model, batches())
@@ -82,16 +82,16 @@ def test_a_second_time_changes_nothing_but_rounding():
     model = net()
     recalibrate_batchnorm(model, batches())
     before = snapshot(model)
-    recalibrate_batchnorm(model, iter(batches()))  # an iterator will do
+    recalibrate_batchnorm(model, iter(batches()))  # an iterator works too
     assert equal(before, snapshot(model))  # on a CPU not even rounding
     recalibrate_batchnorm(model, reversed(batches()))
     after = model.state_dict()
-    for name, old in before[0].items():  # the order of five batches: a few roundings of numbers below 8
+    for name, old in before[0].items():  # another order of five batches: a few roundings of numbers below 8
         assert torch.allclose(after[name].double(), old.double(), rtol=0.0, atol=10 * 8 * EPS), name
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm])
-def test_the_kinds_of_layer(norm):
+def test_synchronised_layers_give_the_same_result(norm):
     model, other = net(norm), net()
     recalibrate_batchnorm(model, batches())
     recalibrate_batchnorm(other, batches())
@@ -99,14 +99,14 @@ def test_the_kinds_of_layer(norm):
 
 
 @pytest.mark.parametrize("wrap", [list, tuple], ids=["list", "tuple"])
-def test_batches_that_begin_with_the_input(wrap):
+def test_the_first_element_of_a_batch_is_the_input(wrap):
     model, other = net(), net()
     recalibrate_batchnorm(model, batches())
     recalibrate_batchnorm(other, [wrap((x, torch.zeros(6))) for x in batches()])
     assert equal(snapshot(model), snapshot(other))
 
 
-def test_inputs_follow_the_model_to_its_device():
+def test_inputs_are_moved_to_the_device_of_the_model():
     class OnMeta(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -123,7 +123,7 @@ def test_inputs_follow_the_model_to_its_device():
     assert model.seen == [torch.device("meta")]
 
 
-# What it leaves alone
+# What stays the same
 
 
 def test_parameters_modes_momenta_and_gradients_stay():
@@ -137,10 +137,10 @@ def test_parameters_modes_momenta_and_gradients_stay():
     assert all(torch.equal(model.state_dict()[name], before[0][name]) for name in ("1.weight", "1.bias", "3.1.weight"))
     assert not torch.equal(model[1].running_mean, before[0]["1.running_mean"])
     assert all(torch.equal(p.grad, old) for p, old in zip(model.parameters(), gradients, strict=True))
-    assert torch.equal(torch.get_rng_state(), state)  # no dropout, no shuffling of ours
+    assert torch.equal(torch.get_rng_state(), state)  # no random numbers were used
 
 
-def test_a_layer_that_is_not_reached_keeps_its_statistics():
+def test_a_layer_that_is_not_called_keeps_its_statistics():
     class Unused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -159,7 +159,7 @@ def test_a_layer_that_is_not_reached_keeps_its_statistics():
     assert model.used.num_batches_tracked == 1
 
 
-def test_a_sparsified_model_is_seen_as_pruned_and_stays_sparsified():
+def test_a_sparsified_model_gives_the_statistics_of_its_baked_one():
     model, twin = net(), net()
     for each in (model, twin):
         controller = feather_param.sparsify(each, final_rate=0.8, total_steps=1)
@@ -174,7 +174,7 @@ def test_a_sparsified_model_is_seen_as_pruned_and_stays_sparsified():
         torch.testing.assert_close(model.state_dict()[name], tensor)
 
 
-# What it refuses, the model untouched
+# Refusals, after which the model is unchanged
 
 
 def failing(after: int, error: BaseException):
@@ -190,7 +190,7 @@ def failing(after: int, error: BaseException):
         (lambda: [[]], TypeError, "tuples or lists that begin with one, got list"),
         (lambda: [*batches(2), ("label", 1)], TypeError, "got tuple"),
         (lambda: [*batches(2), torch.full((2, 2, 6, 6), torch.nan)], ValueError, "got NaN or infinity in 1;"),
-        (lambda: [*batches(2), torch.ones(2, 3, 6, 6)], RuntimeError, "channels"),  # torch's own
+        (lambda: [*batches(2), torch.ones(2, 3, 6, 6)], RuntimeError, "channels"),  # raised by torch
         (lambda: failing(2, OSError("disk")), OSError, "disk"),
         (lambda: failing(2, KeyboardInterrupt("stop")), KeyboardInterrupt, "stop"),
         (lambda: 3, TypeError, "expected a loader of batches, an iterable, got int"),
@@ -222,11 +222,11 @@ def test_only_modules_are_taken():
         recalibrate_batchnorm([nn.BatchNorm1d(2)], batches())
 
 
-# That it helps
+# Its use
 
 
 def trained_on_digits() -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
-    """A small network trained on scikit-learn's digits; the training batches, and the test set of 360."""
+    """Return a small network trained on scikit-learn's digits, its training batches, and a test set of 360."""
     digits = load_digits()
     x = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
     y = torch.from_numpy(digits.target)
@@ -248,7 +248,7 @@ def trained_on_digits() -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]], tup
     return model, loader, (x[test], y[test])
 
 
-def test_it_helps_after_pruning_at_once():
+def test_loss_and_accuracy_improve_after_pruning_in_one_step():
     model, loader, (x, y) = trained_on_digits()
     feather_param.sparsify(model, final_rate=0.9, total_steps=1).step()
     feather_param.desparsify(model)

@@ -1,4 +1,4 @@
-"""2:4: the check against a slow twin and torch's converter, what the conversion refuses, and what it makes."""
+"""2:4 sparsity: the check against a slow twin and torch's converter, and the conversion."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 import feather_param
-from feather_param.inference import semi_structured
-from feather_param.inference.semi_structured import is_semi_structured, to_semi_structured
+from feather_param.inference import is_semi_structured, semi_structured, to_semi_structured
 
 HALVES = [torch.float16, torch.bfloat16]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def two_of_four(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """A random 2:4 matrix: of each group of 4 two are kept, at random places."""
+    """Return a random 2:4 matrix: each group of 4 has two elements that are not zero, at random positions."""
     generator = torch.Generator().manual_seed(seed)
-    places = torch.rand(rows, columns // 4, 4, generator=generator).topk(2, dim=-1).indices
-    mask = torch.zeros(rows, columns // 4, 4).scatter_(-1, places, 1.0)
+    kept = torch.rand(rows, columns // 4, 4, generator=generator).topk(2, dim=-1).indices
+    mask = torch.zeros(rows, columns // 4, 4).scatter_(-1, kept, 1.0)
     return torch.randn(rows, columns, generator=generator) * mask.reshape(rows, columns)
 
 
 def net(dtype: torch.dtype = torch.float16) -> nn.Sequential:
-    """A model with everything that is to be converted or left: two layers tied, a convolution, a norm."""
+    """Return a model with tied layers, a convolution and a norm."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.LayerNorm(128), nn.Linear(128, 64, bias=False), nn.Linear(64, 128))
     model.append(nn.Conv1d(128, 64, 1))
@@ -55,7 +54,7 @@ def snapshot(model: nn.Module) -> tuple[dict[str, Tensor], list[nn.Parameter]]:
 
 
 def on_cpu(weight: Tensor) -> Tensor:
-    """What torch's CUTLASS backend makes of a weight; its own constructor insists on a GPU."""
+    """Convert a weight with torch's CUTLASS backend. Its own constructor requires a GPU."""
     packed, meta = sparse_semi_structured_from_dense_cutlass(weight.detach())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*SparseSemiStructuredTensor is in prototype", UserWarning)
@@ -64,9 +63,6 @@ def on_cpu(weight: Tensor) -> Tensor:
 
 def to_dense(weight: Tensor) -> Tensor:
     return sparse_semi_structured_to_dense_cutlass(weight.packed, weight.meta)
-
-
-# The check
 
 
 def twin(tensor: Tensor) -> bool:
@@ -92,7 +88,7 @@ def test_the_check_equals_a_slow_twin(data, lead, columns, dtype):
     size = int(torch.tensor(shape).prod())
     tensor = torch.tensor(data.draw(st.lists(VALUES, min_size=size, max_size=size)), dtype=dtype).view(shape)
     assert is_semi_structured(tensor) is twin(tensor)
-    flipped = tensor.flip(-1).transpose(0, -1).contiguous().transpose(0, -1)  # strides that are not the usual ones
+    flipped = tensor.flip(-1).transpose(0, -1).contiguous().transpose(0, -1)  # not contiguous
     assert is_semi_structured(flipped) is twin(flipped)
 
 
@@ -104,7 +100,7 @@ def test_the_check_equals_a_slow_twin(data, lead, columns, dtype):
     columns=st.sampled_from([128, 256]),
     seed=st.integers(0, 1000),
 )
-def test_the_check_tells_whether_torchs_converter_loses_anything(data, dtype, rows, columns, seed):
+def test_the_check_is_true_if_torchs_converter_loses_nothing(data, dtype, rows, columns, seed):
     weight = (two_of_four(rows, columns, seed) * 4).to(dtype)
     row, group = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns // 4 - 1))
     weight[row, 4 * group : 4 * group + 4] = torch.tensor(
@@ -117,11 +113,11 @@ def test_the_check_tells_whether_torchs_converter_loses_anything(data, dtype, ro
 @pytest.mark.parametrize(
     ("shape", "answer"), [((), False), ((3,), False), ((4, 0), True), ((0, 4), True), ((2, 6), False)]
 )
-def test_the_check_at_the_edges(shape, answer):
+def test_the_check_of_empty_and_small_tensors(shape, answer):
     assert is_semi_structured(torch.zeros(shape)) is answer
 
 
-def test_the_check_of_a_model_looks_at_all_its_linear_layers():
+def test_the_check_of_a_model_includes_all_linear_layers():
     model = net()
     assert is_semi_structured(model)
     assert not is_semi_structured(nn.Conv1d(4, 4, 1))
@@ -131,7 +127,7 @@ def test_the_check_of_a_model_looks_at_all_its_linear_layers():
     assert is_semi_structured(nn.ModuleList([model[0], model[3]]))
 
 
-def test_the_check_of_a_sparsified_model_sees_what_the_forward_pass_sees():
+def test_the_check_of_a_sparsified_model_uses_the_thresholded_weights():
     model = nn.Linear(4, 1, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
@@ -146,10 +142,10 @@ def test_the_check_takes_tensors_and_models():
         is_semi_structured([0.0, 0.0, 1.0, 1.0])
 
 
-# What the conversion refuses; all but the device is looked at first, so that a CPU shows it
+# Refusals. The device is checked last, so that these tests run on a CPU
 
 
-def test_the_sizes_are_those_that_both_backends_of_torch_take():
+def test_both_backends_of_torch_take_the_sizes():
     for backend in (SparseSemiStructuredTensorCUTLASS, SparseSemiStructuredTensorCUSPARSELT):
         for dtype in semi_structured._DTYPES:
             needs = backend._DTYPE_SHAPE_CONSTRAINTS[dtype]
@@ -206,10 +202,14 @@ def attention(_: nn.Sequential) -> nn.Module:
         (with_head, ValueError, "got: 1: its weight is 10 x 64, not multiples of 32 x 64: it has to stay dense"),
         (nn.Module.float, ValueError, r"0: its weight is float32: cast it with \.half\(\) or \.bfloat16\(\)"),
         (nn.Module.double, ValueError, "0: its weight is float64"),
-        (seven_dense_layers, ValueError, "; 4: 1024 of 1024 groups .* too many; and 2 more layers; or convert only"),
-        (sparsified, RuntimeError, r"made anew at each use at 0; call feather_param\.desparsify"),
-        (normed, RuntimeError, "made anew at each use at 2; .* remove the other parametrization"),
-        (normed_by_a_hook, RuntimeError, "made anew at each use at 2;"),
+        (
+            seven_dense_layers,
+            ValueError,
+            "; 4: 1024 of 1024 groups .* drop the others; and 2 more layers; or convert only",
+        ),
+        (sparsified, RuntimeError, r"recomputed at each use at 0; call feather_param\.desparsify"),
+        (normed, RuntimeError, "recomputed at each use at 2; .* remove the other parametrization"),
+        (normed_by_a_hook, RuntimeError, "recomputed at each use at 2;"),
         (
             encoder,
             ValueError,
@@ -245,14 +245,14 @@ def test_an_old_gpu_is_refused(monkeypatch):
 
 
 def test_the_fast_path_of_attention_takes_no_converted_weights():
-    """Why these layers are refused: if this fails, torch has learnt it, and the refusal can go."""
+    """The reason for the refusal of these layers. If this test fails, torch supports them and the refusal can go."""
     layer = nn.TransformerEncoderLayer(64, 4, 64, batch_first=True).half().eval()
     layer.linear1.weight = nn.Parameter(on_cpu(two_of_four(64, 64).half()), requires_grad=False)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="_transformer_encoder_layer_fwd"):
         layer(torch.zeros(1, 2, 64, dtype=torch.float16))
 
 
-# What the conversion does, with torch's CPU routine in the place of the one that needs a GPU
+# The conversion, with torch's CPU routine instead of the one that needs a GPU
 
 
 @pytest.fixture
@@ -262,7 +262,7 @@ def without_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_every_linear_weight_is_converted_and_none_else(without_gpu, dtype):
+def test_only_linear_weights_are_converted(without_gpu, dtype):
     model = net(dtype)
     (state, _), dense_bytes = snapshot(model), model[0].weight.nbytes
 
@@ -282,16 +282,16 @@ def test_every_linear_weight_is_converted_and_none_else(without_gpu, dtype):
     assert is_semi_structured(model)
 
 
-def test_the_parts_that_fit_can_be_converted_one_by_one(without_gpu):
+def test_submodules_can_be_converted_one_by_one(without_gpu):
     model = with_head(net())
     to_semi_structured(model[0][0])
-    assert to_semi_structured(model[0]) == ["2", "3"]  # 0 is converted already; 3, tied to it before, by itself
+    assert to_semi_structured(model[0]) == ["2", "3"]  # 0 is converted already, and no longer tied to 3
     assert type(model[1].weight) is nn.Parameter
     with pytest.raises(ValueError, match="with dense Linear layers, got Sequential without"):
         to_semi_structured(model[0])
 
 
-def test_attention_is_converted_once_its_fast_path_is_off(without_gpu):
+def test_attention_is_converted_if_its_fast_path_is_off(without_gpu):
     layer = nn.TransformerEncoderLayer(64, 4, 64).half()
     with torch.no_grad():
         for linear in (layer.self_attn.out_proj, layer.linear1, layer.linear2):
@@ -317,9 +317,6 @@ def test_torch_failing_on_a_later_layer_leaves_the_model_untouched(without_gpu, 
     assert untouched(model, *before)
 
 
-# What only a GPU can show
-
-
 @needs_gpu
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
@@ -337,7 +334,7 @@ def test_a_converted_layer_computes_the_same_on_a_gpu(dtype, bias, batch):
             warnings.filterwarnings("ignore", ".*SparseSemiStructuredTensor is in prototype", UserWarning)
             to_semi_structured(layer)
         sparse = layer(x)
-    # Each sums in float32 and rounds to the dtype once, or twice with the bias.
+    # Both sum in float32 and round to the dtype once, or twice with the bias.
     bound = 4 * torch.finfo(dtype).eps * dense.abs().max().item()
     assert torch.allclose(sparse.float(), dense.float(), rtol=0.0, atol=bound)
 

@@ -1,0 +1,68 @@
+"""The report of `to_sparse_inference`: times and sizes of each layer, dense and sparse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from feather_param.utils.text import aligned
+
+_ROOT = "(the model)"  # in tables, the name of a layer that is the whole model
+
+
+@dataclass(frozen=True)
+class InferenceRow:
+    """One Linear or Conv layer: its dense time and size, and those of its fastest sparse method."""
+
+    name: str
+    shape: tuple[int, ...]  # of its weight
+    rate: float  # fraction of zeros in the weight
+    method: str  # of the returned model: "dense", "csr" or "kernel" (see `SparseLayer`)
+    dense_ms: float | None  # milliseconds of all its calls in one pass; None if the layer was not timed
+    sparse_ms: float | None
+    dense_mb: float  # megabytes (10^6 bytes) of weight and bias
+    sparse_mb: float | None
+    reason: str = ""  # why it stays dense
+
+
+@dataclass(frozen=True)
+class InferenceReport:
+    """The measurements of `to_sparse_inference`: a row for each layer, and totals of the network.
+
+    Example:
+        >>> row = InferenceRow("fc", (8, 4), 0.75, "csr", 1.0, 0.25, 0.4, 0.2)
+        >>> print(InferenceReport((row,), 1.25, 0.5, 0.4, 0.2, threads=1))
+        layer  shape  zeros  method  dense ms  sparse ms  gain  dense MB  sparse MB
+        fc     8x4    75.0%     csr     1.000      0.250  4.0x      0.40       0.20
+        all                             1.250      0.500  2.5x      0.40       0.20
+        float32, CPU threads: 1
+    """
+
+    rows: tuple[InferenceRow, ...]  # the Linear and Conv layers in the order of the model
+    dense_ms: float  # milliseconds of the whole network for the example input
+    sparse_ms: float
+    dense_mb: float  # megabytes of all parameters and buffers
+    sparse_mb: float
+    threads: int  # `torch.get_num_threads()` during the measurement
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        cells = [["layer", "shape", "zeros", "method", "dense ms", "sparse ms", "gain", "dense MB", "sparse MB"]]
+        for row in self.rows:
+            figures = _figures(row.dense_ms, row.sparse_ms, row.method != "dense", row.dense_mb, row.sparse_mb)
+            cells.append([row.name or _ROOT, "x".join(map(str, row.shape)), f"{row.rate:.1%}", row.method, *figures])
+        figures = _figures(self.dense_ms, self.sparse_ms, bool(self.swapped), self.dense_mb, self.sparse_mb)
+        lines = aligned([*cells, ["all", "", "", "", *figures]])
+        lines += [f"dense: {row.name or _ROOT} ({row.reason})" for row in self.rows if row.reason]
+        return "\n".join([*lines, f"float32, CPU threads: {self.threads}", *self.notes])
+
+    @property
+    def swapped(self) -> tuple[str, ...]:
+        """Names of the layers that are sparse in the returned model."""
+        return tuple(row.name for row in self.rows if row.method != "dense")
+
+
+def _figures(dense: float | None, sparse: float | None, gain: bool, mb: float, sparse_mb: float | None) -> list[str]:
+    """Return the cells from dense ms to sparse MB."""
+    milliseconds = ["-" if value is None else f"{value:.3f}" for value in (dense, sparse)]
+    times = f"{dense / sparse:.1f}x" if gain and dense and sparse else "no gain"
+    return [*milliseconds, times, *("-" if value is None else f"{value:.2f}" for value in (mb, sparse_mb))]
