@@ -1,1 +1,1 @@
-"""The core: what `sparsify` registers on a model, how its thresholds are kept valid, and how it is baked and removed."""
+"""The core: registration on a model, the shared state with its thresholds, copies, freezing and baking."""

@@ -2,11 +2,11 @@
 
 Note [Thresholds]
 
-The controller calls `move_to` at each step. It computes the thresholds from the weights and the number of zeros, by the
-allocation, and keeps them in the `Position`, which reports and bakes read. `_write_thresholds` copies them into a buffer
-of each parametrization, in the precision of its weight. Forward passes and compiled graphs read this buffer. A deepcopy
-has its own buffers and its own position; both positions refer to the same threshold tensors until one of them gets new
-ones, and nothing ever writes to these tensors.
+The controller calls `move_to` at each step. It lets the allocation compute the thresholds from the weights and the
+number of zeros, and keeps them in the `Position`, which reports and bakes read. `_write_thresholds` copies them into a
+buffer of each parametrization, in the precision of its weight. Forward passes and compiled graphs read this buffer.
+A deepcopy has its own buffers and its own position. Both positions refer to the same threshold tensors until one of
+them gets new ones; nothing writes to these tensors.
 
 A threshold is valid for the weights that it was computed from. So each registration keeps the version of its weight:
 the identity of the Parameter, and the number of writes to it, which torch counts. A forward pass that finds another

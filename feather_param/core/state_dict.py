@@ -1,7 +1,7 @@
 """The entries of a sparsified model's state_dict.
 
-A dense weight is saved under the name that `torch.nn.utils.parametrize` gives it. One more entry holds the position
-in the schedule (see `core.position`). Thresholds and masks are not saved: they follow from the position and the weights.
+A dense weight is saved under the name that `torch.nn.utils.parametrize` gives it. One more entry holds the position in
+the schedule (see `core.position`). Thresholds and masks are not saved: they follow from the position and the weights.
 """
 
 from __future__ import annotations
