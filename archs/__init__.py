@@ -1,4 +1,4 @@
-"""Networks for small images: plain modules that know nothing of sparsity."""
+"""Networks for small images, as plain modules without any sparsity."""
 
 from archs.densenet import densenet as densenet
 from archs.mobilenet_v1 import mobilenet_v1 as mobilenet_v1

@@ -1,4 +1,4 @@
-"""The initialisation that the networks share."""
+"""The initialisation of all networks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["init_he"]
 
 
 def init_he(model: nn.Module) -> None:
-    """Initialise the convolutions for ReLU by their fan-out (He et al. 2015), and their biases with zero.
+    """Initialise convolutions for ReLU by their fan-out (He et al. 2015), and their biases with zero.
 
-    Linear layers and batch norms keep PyTorch's defaults.
+    Linear layers and batch norms keep the defaults of PyTorch.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

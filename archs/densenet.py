@@ -1,4 +1,4 @@
-"""DenseNet-BC for small images (Huang et al. 2017), of 40 layers and growth rate 24."""
+"""DenseNet-BC for small images (Huang et al. 2017), with 40 layers and growth rate 24."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["DenseNet", "densenet"]
 _GROWTH = 24
 _BLOCKS = 3
 _LAYERS = 6  # per block; 40 layers = stem + 3 blocks * 6 layers * 2 convolutions + 2 transitions + classifier
-_BOTTLENECK = 4  # the 1x1 convolution gives this many times the growth rate
+_BOTTLENECK = 4  # output channels of the 1x1 convolution, in multiples of the growth rate
 _REDUCTION = 0.5  # of the channels, at each transition
 
 
 class _Layer(nn.Module):
-    """A bottleneck and a 3x3 convolution, whose output is put behind the input's channels."""
+    """A 1x1 and a 3x3 convolution. The output is the channels of the input and those of the convolutions."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class _Layer(nn.Module):
 
 
 class _Transition(nn.Module):
-    """Fewer channels at half the resolution."""
+    """A 1x1 convolution to fewer channels, and a mean that halves the resolution."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class _Transition(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """Stem, three dense blocks with transitions between, mean over the image, classifier.
+    """A stem, three dense blocks with transitions between them, the mean over the image, and a classifier.
 
     Shape:
         [batch, in_channels, height, width] to [batch, num_classes].
@@ -75,5 +75,5 @@ class DenseNet(nn.Module):
 
 
 def densenet(num_classes: int = 100, in_channels: int = 3) -> DenseNet:
-    """Build a DenseNet-BC of depth 40 and growth 24: 714,196 parameters for 100 classes of colour images."""
+    """Return a DenseNet-BC of depth 40 and growth rate 24: 714,196 parameters for 100 classes of colour images."""
     return DenseNet(num_classes, in_channels)

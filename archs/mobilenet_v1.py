@@ -1,4 +1,4 @@
-"""MobileNetV1 for small images (Howard et al. 2017): depthwise separable convolutions."""
+"""MobileNetV1 for small images (Howard et al. 2017), with depthwise separable convolutions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from archs._init import init_he
 __all__ = ["MobileNetV1", "mobilenet_v1"]
 
 _STEM = 32
-# (output channels, stride) of each depthwise separable convolution; the paper's table 1.
+# (output channels, stride) of each depthwise separable convolution: table 1 of the paper.
 _LAYERS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 
 
 class _Separable(nn.Module):
-    """A 3x3 convolution of each channel by itself, then a 1x1 convolution that mixes them."""
+    """A 3x3 convolution of each channel, then a 1x1 convolution over all channels."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class _Separable(nn.Module):
 
 
 class MobileNetV1(nn.Module):
-    """Stem of stride 1 (the images are small), thirteen separable convolutions, mean over the image, classifier.
+    """A stem of stride 1 for small images, thirteen separable convolutions, the mean over the image, and a classifier.
 
     Shape:
         [batch, in_channels, height, width] to [batch, num_classes].
@@ -57,5 +57,5 @@ class MobileNetV1(nn.Module):
 
 
 def mobilenet_v1(num_classes: int = 100, in_channels: int = 3) -> MobileNetV1:
-    """Build a MobileNetV1 of width 1: 3,315,428 parameters for 100 classes of colour images."""
+    """Return a MobileNetV1 of width 1: 3,315,428 parameters for 100 classes of colour images."""
     return MobileNetV1(num_classes, in_channels)

@@ -1,4 +1,4 @@
-"""ResNet-20 for small images (He et al. 2016, "Deep Residual Learning"), by default twice as wide as the paper's."""
+"""ResNet-20 for small images (He et al. 2016, "Deep Residual Learning"), by default twice as wide as in the paper."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCKS = 3  # per width; 20 layers = stem + 3 widths * 3 blocks * 2 convolution
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions around a shortcut, which is projected where the shape changes."""
+    """Two 3x3 convolutions with a shortcut, which is a 1x1 convolution if the shape changes."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ class _Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """Stem, three stages of three blocks at 1, 1/2 and 1/4 of the resolution, mean over the image, classifier.
+    """A stem, three stages of three blocks at 1, 1/2 and 1/4 of the resolution, the mean, and a classifier.
 
     Args:
         num_classes: number of outputs.
-        in_channels: number of colours.
-        width: channels of the first stage; the others have two and four times as many.
+        in_channels: number of channels of an image.
+        width: number of channels of the first stage. The other stages have two and four times this number.
 
     Shape:
         [batch, in_channels, height, width] to [batch, num_classes].
@@ -64,5 +64,5 @@ class ResNet20(nn.Module):
 
 
 def resnet20(num_classes: int = 100, in_channels: int = 3, width: int = 32) -> ResNet20:
-    """Build a ResNet-20 of widths 32, 64, 128: 1,096,196 parameters for 100 classes of colour images."""
+    """Return a ResNet-20 of widths 32, 64, 128: 1,096,196 parameters for 100 classes of colour images."""
     return ResNet20(num_classes, in_channels, width)

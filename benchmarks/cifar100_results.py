@@ -1,4 +1,4 @@
-"""The CIFAR-100 runs as a table, mean ± standard deviation over the seeds, and as a picture."""
+"""The results of the CIFAR-100 runs: a table of mean ± standard deviation over the seeds, and a picture."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Result = dict[str, Any]
 
 
 def read(folder: Path) -> list[Result]:
-    """Return what the JSON files of a folder say; none where there is no folder.
+    """Return the contents of the JSON files of a folder. A missing folder has none.
 
     Raises:
-        ValueError: one is damaged, or another one.
+        ValueError: a file is damaged, or not that of a run.
     """
     return [cifar100_run.read(path) for path in sorted(folder.glob("*.json"))]
 
 
 def write(results: Sequence[Result], about: Mapping[str, str], folder: Path) -> str:
-    """Write table and picture beside the folder of the runs; return the table in Markdown.
+    """Write the table and the picture beside the folder of the runs, and return the table in Markdown.
 
     Args:
-        results: what the runs left.
-        about: the methods in the order of the table, and what each of them is.
-        folder: the runs' folder; ``<folder>.md`` and ``<folder>.png`` are written.
+        results: the contents of the JSON files of the runs.
+        about: the methods in the order of the table, with a short description of each.
+        folder: the folder of the runs. The files ``<folder>.md`` and ``<folder>.png`` are written.
     """
     text = _page(results, about, folder.with_suffix(".png").name)
     timing.write_whole(folder.with_suffix(".md"), text)
@@ -49,8 +49,8 @@ def _page(results: Sequence[Result], about: Mapping[str, str], picture: str) -> 
     lines = [
         f"# CIFAR-100, {run['epochs']} epochs, {size} training images",
         "",
-        "Test accuracy in %, mean ± standard deviation over the seeds (their number behind it where there are fewer "
-        "than elsewhere), and the difference to the dense network. Written by `benchmarks/cifar100_table.py`.",
+        "Test accuracy in %, mean ± standard deviation over the seeds (with their number n where there are fewer than "
+        "elsewhere), and the difference to the dense network. Written by `benchmarks/cifar100_table.py`.",
         "",
     ]
     for network in dict.fromkeys(result["run"]["network"] for result in results):
@@ -63,13 +63,13 @@ def _page(results: Sequence[Result], about: Mapping[str, str], picture: str) -> 
     commits = sorted({result["machine"]["commit"] for result in results})
     lines += [
         f"The number of zeros is {'exactly' if exact else 'NOT'} the promised one in each of the {len(results)} runs; "
-        + (f"layers of which nothing survived in some run: {', '.join(dead)}." if dead else "no layer died in any."),
+        + (f"layers without survivors in some run: {', '.join(dead)}." if dead else "no layer died in any."),
         "",
         f"Measured on {'; '.join(f'{name} with torch {version}' for name, version in sorted(machines))}, "
         f"{statistics.median(result['seconds'] for result in results):,.0f} s a run (median), at "
         f"{', '.join(commits)}.",
         "",
-        "| method | what it is |",
+        "| method | description |",
         "| --- | --- |",
         *(f"| {name} | {what} |" for name, what in about.items() if any(r["run"]["method"] == name for r in results)),
         "",
@@ -92,7 +92,7 @@ def _table(results: Sequence[Result], about: Mapping[str, str]) -> str:
 
 
 def _cells(results: Sequence[Result]) -> dict[tuple[str, float], list[float]]:
-    """Return the accuracies of the seeds, in percent, by method and rate."""
+    """Return the accuracies of the seeds in percent, by method and rate."""
     cells: dict[tuple[str, float], list[float]] = {}
     for result in results:
         cells.setdefault((result["run"]["method"], result["run"]["rate"]), []).append(100 * result["accuracy"])
@@ -130,7 +130,7 @@ def _draw(results: Sequence[Result], methods: Sequence[str], path: Path) -> None
 
 
 def _accuracy(axes: Axes, cells: Mapping[tuple[str, float], Sequence[float]], methods: Sequence[str]) -> None:
-    """Draw accuracy against rate, the rates evenly spaced; a bar is one standard deviation each way."""
+    """Draw the accuracy against the rate. Rates are evenly spaced. An error bar is one standard deviation each."""
     rates = sorted({rate for _, rate in cells if rate})
     if dense := cells.get((DENSE, 0.0)):
         mean, spread = statistics.fmean(dense), _spread(dense)
@@ -151,7 +151,7 @@ def _accuracy(axes: Axes, cells: Mapping[tuple[str, float], Sequence[float]], me
             capsize=3,
         )
     axes.set_xticks(range(len(rates)), [f"{rate:.1%}" for rate in rates])
-    axes.set_xlim(-0.5, max(1, len(rates)) - 0.5)  # a single rate stands in the middle, too
+    axes.set_xlim(-0.5, max(1, len(rates)) - 0.5)  # a single rate is in the middle
     axes.set_xlabel("rate (zeros among prunable weights)")
     axes.grid(axis="y", color="#e2e8f0")
     for side in ("top", "right"):

@@ -1,4 +1,4 @@
-"""One training of the CIFAR-100 table: from its settings to a JSON file, through any number of interruptions."""
+"""One training of the CIFAR-100 table, resumable, from its settings to a JSON file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,17 @@ import torch
 from torch import nn
 
 import archs
+import feather_param
 from benchmarks import timing
 from benchmarks.methods import DENSE, METHODS
-from examples.datasets import ImageData, TrainBatches
-from examples.settings import Settings
-from examples.training import Training, bake, build_model, save
+from examples.cifar100 import Training, bake, parse
+from examples.data import ImageData, TrainBatches
+from examples.resumable import save
 
-__all__ = ["Run", "execute", "read"]
+__all__ = ["Run", "RunTraining", "execute", "read"]
 
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
-_ENTRIES = {"run", "accuracy", "loss", "zeros", "total", "promised", "dead", "seconds", "machine"}  # of a run's file
+_KEYS = {"run", "accuracy", "loss", "zeros", "total", "promised", "dead", "seconds", "machine"}  # of a JSON file
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Run:
 
     Attributes:
         network: a network of `archs`.
-        width: of ResNet-20, the channels of its first stage; 0 for the network's own.
-        method: a name of `METHODS`, or ``dense``.
+        width: number of channels of the first stage of ResNet-20; 0 for the default of the network.
+        method: a key of `METHODS`, or ``dense``.
         rate: the final rate; 0 for a dense network.
         seed: seed of the initialisation and of the data.
         epochs: number of epochs.
@@ -52,14 +52,14 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of the run's files, without a suffix."""
+        """Name of the files of the run, without a suffix."""
         return f"{self.network}_{self.method}_{self.rate}_seed{self.seed}"
 
     def done(self, folder: Path) -> dict[str, Any] | None:
-        """Return what the run's JSON file says, if there is one.
+        """Return the content of the JSON file of the run, or None if it does not exist.
 
         Raises:
-            ValueError: the file is damaged, or of a run with other settings.
+            ValueError: the file is damaged, or belongs to a run with other settings.
         """
         path = folder / f"{self.name}.json"
         if not path.is_file():
@@ -71,18 +71,55 @@ class Run:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return what a run's JSON file says.
+    """Return the content of the JSON file of a run.
 
     Raises:
-        ValueError: it is damaged, or another one.
+        ValueError: the file is damaged, or not that of a run.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"expected the JSON of a run in {path}, got a damaged file: {error}; move it away") from error
-    if not isinstance(content, dict) or not content.keys() >= _ENTRIES or not isinstance(content["run"], dict):
+    if not isinstance(content, dict) or not content.keys() >= _KEYS or not isinstance(content["run"], dict):
         raise ValueError(f"expected the JSON of a run in {path}, got another one; move it away")
     return content
+
+
+class RunTraining(Training):
+    """The training of a run: that of the example, with another method or width.
+
+    Args:
+        run: the settings.
+        data: the data set, on the device.
+        device: where to train.
+
+    Attributes:
+        method: the method of the run; None for a dense network.
+    """
+
+    def __init__(self, run: Run, data: ImageData, device: torch.device) -> None:
+        self.run = run
+        self.method = None if run.method == DENSE else METHODS[run.method]
+        options = f"--model={run.network} --epochs={run.epochs} --ptarget={run.rate} --seed={run.seed} --amp"
+        batches = TrainBatches(data, batch_size=128, epochs=run.epochs, seed=run.seed)
+        super().__init__(parse(options.split()), batches, device)
+
+    def network(self) -> nn.Module:
+        """Return a new network of the width of the run."""
+        if not self.run.width:
+            return super().network()
+        data = self.batches.data
+        return archs.resnet20(num_classes=data.classes, in_channels=data.channels, width=self.run.width)
+
+    def sparsify(self) -> feather_param.Controller | None:
+        """Sparsify the model with the method of the run."""
+        return self.method and self.method.apply(self.model, self.run.rate, len(self.batches))
+
+    def next_step(self) -> None:
+        """Train on the next batch, and freeze the mask where the method does."""
+        self.step(*self.batches[self.step_count])
+        if self.method and self.controller and self.method.freezes_after(self.step_count, len(self.batches)):
+            self.controller.freeze()
 
 
 def execute(
@@ -93,33 +130,23 @@ def execute(
     advance: Callable[[int], None],
     stopped: Callable[[], bool],
 ) -> bool:
-    """Train from the beginning or from the run's checkpoint, bake, prove the zeros, and write the JSON file.
+    """Train from the start or from the checkpoint of the run, bake, check the zeros and write the JSON file.
 
     Args:
         run: the settings.
         data: the data set, on the device.
         device: where to train.
-        folder: where the JSON file and the checkpoint lie.
-        advance: told how many steps have been made, also those of the checkpoint.
-        stopped: asked after every step whether to stop, at a checkpoint.
+        folder: folder of the JSON file and the checkpoint.
+        advance: called with the number of steps made, including those of the checkpoint.
+        stopped: called after each step. If it returns True, the run saves a checkpoint and stops.
 
     Returns:
-        Whether the run is done; not if it was stopped.
+        True if the run is finished, False if it was stopped.
 
     Raises:
-        TrainingFailed: the training diverged, or the zeros are not those promised.
+        TrainingFailed: the training diverged, or the number of zeros is not exact.
     """
-    batches = TrainBatches(data, batch_size=128, epochs=run.epochs, seed=run.seed)
-    settings = Settings(model=run.network, epochs=run.epochs, ptarget=run.rate, seed=run.seed, amp=True)
-    method = None if run.method == DENSE else METHODS[run.method]
-    training = Training(
-        settings,
-        data,
-        device,
-        batches.steps_per_epoch,
-        build=partial(_build, run, data),
-        sparsify=lambda model, steps: method and method.apply(model, run.rate, steps),
-    )
+    training = RunTraining(run, data, device)
     checkpoint = folder / f"{run.name}.checkpoint.pt"
     machine = timing.machine()
     seconds, start = 0.0, time.monotonic()
@@ -136,12 +163,10 @@ def execute(
         save({"run": asdict(run), "training": training.state_dict(), "seconds": elapsed}, checkpoint)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "nothing survives")  # the JSON file names the dead layers
-        while training.step_count < training.total_steps:
-            training.step(*batches[training.step_count])
+        warnings.filterwarnings("ignore", "nothing survives")  # the JSON file lists the dead layers
+        while training.step_count < len(training.batches):
+            training.next_step()
             advance(1)
-            if method and method.freezes_after(training.step_count, training.total_steps) and training.controller:
-                training.controller.freeze()
             if time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
                 save_checkpoint()
                 saved = time.monotonic()
@@ -150,14 +175,14 @@ def execute(
                 return False
         with tempfile.TemporaryDirectory() as scratch:
             report = None if training.controller is None else training.controller.report()
-            baked = bake(training, settings, data, Path(scratch) / "model.pt")
+            baked = bake(training, Path(scratch) / "model.pt")
     content = {
         "run": asdict(run),
-        "accuracy": baked.score.accuracy,
-        "loss": baked.score.loss,
-        "zeros": baked.zeros,
-        "total": baked.total,
-        "promised": round(run.rate * baked.total),
+        "accuracy": baked["accuracy"],
+        "loss": baked["test_loss"],
+        "zeros": baked["zeros"],
+        "total": baked["total"],
+        "promised": round(run.rate * baked["total"]),
         "dead": [] if report is None else list(report.dead),
         "seconds": round(seconds + time.monotonic() - start, 1),
         "machine": machine,
@@ -165,9 +190,3 @@ def execute(
     timing.write_whole(folder / f"{run.name}.json", json.dumps(content, indent=1) + "\n")
     checkpoint.unlink(missing_ok=True)
     return True
-
-
-def _build(run: Run, data: ImageData) -> nn.Module:
-    if run.width:
-        return archs.resnet20(num_classes=data.classes, in_channels=data.channels, width=run.width)
-    return build_model(run.network, data)

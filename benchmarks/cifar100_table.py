@@ -1,10 +1,10 @@
 """The paper's CIFAR-100 table, from one command: `python -m benchmarks.cifar100_table --data-dir DATA`.
 
-Networks x rates x seeds x methods, each one a JSON file in ``benchmarks/results/cifar100_<protocol>/``. What has its
-file is not made again: delete one, and the next call fills in just that. Ctrl-C saves the running ones, and the next
-call goes on with them. At the end, or with ``--only-table`` at any time, the table is written beside that folder as
-Markdown, and drawn. ``--protocol paper`` is the paper's: all images, 160 epochs; ``short`` does without a GPU. Both
-compute in bfloat16 where that is safe (autocast).
+There is a run for each combination of network, rate, seed and method. Each run has a JSON file in the folder
+``benchmarks/results/cifar100_<protocol>/``, and only the runs without a file are made. Ctrl-C saves the unfinished
+runs, and the next call continues them. The table is written beside the folder at the end, in Markdown and as a picture.
+``--only-table`` writes it at any time. ``--protocol paper`` is that of the paper, with all images and 160 epochs.
+``--protocol short`` does not need a GPU. Both compute in bfloat16 where that is safe (autocast).
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from tqdm import tqdm
 from benchmarks import cifar100_results, timing
 from benchmarks.cifar100_run import Run, execute
 from benchmarks.methods import DENSE, METHODS
-from examples.checkpoints import StopRequest
-from examples.datasets import ImageData, load_data
-from examples.settings import UserError
+from examples.data import ImageData, load_data
+from examples.resumable import StopRequest, UserError
 
 __all__ = ["PROTOCOLS", "Protocol", "main"]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is trained, and how long."""
+    """The runs of a table."""
 
     networks: tuple[str, ...]
     rates: tuple[float, ...]
@@ -45,10 +44,10 @@ class Protocol:
     seeds: int
     epochs: int
     train_size: int | None
-    width: int  # of ResNet-20; 0 for its own
+    width: int  # of ResNet-20; 0 for its default
 
     def runs(self) -> list[Run]:
-        """Return the runs, what a reader wants first at the front: per network dense and Feather, then the others."""
+        """Return the runs in their order: for each network, the dense runs, then those of each method."""
 
         def run(network: str, method: str, rate: float, seed: int) -> Run:
             return Run(network, self.width, method, rate, seed, self.epochs, self.train_size)
@@ -85,7 +84,7 @@ PROTOCOLS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make what is missing, write the table and the picture; return the exit status."""
+    """Make the missing runs, write the table and the picture, and return the exit status."""
     arguments = _parser().parse_args(argv)
     protocol = PROTOCOLS[arguments.protocol]
     overrides = {key: getattr(arguments, key) for key in ("networks", "rates", "methods", "seeds", "epochs")}
@@ -117,21 +116,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--protocol", choices=PROTOCOLS, default="paper")
-    parser.add_argument("--data-dir", default="data", help="folder with CIFAR-100, or to download it to (data)")
+    parser.add_argument(
+        "--data-dir", default="data", help="folder of CIFAR-100; it is downloaded to it if it is missing (data)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--jobs", type=_count, help="runs side by side (4 on a GPU, one a core on a CPU)")
+    parser.add_argument("--jobs", type=_count, help="number of parallel runs (4 on a GPU, one a core on a CPU)")
     parser.add_argument("--networks", nargs="+", choices=PROTOCOLS["paper"].networks, help="only these")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these, beside the dense network")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these, in addition to the dense network")
     parser.add_argument("--rates", nargs="+", type=_rate, help="only these")
-    parser.add_argument("--seeds", type=_count, help="only so many, from 0 on")
-    parser.add_argument("--epochs", type=_count, help="so many instead; the results lie in another folder then")
+    parser.add_argument("--seeds", type=_count, help="only this number of seeds, from 0 on")
+    parser.add_argument("--epochs", type=_count, help="another number of epochs; the results have another folder then")
     parser.add_argument(
         "--results",
         type=_folder,
         default=timing.RESULTS,
-        help="the results lie in its subfolder cifar100_PROTOCOL, the table beside it (benchmarks/results)",
+        help="parent of the folder cifar100_PROTOCOL and of the table (benchmarks/results)",
     )
-    parser.add_argument("--only-table", action="store_true", help="train nothing, show what is there")
+    parser.add_argument("--only-table", action="store_true", help="only write the table of the existing results")
     return parser
 
 
@@ -158,9 +159,9 @@ def _folder(text: str) -> Path:
 
 
 def _work(runs: Sequence[Run], data_dir: Path, device: torch.device, folder: Path, jobs: int) -> int:
-    """Make the runs, so many side by side, behind one progress bar; return the exit status."""
+    """Make the runs in parallel jobs, with one progress bar, and return the exit status."""
     size = runs[0].train_size
-    data = load_data("cifar100", data_dir, size)  # here first: a missing data set is told once
+    data = load_data("cifar100", data_dir, size)  # loaded here first, so that a missing data set gives one message
     steps = -(-len(data.train) // 128)
     context = multiprocessing.get_context("spawn")
     progress, stop = context.Queue(), context.Event()
@@ -186,13 +187,13 @@ def _work(runs: Sequence[Run], data_dir: Path, device: torch.device, folder: Pat
     for message in failed:
         print(f"cifar100_table: failed: {message}", file=sys.stderr)
     if request.signal is not None:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command continues", file=sys.stderr)
         return 128 + request.signal
     return 1 if failed else 0
 
 
 def _received(progress: Any) -> int:
-    """Wait a moment; return how many steps the workers have told of."""
+    """Wait a moment, and return the number of steps that the workers have made since the last call."""
     steps = 0
     with contextlib.suppress(queue.Empty):
         steps += progress.get(timeout=0.5)
@@ -201,25 +202,24 @@ def _received(progress: Any) -> int:
     return steps
 
 
-# What a worker process keeps from run to run.
-_here: dict[str, Any] = {}
+# The state of a worker process.
+_worker: dict[str, Any] = {}
 
 
 def _enter(data_dir: Path, size: int | None, device: torch.device, progress: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
-    torch.set_num_threads(1)  # networks as small as these go faster side by side than over several threads
-    data = load_data("cifar100", data_dir, size)
-    data = replace(data, train=data.train.to(device), test=data.test.to(device))
-    _here.update(data=data, device=device, progress=progress, stop=stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one stops the others
+    torch.set_num_threads(1)  # parallel runs are faster than several threads for networks of this size
+    data = load_data("cifar100", data_dir, size).to(device)
+    _worker.update(data=data, device=device, progress=progress, stop=stop)
 
 
 def _execute(run: Run, folder: Path) -> bool:
-    data: ImageData = _here["data"]
-    if _here["stop"].is_set():
+    data: ImageData = _worker["data"]
+    if _worker["stop"].is_set():
         return False
-    if run.done(folder) is not None:  # by another process meanwhile
+    if run.done(folder) is not None:  # by another process in the meantime
         return True
-    return execute(run, data, _here["device"], folder, _here["progress"].put, _here["stop"].is_set)
+    return execute(run, data, _worker["device"], folder, _worker["progress"].put, _worker["stop"].is_set)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Making training batches, over a plain DataLoader loop: `python -m benchmarks.data_path --data-dir DATA`.
+"""Time of making a training batch, against a DataLoader: `python -m benchmarks.data_path --data-dir DATA`.
 
-Compares `examples.datasets.TrainBatches`, which crops, mirrors and normalises a whole batch at once, with what most
-CIFAR scripts do: torchvision's transforms image by image in a DataLoader, without and with worker processes. A batch
-has 128 images of CIFAR-100, normalised, on the training device.
+`examples.data.TrainBatches` crops, mirrors and normalises a whole batch at once. Most CIFAR scripts apply torchvision's
+transforms to one image at a time in a DataLoader, with or without worker processes. A batch has 128 normalised images
+of CIFAR-100 on the training device.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks import timing
-from examples.datasets import ImageData, TrainBatches, load_data
+from examples.data import ImageData, TrainBatches, load_data
 
 BATCH = 128
 
 
 class OneByOne(Dataset[tuple[Tensor, int]]):
-    """CIFAR-100 as torchvision serves it: an image at a time, through its transforms."""
+    """CIFAR-100 with torchvision's transforms, one image at a time."""
 
     def __init__(self, data: ImageData) -> None:
         self.images = data.train.images.permute(0, 2, 3, 1).numpy()
@@ -55,7 +54,7 @@ def endless(loader: DataLoader[Any], device: torch.device) -> Iterator[Tensor]:
 
 
 def several(make: Callable[[], Tensor], count: int) -> Callable[[], None]:
-    """Return a way to make so many batches: with worker processes, one alone says nothing."""
+    """Return a function that makes this number of batches. With worker processes, one batch would measure nothing."""
 
     def work() -> None:
         for _ in range(count):
@@ -70,15 +69,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--batches", type=int, default=20, help="batches a round")
+    parser.add_argument("--batches", type=int, default=20, help="number of batches in a round")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     data = load_data("cifar100", Path(arguments.data_dir))
-    here = replace(data, train=data.train.to(device))
-    batches = TrainBatches(here, BATCH, epochs=1000, seed=0)
+    on_device = data.to(device)
+    batches = TrainBatches(on_device, BATCH, epochs=1000, seed=0)
     steps = iter(range(len(batches)))
-    ways: dict[str, Callable[[], object]] = {
-        "whole batches (ours)": several(lambda: here.normalise(batches[next(steps)][0]), arguments.batches)
+    variants: dict[str, Callable[[], object]] = {
+        "whole batches (ours)": several(lambda: on_device.normalise(batches[next(steps)][0]), arguments.batches)
     }
     for workers in arguments.workers:
         loader = DataLoader(
@@ -90,15 +89,15 @@ def main() -> None:
             pin_memory=device.type == "cuda",
         )
         images = endless(loader, device)
-        ways[f"DataLoader, torchvision, {workers} workers"] = several(
+        variants[f"DataLoader, torchvision, {workers} workers"] = several(
             lambda images=images: next(images), arguments.batches
         )
-    seconds = timing.rounds(ways, arguments.rounds)
+    seconds = timing.rounds(variants, arguments.rounds)
     median = timing.medians(seconds)
-    ours = next(iter(ways))
+    ours = next(iter(variants))
     figures = {
         name: {"seconds a batch": median[name] / arguments.batches, "over ours": timing.ratio(seconds, name, ours)}
-        for name in ways
+        for name in variants
     }
     rows = [[name, f"{1e3 * row['seconds a batch']:.1f}", f"{row['over ours']:.1f}"] for name, row in figures.items()]
     print(timing.show(["batches of 128", "ms a batch", "over ours"], rows))

@@ -1,7 +1,7 @@
-"""Threshold and operator on one device against reading the weights once: `python -m benchmarks.device --device cuda`.
+"""Time of threshold and operator, against reading the weights once: `python -m benchmarks.device --device cuda`.
 
-The bound is a sum over one tensor of all the weights. ``step()`` and the forward pass of the operator over 53 tensors
-are called as they are and, on a GPU, inside a captured CUDA graph.
+The bound is a sum over one tensor of all the weights. ``step()`` and the forward pass of the operator are timed over 53
+tensors. On a GPU, the forward pass is also timed in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def measure(weights: int, device: torch.device, n: int) -> dict[str, dict[str, f
         for weight in dense:
             feather_threshold(weight, threshold)
 
-    ways: dict[str, Callable[[], object]] = {
+    variants: dict[str, Callable[[], object]] = {
         "reading the weights once": joined.sum,
         "Controller.step()": controller.step,
         "operator, forward": forward,
     }
     if device.type == "cuda":
-        ways["operator, forward, in a CUDA graph"] = _captured(forward)
-    seconds = timing.rounds(ways, n, warmup=3)
+        variants["operator, forward, in a CUDA graph"] = _captured(forward)
+    seconds = timing.rounds(variants, n, warmup=3)
     median = timing.medians(seconds)
     return {
         name: {"seconds": median[name], "over reading once": timing.ratio(seconds, name, "reading the weights once")}
-        for name in ways
+        for name in variants
     }
 
 

@@ -1,6 +1,6 @@
-"""The ways to sparsity that the CIFAR-100 table compares, as settings of `feather_param.sparsify`.
+"""The methods that the CIFAR-100 table compares, as settings of `feather_param.sparsify`.
 
-All of them share one training cycle and one recipe, and reach the rate at half of the steps.
+All methods have the same training recipe, and reach the final rate at half of the steps.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ __all__ = ["DENSE", "METHODS", "Method"]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to make a network sparse while it learns.
+    """One method to make a network sparse during the training.
 
     Attributes:
+        about: a short description.
         p: exponent of the operator.
-        theta: scale of the gradient of pruned weights: a number, a function of the current rate, or None for the
-            paper's rule.
-        schedule: how the rate grows.
-        frozen: whether the pruning happens at once, at half of the steps, and its zeros are held from then on.
-        about: what it is, in a few words.
+        theta: scale of the gradient of pruned weights: a number, a function of the current rate, or None for the rule
+            of the paper.
+        schedule: the schedule of the rate.
+        frozen: whether the network is pruned once, at half of the steps, and its mask is frozen from then on.
     """
 
     about: str
@@ -37,7 +37,7 @@ class Method:
     frozen: bool = False
 
     def apply(self, model: nn.Module, rate: float, total_steps: int) -> feather_param.Controller:
-        """Make a model sparse this way."""
+        """Sparsify a model with this method."""
         half = total_steps // 2
         return feather_param.sparsify(
             model,
@@ -51,7 +51,7 @@ class Method:
         )
 
     def freezes_after(self, step: int, total_steps: int) -> bool:
-        """Return whether the zeros are to be held from this step on."""
+        """Return whether the mask is frozen after this step."""
         return self.frozen and step == total_steps // 2
 
 
@@ -65,7 +65,7 @@ METHODS = {
     "theta_0.5": Method("p = 3, theta 0.5 throughout", theta=0.5),
     "one_shot": Method("by magnitude at half time, then held", p=math.inf, schedule=schedules.constant, frozen=True),
     "gradual": Method("gradual by magnitude, no gradient to pruned weights", p=math.inf, theta=0.0),
-    # One step beyond the paper: theta as a function of the current rate, and another schedule.
+    # Beyond the paper: theta as a function of the current rate, and another schedule.
     "theta_falling": Method("p = 3, theta = 1 - rate / 2", theta=lambda rate: 1.0 - rate / 2),
     "theta_vanishing": Method("p = 3, theta = 1 - rate", theta=lambda rate: 1.0 - rate),
     "theta_late": Method(
@@ -73,4 +73,4 @@ METHODS = {
     ),
     "linear": Method("as feather, with a linear schedule", schedule=schedules.linear),
 }
-"""Methods by name; the first seven are the paper's protocol."""
+"""The methods by name. The first seven are those of the paper's protocol."""

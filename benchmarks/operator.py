@@ -1,9 +1,9 @@
 """The thresholding operator, forward and backward: `python -m benchmarks.operator`.
 
-Compares `feather_threshold` at 25 million weights and a rate of 95 % with the equation as written (saving a float mask
-for the backward pass, as in the paper's code), with the mask that `torch.nn.utils.prune` multiplies by, and with the
-bound: a ``clone()`` of the weights. Once with one tensor of all the weights, whose results are fresh memory from the
-system each time, and once with 53 tensors, whose results reuse memory.
+Compares `feather_threshold` at 25 million weights and a rate of 95 % with three others: the equation as written, which
+saves a float mask for the backward pass as in the paper's code; the product with a mask, as in `torch.nn.utils.prune`;
+and a ``clone()`` of the weights, which is the bound. The weights are one tensor, or 53 tensors. The results of one
+tensor take new memory from the system each time. The results of 53 tensors reuse memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from feather_param.parametrizations import feather_threshold
 
 
 def layers(weights: int, tensors: int, dtype: torch.dtype) -> list[Tensor]:
-    """Return weights of unequal sizes, this many elements in all."""
+    """Return weights of unequal sizes with this total number of elements."""
     generator = torch.Generator().manual_seed(0)
     parts = [1 + i % 7 for i in range(tensors)]
     sizes = [weights * part // sum(parts) for part in parts]
@@ -32,20 +32,20 @@ def layers(weights: int, tensors: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def forward(function: Callable[[Tensor], Tensor], weights: list[Tensor]) -> None:
-    """Run a function forward over all the weights."""
+    """Call a function on each of the weights."""
     for weight in weights:
         function(weight)
 
 
 def both(function: Callable[[Tensor], Tensor], weights: list[Tensor], grads: list[Tensor]) -> None:
-    """Run a function forward and backward over all the weights."""
+    """Call a function on each of the weights, and run its backward pass."""
     for weight, grad in zip(weights, grads, strict=True):
         function(weight).backward(grad)
         weight.grad = None
 
 
 def measure(weights: list[Tensor], n: int, compiled: bool) -> dict[str, dict[str, dict[str, float]]]:
-    """Return times and ratios by direction and operator."""
+    """Return the times and ratios by direction and operator."""
     grads = [torch.randn_like(weight) for weight in weights]
     threshold = kth_magnitude({str(i): w for i, w in enumerate(weights)}, int(RATE * sum(w.numel() for w in weights)))
     masks = {id(weight): (weight.detach().abs() > threshold).to(weight.dtype) for weight in weights}
@@ -81,8 +81,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=int, default=25_000_000)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--compile", action="store_true", help="measure the operator under torch.compile as well")
-    parser.add_argument("--suffix", default="", help="put behind the name of the results file")
+    parser.add_argument("--compile", action="store_true", help="also measure the operator under torch.compile")
+    parser.add_argument("--suffix", default="", help="suffix of the name of the results file")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
     rows = []

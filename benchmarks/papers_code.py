@@ -1,4 +1,4 @@
-"""The operator and the threshold as in the paper's code, to compare with."""
+"""The operator and the threshold of the paper's code, for comparison."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ class PapersOperator(torch.autograd.Function):
 
 
 def papers_threshold(weights: Iterable[Tensor]) -> float:
-    """Concatenate, abs, sort, read."""
+    """Return the threshold: concatenate, abs, sort, read."""
     values = torch.cat([weight.detach().abs().flatten() for weight in weights])
     return values.sort().values[round(RATE * values.numel()) - 1].item()

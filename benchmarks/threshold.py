@@ -1,10 +1,10 @@
 """One update of the global threshold: `python -m benchmarks.threshold`.
 
-Compares `Controller.step()` at 25.6 million weights in 53 tensors with what the field does: the paper's code
-(concatenate, abs, sort, ``.item()``), `torch.nn.utils.prune.global_unstructured`, `torch.ao.pruning` (which ranks each
-layer by itself), and with the bound, one ``abs()`` pass over the weights: as one tensor, whose result is fresh memory
-from the system each time, and as 53, whose results reuse memory. Then the growth with the number of weights, the
-dtypes, and the peak of extra memory, in a process of its own.
+Compares `Controller.step()` at 25.6 million weights in 53 tensors with other implementations: the paper's code
+(concatenate, abs, sort, ``.item()``), `torch.nn.utils.prune.global_unstructured`, and `torch.ao.pruning`, which ranks
+each layer by itself. The bound is one ``abs()`` pass over the weights, as one tensor or as 53 tensors. The result of
+one tensor takes new memory from the system each time. The results of 53 tensors reuse memory. The other tables show
+the growth with the number of weights, the dtypes, and the peak of extra memory, which a separate process measures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.papers_code import RATE, papers_threshold
 
 
 def layers(weights: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """Return a model of 53 bias-free linear layers of unequal sizes, with this many weights in all."""
+    """Return a model of 53 linear layers of unequal sizes without biases, with this total number of weights."""
     parts = [1 + i % 7 for i in range(53)]
     sizes = [weights * part // sum(parts) // 64 for part in parts]
     model = nn.Sequential(*(nn.utils.skip_init(nn.Linear, 64, size, bias=False) for size in sizes))
@@ -44,17 +44,17 @@ def controlled(model: nn.Module) -> feather_param.Controller:
 
 
 def torch_prune(model: nn.Module) -> None:
-    """Prune globally with torch.nn.utils.prune, and take its masks off again."""
-    sites: list[tuple[nn.Module, str]] = [(layer, "weight") for layer in model.children()]
-    prune.global_unstructured(sites, pruning_method=prune.L1Unstructured, amount=RATE)
-    for layer, name in sites:
+    """Prune globally with torch.nn.utils.prune, and remove its masks again."""
+    places: list[tuple[nn.Module, str]] = [(layer, "weight") for layer in model.children()]
+    prune.global_unstructured(places, pruning_method=prune.L1Unstructured, amount=RATE)
+    for layer, name in places:
         original: Any = layer.weight_orig
         prune.remove(layer, name)
         layer.weight = nn.Parameter(original.detach())
 
 
 def torch_ao(model: nn.Sequential) -> Any:
-    """Return the update of torch.ao.pruning's sparsifier: unstructured, each layer by itself."""
+    """Return the update of torch.ao.pruning's sparsifier: unstructured, for each layer by itself."""
     from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsifier
 
     sparsifier = WeightNormSparsifier(sparsity_level=RATE, sparse_block_shape=(1, 1), zeros_per_block=1)
@@ -63,11 +63,11 @@ def torch_ao(model: nn.Sequential) -> Any:
 
 
 def compare(weights: int, n: int) -> dict[str, Any]:
-    """Return medians and ratios of every way at one size."""
+    """Return the median times and the ratios of all variants at one size."""
     plain, for_prune, for_ao, model = (layers(weights) for _ in range(4))
     controller = controlled(model)
     joined = torch.cat([parameter.detach().flatten() for parameter in plain.parameters()])
-    ways = {
+    variants = {
         "one abs() pass, one tensor": joined.abs,
         "one abs() pass, 53 tensors": lambda: [parameter.detach().abs() for parameter in plain.parameters()],
         "Controller.step()": controller.step,
@@ -75,7 +75,7 @@ def compare(weights: int, n: int) -> dict[str, Any]:
         "torch.nn.utils.prune.global_unstructured": lambda: torch_prune(for_prune),
         "torch.ao.pruning, per layer": torch_ao(for_ao),
     }
-    seconds = timing.rounds(ways, n)
+    seconds = timing.rounds(variants, n)
     median = timing.medians(seconds)
     return {
         name: {
@@ -84,12 +84,12 @@ def compare(weights: int, n: int) -> dict[str, Any]:
             "over abs(), memory reused": timing.ratio(seconds, name, "one abs() pass, 53 tensors"),
             "over ours": timing.ratio(seconds, name, "Controller.step()"),
         }
-        for name in ways
+        for name in variants
     }
 
 
 def growth(sizes: list[int], n: int) -> list[dict[str, float]]:
-    """Return the time of one update over one abs() pass, from size to size."""
+    """Return the time of one update over the time of one abs() pass, for each size."""
     rows = []
     for size in tqdm(sizes, desc="sizes", leave=False):
         model = layers(size)
@@ -110,25 +110,25 @@ def growth(sizes: list[int], n: int) -> list[dict[str, float]]:
 
 
 def dtypes(weights: int, n: int) -> dict[str, float]:
-    """Return the time of one update of each dtype over that of float32."""
+    """Return the time of one update for each dtype over the time for float32."""
     kinds = (torch.float32, torch.bfloat16, torch.float16)
     controllers = {str(dtype): controlled(layers(weights, dtype)) for dtype in kinds}
     seconds = timing.rounds({name: controller.step for name, controller in controllers.items()}, n)
     return {name: timing.ratio(seconds, name, "torch.float32") for name in controllers}
 
 
-def peak(weights: int, way: str) -> float:
+def peak(weights: int, variant: str) -> float:
     """Return the peak of extra memory of one update, in bytes a weight (Linux only)."""
-    command = [sys.executable, "-m", "benchmarks.threshold", "--peak", way, "--weights", str(weights)]
+    command = [sys.executable, "-m", "benchmarks.threshold", "--peak", variant, "--weights", str(weights)]
     root = Path(__file__).parent.parent
     return float(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout)
 
 
-def _peak_here(weights: int, way: str) -> float:
+def _measure_peak(weights: int, variant: str) -> float:
     model = layers(weights)
-    update = controlled(model).step if way == "ours" else lambda: papers_threshold(model.parameters())
-    if way == "ours":
-        controlled(layers(10_000)).step()  # whatever is loaded at the first call
+    update = controlled(model).step if variant == "ours" else lambda: papers_threshold(model.parameters())
+    if variant == "ours":
+        controlled(layers(10_000)).step()  # the first call loads modules
     else:
         papers_threshold(layers(10_000).parameters())
     before = _status("VmRSS")
@@ -145,18 +145,20 @@ def _status(key: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=int, default=25_600_000)
-    parser.add_argument("--largest", type=int, default=400_000_000, help="end of the curve over sizes")
+    parser.add_argument("--largest", type=int, default=400_000_000, help="largest number of weights of the curve")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--peak", choices=["ours", "papers"], help="only print the peak of extra bytes a weight")
+    parser.add_argument(
+        "--peak", choices=["ours", "papers"], help="only print the peak of extra memory, in bytes a weight"
+    )
     arguments = parser.parse_args()
     if arguments.peak:
-        print(_peak_here(arguments.weights, arguments.peak))
+        print(_measure_peak(arguments.weights, arguments.peak))
         return
     comparison = compare(arguments.weights, arguments.rounds)
     sizes = [10**6 * millions for millions in (1, 4, 16, 64, 256, 400)]
     curve = growth([size for size in sizes if size <= arguments.largest], arguments.rounds)
     kinds = dtypes(arguments.weights, arguments.rounds)
-    memory = {way: peak(arguments.weights, way) for way in ("ours", "papers")}
+    memory = {variant: peak(arguments.weights, variant) for variant in ("ours", "papers")}
     print(
         timing.show(
             ["one update", "ms", "over one abs() pass", "over one, memory reused", "over ours"],

@@ -1,7 +1,7 @@
-"""Time several ways of doing the same thing against each other, on a machine that does not stand still.
+"""Time several variants of the same work against each other, on a machine with other load.
 
-The ways take turns, one call each a round, so that what slows the machine slows them all; a ratio is the median
-of the ratios within each round, and a time the median of its rounds.
+The variants take turns: each is called once in a round, so that a slow moment of the machine affects all of them. A
+ratio is the median of the ratios within each round. A time is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from typing import Any
 
 import torch
 
-from feather_param.files.atomic import replacing
+from feather_param.files.atomic import atomic_write
 
 __all__ = ["machine", "medians", "ratio", "rounds", "show", "write", "write_whole"]
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def rounds(ways: Mapping[str, Callable[[], object]], n: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Return the seconds of each way in each of n rounds, after some that do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def rounds(variants: Mapping[str, Callable[[], object]], n: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Return the seconds of each variant in each of n rounds, after some rounds of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     gc.collect()
     for i in range(warmup + n):
-        for name, way in ways.items():
+        for name, call in variants.items():
             _synchronise()
             start = time.perf_counter()
-            way()
+            call()
             _synchronise()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
@@ -48,17 +48,17 @@ def _synchronise() -> None:
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Return the median time of each way, in seconds."""
+    """Return the median time of each variant, in seconds."""
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> float:
-    """Return the median over the rounds of one way's time over another's."""
+    """Return the median over the rounds of the time of one variant over that of a reference."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[reference], strict=True))
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures were measured on and with."""
+    """Return the machine, the versions and the commit of a measurement."""
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -73,7 +73,7 @@ def machine() -> dict[str, Any]:
 
 @cache
 def _commit() -> str:
-    """Return the commit as it was when first asked: a long process goes on with the code that it has loaded."""
+    """Return the commit at the first call: a long process keeps the code that it has loaded."""
     root = Path(__file__).parent.parent
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
     return done.stdout.strip()
@@ -94,13 +94,13 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file of text so that it holds the old content or the new, never a part of it."""
-    with replacing(path) as file:
+    """Write a text file. The path holds either the old content or the new, never a part of it."""
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 
 def write(name: str, figures: Any) -> Path:
-    """Write figures and machine to ``benchmarks/results/<name>.json``."""
+    """Write figures and the machine to ``benchmarks/results/<name>.json``, and return the path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     write_whole(path, json.dumps({"machine": machine(), "figures": figures}, indent=1) + "\n")

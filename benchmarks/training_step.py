@@ -1,7 +1,7 @@
-"""A whole training step, sparse over dense: `python -m benchmarks.training_step`.
+"""Time of a whole training step, sparse over dense: `python -m benchmarks.training_step`.
 
-One step is forward, backward, `optimizer.step()` and, for the sparse network, `controller.step()`. Dense and sparse
-networks take turns, step by step. ``--compile`` measures both under `torch.compile`.
+One step is the forward pass, the backward pass, `optimizer.step()` and, for the sparse network, `controller.step()`.
+The networks take turns, step by step. ``--compile`` measures them under `torch.compile`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.papers_code import PapersOperator, papers_threshold
 
 
 class Papers(nn.Module):
-    """A parametrization by the paper's operator."""
+    """A parametrization with the operator of the paper's code."""
 
     threshold = 0.0
 
@@ -49,9 +49,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def stepper(
     kind: str, build: Callable[[], nn.Module], x: Tensor, compiled: bool, amp: bool, early: bool
 ) -> Callable[[], None]:
-    """Return one training step of a network: dense, sparse, or sparse as in the paper's code.
+    """Return a function that makes one training step of a network: dense, sparse, or sparse with the paper's code.
 
-    Gradients are freed between forward and backward pass, or `early`, before both.
+    The gradients are freed after the forward pass, or before it if `early`.
     """
     torch.manual_seed(0)
     model = build().to(x.device)
@@ -90,11 +90,11 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--paper", action="store_true", help="measure the paper's code as well")
+    parser.add_argument("--paper", action="store_true", help="also measure the paper's code")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16 where that is safe (autocast)")
     parser.add_argument("--zero-grad-first", action="store_true", help="call zero_grad() before the forward pass")
-    parser.add_argument("--suffix", default="", help="put behind the name of the results file")
+    parser.add_argument("--suffix", default="", help="suffix of the name of the results file")
     arguments = parser.parse_args()
     output = "training_step" + ("_compiled" if arguments.compile else "") + arguments.suffix
     figures: dict[str, Any] = {}
@@ -105,13 +105,13 @@ def main() -> None:
     for name in tqdm(arguments.networks, desc="networks"):
         build, shape = NETWORKS[name]
         x = torch.randn(shape, device=arguments.device)
-        ways = {kind: stepper(kind, build, x, *flags) for kind in kinds}
-        seconds = timing.rounds(ways, arguments.rounds, warmup=2)
+        variants = {kind: stepper(kind, build, x, *flags) for kind in kinds}
+        seconds = timing.rounds(variants, arguments.rounds, warmup=2)
         median = timing.medians(seconds)
         ratios = {kind: timing.ratio(seconds, kind, "dense") for kind in kinds[1:]}
         figures[name] = {"seconds": median, "over dense": ratios}
         rows.append([name, f"{1e3 * median['dense']:.0f}", *(f"{value:.3f}" for value in ratios.values())])
-        path = timing.write(output, figures)  # what is measured is kept if the rest is not
+        path = timing.write(output, figures)  # keeps this network if a later one fails
     print(timing.show(["network", "dense ms", *(f"{kind} over dense" for kind in kinds[1:])], rows))
     print(f"\nwritten to {path}")
 

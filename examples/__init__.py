@@ -1,1 +1,1 @@
-"""Programs that show the library at work, and the parts they share."""
+"""Programs that use the library."""

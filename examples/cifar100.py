@@ -1,234 +1,346 @@
-"""Train a network on small images to an exact sparsity, the paper's recipe.
+"""Train a network on small images to an exact sparsity, with the recipe of the Feather paper.
 
     python examples/cifar100.py --model=resnet20 --ptarget=0.90 --epochs=160 --sname=first
     python examples/cifar100.py --dataset=digits --epochs=20            # needs no download and no GPU
-    torchrun --nproc-per-node=2 examples/cifar100.py --dataset=digits   # each process learns from half of every batch
+    torchrun --nproc-per-node=2 examples/cifar100.py --dataset=digits   # each process trains on half of every batch
 
-A run leaves runs/<datetime>_<sname>/ (TensorBoard events, settings, results, a picture, a checkpoint) and
-models/<datetime>_<sname>.pt, the plain network's weights with exactly the promised zeros. Ctrl-C saves and stops;
---resume goes on, on a CPU with as many threads to bitwise the same weights. After a kill -9 it goes on from the last
-epoch that has ended; before the first one has, there is no checkpoint and nothing to resume.
+A run writes the folder runs/<datetime>_<sname>/ (TensorBoard events, settings, results, a picture, a checkpoint) and
+the file models/<datetime>_<sname>.pt, the weights of the plain network with exactly the requested number of zeros.
+Ctrl-C saves a checkpoint and stops. --resume continues the run: on a CPU with the same number of threads, to bitwise
+the same weights. After a kill -9 it continues from the last finished epoch. A run has no checkpoint before its first
+epoch has finished.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: it is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself is not installed
 
-from examples.checkpoints import StopRequest, load_checkpoint, make_checkpoint
-from examples.datasets import Batch, ImageData, TrainBatches, load_data
-from examples.pictures import draw_summary
-from examples.processes import ALONE, Processes, joined
-from examples.runlog import Row, RunLog, new_folder, table
-from examples.settings import Settings, UserError, given_options, options, settle
-from examples.training import Baked, Training, TrainingFailed, bake, save
-from feather_param.reports.report import Report
+import archs
+import feather_param
+from examples import resumable
+from examples.data import TrainBatches, batch_loader, load_data
+from examples.processes import ALONE, Processes, choose_device, joined
+from examples.resumable import RunLog, Stopped, StopRequest, UserError
 
-__all__ = ["Outcome", "choose_device", "main", "train"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run: the baked model, the final state of each layer (None if dense), and how it went."""
-
-    baked: Baked
-    report: Report | None
-    epochs: list[Row]
-    trace: list[Row]
-    seconds: float
+NETWORKS = {"resnet20": archs.resnet20, "mobilenet_v1": archs.mobilenet_v1, "densenet": archs.densenet}
+MOMENTUM = 0.9
+CLIP = 3.0  # largest norm of the gradient of all parameters together
+EVAL_BATCH = 500
+LOGGED_STEPS = 500  # of a whole run: to log a step, the program waits for the GPU
+FREE = ("gpu", "no_cuda", "workers", "data_dir")  # a resumed run may change them: they do not change the result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit status."""
-    parser = options(prog="cifar100.py", description=__doc__)
-    try:
-        given = given_options(parser, argv)
-        resume = Path(given.pop("resume")) if "resume" in given else None
-        if resume is not None and resume.is_dir():
-            resume = resume / "checkpoint.pt"
-        cuda = torch.cuda.is_available() and not given.get("no_cuda", False)
-        with StopRequest() as stop, joined(cuda) as processes:
-            checkpoint = None if resume is None else load_checkpoint(resume)
-            settings = settle(given, checkpoint and checkpoint["settings"])
-            device, note = choose_device(settings, processes)
-            if note and processes.first:
-                print(note, file=sys.stderr)
-            data = load_data(settings.dataset, Path(settings.data_dir), settings.train_size)
-            if not processes.first:
-                return follow(settings, data, device, stop, checkpoint, processes)
-            folder = new_folder(Path("runs"), settings.sname) if resume is None else resume.parent
-            outcome = train(settings, data, device, folder, stop, checkpoint, processes)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # it is the same in all processes
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except (TrainingFailed, OSError) as error:
-        print(f"{parser.prog}: failed: {error}", file=sys.stderr)
-        return 1
-    if outcome is None:
-        launcher = "python" if processes.count == 1 else f"torchrun --nproc-per-node={processes.count}"
-        print(f"stopped; to go on: {launcher} {sys.argv[0]} --resume '{folder / 'checkpoint.pt'}'")
-        return 128 + (stop.signal or signal.SIGINT)
-    print(table(outcome.baked, outcome.report, outcome.seconds))
-    print(f"run folder     {folder}")
-    return 0
+class TrainingFailed(Exception):
+    """The training diverged, or the saved model is not what was requested."""
 
 
-def choose_device(settings: Settings, processes: Processes = ALONE) -> tuple[torch.device, str | None]:
-    """Return the device to train on, and what to tell the user about it; processes take the GPUs from --gpu on."""
-    if settings.no_cuda:
-        return torch.device("cpu"), None
-    if not torch.cuda.is_available():
-        return torch.device("cpu"), "there is no CUDA on this machine: training on the CPU"
-    gpu = settings.gpu + processes.local_rank
-    if gpu >= torch.cuda.device_count():
-        raise UserError(f"expected --gpu to be below {torch.cuda.device_count()}, the number of GPUs, got {gpu}")
-    torch.cuda.set_device(gpu)
-    return torch.device("cuda", gpu), None
-
-
-def train(
-    settings: Settings,
-    data: ImageData,
-    device: torch.device,
-    folder: Path,
-    stop: StopRequest,
-    checkpoint: dict[str, Any] | None = None,
-    processes: Processes = ALONE,
-) -> Outcome | None:
-    """Train from the beginning or from a checkpoint to the end, and bake.
-
-    Args:
-        settings: the run's settings.
-        data: its data set.
-        device: where to train.
-        folder: the run's folder; the model goes to ``models/`` under the same name.
-        stop: asked after each step.
-        checkpoint: the checkpoint to go on from.
-        processes: this one, the first, and those that `follow`.
-
-    Returns:
-        What came out; None if a stop was requested, and then the folder's checkpoint is of the last step.
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of a run.
 
     Raises:
-        UserError: the checkpoint does not fit.
-        TrainingFailed: the training diverged, or the model is not what was promised.
+        UserError: an option is unknown, out of its range, or differs from the checkpoint to resume.
     """
-    batches, training = _start(settings, data, device, checkpoint, processes)
-    resumed = None if checkpoint is None else (checkpoint["log"], training.step_count)
+    parser = resumable.Parser(FREE, "cifar100.py", __doc__)
+    option = parser.option
+    option("--gpu", 0, "index of the GPU to train on", {"at least": 0})
+    option("--no-cuda", False, "train on the CPU")
+    help = "processes that prepare batches; 8 if given without a number. With 0 the data set is kept on the training "
+    option("--workers", 0, help + "device, which is usually faster", {"at least": 0}, nargs="?", const=8)
+    option("--batch-size", 128, "images in a batch; batch norm needs at least 2", {"at least": 2})
+    option("--lr", 0.1, "learning rate at the start; it decreases to 0 along a cosine", {"above": 0, "below": math.inf})
+    help = "weight decay of the weights; biases and batch norm have none"
+    option("--wd", 5e-4, help, {"at least": 0, "below": math.inf})
+    option("--epochs", 160, "number of epochs", {"at least": 1})
+    option("--model", "resnet20", "network", choices=NETWORKS)
+    help = "final rate: fraction of zeros among all prunable weights; 0 trains dense"
+    option("--ptarget", 0.95, help, {"at least": 0, "below": 1})
+    option("--pthres", 0.0, "accepted for old command lines; only 0 is supported")
+    option("--t1", 0, "epoch at which pruning starts; the rate is final at half of the training", {"at least": 0})
+    option("--sname", "run", "name of the run")
+    option("--dataset", "cifar100", "data set; digits needs no download", choices=("cifar100", "cifar10", "digits"))
+    option("--data-dir", "data", "folder of the data sets; a missing one is downloaded to it")
+    option("--train-size", None, "train on this many images, class-balanced (all)", {"at least": 2}, type=int)
+    help = "seed of the initialisation, the order of the images and their augmentation"
+    option("--seed", 0, help, {"at least": 0, "below": 2**63})
+    help = "compute in bfloat16 where that is safe, with autocast (on a GPU only)"
+    option("--amp", None, help, action=argparse.BooleanOptionalAction)
+    option("--compile", False, "train through torch.compile, which first takes minutes on a CPU: for long runs")
+    help = (
+        "continue the run of a folder runs/... or of its checkpoint.pt. The options are those of the checkpoint; only "
+    )
+    help += ", ".join("--" + name.replace("_", "-") for name in FREE) + " may differ"
+    option("--resume", None, help, metavar="CHECKPOINT")
+    options = parser.parse_resumable(argv)
 
-    with closing(RunLog(folder, settings, training.total_steps, resumed, processes.count)) as log:
-
-        def save_checkpoint() -> None:
-            content = make_checkpoint(asdict(settings), training.state_dict(), log.state_dict())
-            save(content, folder / "checkpoint.pt")
-
-        with _progress_bar(settings, training) as bar:
-            for images, labels in _loader(batches, training, settings):
-                loss = training.step(images, labels)
-                if log.add_step(training, loss):
-                    rate = 0.0 if training.controller is None else training.controller.rate
-                    bar.set_postfix(loss=f"{log.loss:.3f}", sparsity=f"{rate:.2%}", refresh=False)
-                bar.update()
-                if training.step_count % batches.steps_per_epoch == 0:
-                    bar.set_description(f"{settings.sname}, evaluating", refresh=sys.stderr.isatty())
-                    log.add_epoch(training, training.evaluate(batches.data.test))
-                    save_checkpoint()
-                    bar.set_description(settings.sname, refresh=False)
-                if processes.any(stop.signal is not None):
-                    save_checkpoint()
-                    return None
-
-        if not training.agrees():
-            raise TrainingFailed("the processes do not agree on which weights are zero")
-        report = None if training.controller is None else training.controller.report()
-        baked = bake(training, settings, batches.data, Path("models") / f"{folder.name}.pt")
-        seconds = log.write_results(baked, report, device)
-        title = f"{settings.sname}: {settings.model} on {settings.dataset}, {baked.score.accuracy:.2%} right"
-        title += " (dense)" if report is None else f" with {baked.zeros / baked.total:.1%} zeros"
-        draw_summary(folder / "summary.png", title, log.epochs, log.trace, report)
-        return Outcome(baked, report, log.epochs, log.trace, seconds)
-
-
-def follow(
-    settings: Settings,
-    data: ImageData,
-    device: torch.device,
-    stop: StopRequest,
-    checkpoint: dict[str, Any] | None,
-    processes: Processes,
-) -> int:
-    """Train along with the first process, which runs `train`; return the exit status."""
-    batches, training = _start(settings, data, device, checkpoint, processes)
-    for images, labels in _loader(batches, training, settings):
-        training.step(images, labels)
-        if processes.any(stop.signal is not None):
-            return 128 + (stop.signal or signal.SIGINT)
-    training.agrees()
-    return 0
+    if options.pthres != 0:
+        raise UserError(f"expected --pthres to be 0, got {options.pthres}: --ptarget determines the threshold")
+    if options.ptarget and 2 * options.t1 > options.epochs:
+        raise UserError(
+            f"expected --t1 to be at most half of --epochs, got --t1 {options.t1} and --epochs {options.epochs}: "
+            "the rate grows from epoch t1 on and is final at half of the training; make it --epochs "
+            f"{2 * options.t1} or more, or --t1 {options.epochs // 2} or less"
+        )
+    if not options.sname or set(options.sname) & set("/\\\0"):
+        raise UserError(f"expected --sname to be a file name without slashes, got {options.sname!r}")
+    return options
 
 
-def _start(
-    settings: Settings,
-    data: ImageData,
-    device: torch.device,
-    checkpoint: dict[str, Any] | None,
-    processes: Processes,
-) -> tuple[TrainBatches, Training]:
-    """Return the batches and the training, where the checkpoint left it."""
-    if not settings.workers:  # nobody else has to reach the images: keep them where they are needed
-        data = replace(data, train=data.train.to(device), test=data.test.to(device))
-    batches = TrainBatches(data, settings.batch_size, settings.epochs, settings.seed, least=2 * processes.count)
-    training = Training(settings, data, device, batches.steps_per_epoch, processes)
-    if checkpoint is not None:
+class Training:
+    """A network, and everything that changes it: optimizer, learning rate and sparsity.
+
+    Args:
+        options: what `parse` returns.
+        batches: the training batches. They determine the data set and the number of steps.
+        device: where to train.
+        processes: the processes that train together. Each trains on its part of every batch.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, batches: TrainBatches, device: torch.device, processes: Processes = ALONE
+    ) -> None:
+        torch.manual_seed(options.seed)
+        self.options, self.batches, self.device, self.processes = options, batches, device, processes
+        self.amp: bool = device.type == "cuda" if options.amp is None else options.amp
+        self.model = self.build()
+        self.controller = self.sparsify()
+        # Weights are matrices or kernels. Biases and batch norm are vectors, and have no weight decay.
+        weights = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
+        vectors = [parameter for parameter in self.model.parameters() if parameter.ndim <= 1]
+        groups = [{"params": weights, "weight_decay": options.wd}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=MOMENTUM)
+        self.scheduler = CosineAnnealingLR(self.optimizer, T_max=len(batches))
+        self.step_count = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of the steps of this epoch
+        wrapped = processes.wrap(self.model)
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(wrapped) if options.compile else wrapped
+
+    def network(self) -> nn.Module:
+        """Return a new network on the CPU. The global seed of PyTorch determines its initialisation."""
+        data = self.batches.data
+        return NETWORKS[self.options.model](num_classes=data.classes, in_channels=data.channels)
+
+    def build(self) -> nn.Module:
+        """Return a new network on the device. Channels last in memory is up to a half faster on a CPU (densenet)."""
+        return self.network().to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def sparsify(self) -> feather_param.Controller | None:
+        """Sparsify the model to --ptarget, from epoch --t1 on. Return None if it stays dense."""
+        rate, start = self.options.ptarget, self.options.t1 * self.batches.steps_per_epoch
+        if rate == 0:
+            return None
+        try:
+            return feather_param.sparsify(self.model, final_rate=rate, total_steps=len(self.batches), start_step=start)
+        except ValueError as error:
+            raise UserError(f"--ptarget {rate} cannot be reached: {error}") from error
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """Train on one batch."""
+        self.model.train()
+        total = len(images)
+        images, labels = self.processes.part(images), self.processes.part(labels)
+        images = self.batches.data.normalise(images.to(self.device, non_blocking=True))
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            loss = F.cross_entropy(self.forward(images), labels.to(self.device, non_blocking=True))
+        self.optimizer.zero_grad()
+        # The processes average their gradients. That is the mean over the batch if each part counts by its size.
+        (loss * (len(images) * self.processes.count / total)).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        if self.controller is not None:
+            try:
+                self.controller.step()
+            except ValueError as error:  # a weight is no longer finite
+                raise TrainingFailed(f"at step {self.step_count + 1}: {error}") from error
+        self.scheduler.step()
+        if self.step_count % self.batches.steps_per_epoch == 0:
+            self.loss_sum.zero_()
+        self.loss_sum += loss.detach()
+        self.step_count += 1
+
+    def progress(self) -> dict[str, float]:
+        """Return the step, the mean loss of the epoch up to it, and the current rate, threshold and learning rate."""
+        loss = float(self.loss_sum) / ((self.step_count - 1) % self.batches.steps_per_epoch + 1)
+        if not math.isfinite(loss):
+            raise TrainingFailed(f"at step {self.step_count}: the loss is {loss}; lower the learning rate")
+        rate, threshold = (self.controller.rate, float(self.controller.threshold)) if self.controller else (0.0, 0.0)
+        lr = float(self.scheduler.get_last_lr()[0])
+        return {"step": self.step_count, "train_loss": loss, "rate": rate, "threshold": threshold, "lr": lr}
+
+    def evaluate(self, model: nn.Module) -> tuple[float, float]:
+        """Return the mean loss and the accuracy of a model on the test images. Equal weights give equal results."""
+        model.eval()
+        data, device = self.batches.data, self.device
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        # Algorithms chosen by a benchmark may differ from call to call, and with them the last bits.
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+        with torch.inference_mode(), exact, torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp):
+            for images, labels in data.test.batches(EVAL_BATCH):
+                labels = labels.to(device)
+                logits = model(data.normalise(images.to(device)))
+                loss += F.cross_entropy(logits, labels, reduction="sum")
+                correct += (logits.argmax(dim=1) == labels).sum()
+        return float(loss) / len(data.test), int(correct) / len(data.test)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to continue as if there had been no interruption."""
+        states = {name: part.state_dict() for name, part in self._parts().items()}
+        return {**states, "step": self.step_count, "loss_sum": float(self.loss_sum)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step_count = state["step"]
+        self.loss_sum.fill_(state["loss_sum"])
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        return parts if self.controller is None else {**parts, "controller": self.controller}
+
+    def same_zeros(self) -> bool:
+        """Return whether all processes would bake the same zeros."""
+        state = feather_param.baked_state_dict(self.model) if self.controller else self.model.state_dict()
+        return self.processes.same(torch.cat([value.flatten() == 0 for value in state.values()]).to(torch.uint8))
+
+
+def bake(training: Training, path: Path) -> dict[str, Any]:
+    """Bake the zeros into the model, save its weights, and return what a new network measures that loads them.
+
+    Raises:
+        TrainingFailed: the file gives another accuracy, or another number of zeros than requested.
+    """
+    _, expected = training.evaluate(training.model)
+    if training.controller is not None:
+        feather_param.desparsify(training.model)
+    resumable.save(training.model.state_dict(), path)
+    plain = training.build()
+    plain.load_state_dict(torch.load(path, map_location=training.device, weights_only=True))
+    loss, accuracy = training.evaluate(plain)
+    if accuracy != expected:
+        raise TrainingFailed(
+            f"expected {path} to have the test accuracy of the model in training, {expected:.4%}, got {accuracy:.4%}"
+        )
+    rows = feather_param.plan(plain, final_rate=0.5).rows  # the prunable weights, which are the same for any rate
+    total = sum(row.total for row in rows)
+    zeros = sum(int((plain.get_parameter(row.name) == 0).sum()) for row in rows)
+    requested = round(training.options.ptarget * total)
+    if requested and zeros != requested:
+        raise TrainingFailed(f"expected {path} to hold exactly {requested:,} zeros, got {zeros:,}")
+    content = path.read_bytes()
+    return {
+        "accuracy": accuracy,
+        "test_loss": loss,
+        "total": total,
+        "zeros": zeros,
+        "rate": zeros / total,
+        "bytes": len(content),
+        "bytes_compressed": len(zlib.compress(content, level=9)),
+        "model": str(path),
+    }
+
+
+def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processes: Processes = ALONE) -> RunLog | None:
+    """Train to the end and bake, in a new folder of the parent or in that of the run to resume.
+
+    Returns:
+        The log of the run, with its results; None in all processes but the first.
+
+    Raises:
+        Stopped: a stop was requested, and the checkpoint is saved.
+        TrainingFailed: the training diverged, or the saved model is not what was requested.
+        UserError: the device, the data set or the checkpoint does not fit.
+    """
+    device = choose_device(options.no_cuda, options.gpu, processes)
+    data = load_data(options.dataset, Path(options.data_dir), options.train_size)
+    if not options.workers:  # worker processes would need the images on the CPU
+        data = data.to(device)
+    batches = TrainBatches(data, options.batch_size, options.epochs, options.seed, least=2 * processes.count)
+    training = Training(options, batches, device, processes)
+    checkpoint = options.resume and resumable.load_checkpoint(options.resume)
+    if checkpoint:
         try:
             training.load_state_dict(checkpoint["training"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            what = str(error).partition("\n")[0]  # a wrong network names all its tensors, on lines of their own
-            raise UserError(f"expected a checkpoint of this network and data set, got another: {what}") from error
-    return batches, training
+            reason = str(error).partition("\n")[0]  # torch lists all tensors of a wrong network, on lines of their own
+            raise UserError(f"expected a checkpoint of this network and data set, got another: {reason}") from error
+    log = None
+    if processes.first:
+        folder = options.resume.parent if checkpoint else resumable.new_folder(parent, options.sname)
+        log = RunLog(folder, options, training.controller, processes.count, checkpoint)
+    bar = tqdm(total=len(batches), initial=training.step_count, desc=options.sname, unit="step", disable=log is None)
+    bar.mininterval = 0.2 if sys.stderr.isatty() else 30.0
+    with bar, closing(log) if log else nullcontext():
+        for images, labels in batch_loader(batches, training.step_count, options.workers, device):
+            training.step(images, labels)
+            epoch_ended = training.step_count % batches.steps_per_epoch == 0
+            stopped = processes.any(stop.signal is not None)
+            if log is not None:
+                if training.step_count % max(1, len(batches) // LOGGED_STEPS) == 0:
+                    now = training.progress()
+                    log.add_step(now)
+                    bar.set_postfix(loss=f"{now['train_loss']:.3f}", sparsity=f"{now['rate']:.2%}", refresh=False)
+                bar.update()
+                if epoch_ended:
+                    bar.set_description(f"{options.sname}, evaluating", refresh=sys.stderr.isatty())
+                    loss, accuracy = training.evaluate(training.model)
+                    log.add_epoch({**training.progress(), "test_loss": loss, "accuracy": accuracy})
+                    bar.set_description(options.sname, refresh=False)
+                if epoch_ended or stopped:
+                    log.save_checkpoint(training.state_dict())
+            if stopped:
+                raise Stopped(log and log.checkpoint)
+        if not training.same_zeros():
+            raise TrainingFailed("the processes do not agree on which weights are zero")
+        if log is not None:
+            report = training.controller and training.controller.report()
+            results = bake(training, Path("models") / f"{log.folder.name}.pt")
+            log.finish(results, report, device)
+    return log
 
 
-def _loader(batches: TrainBatches, training: Training, settings: Settings) -> DataLoader[Batch]:
-    """Return the batches that are still to come, made by worker processes where the settings ask for them."""
-    return DataLoader(
-        batches,
-        batch_size=None,  # an item is a batch
-        sampler=range(training.step_count, training.total_steps),
-        num_workers=settings.workers,
-        pin_memory=settings.workers > 0 and training.device.type == "cuda",
-        worker_init_fn=_leave_interrupts_to_the_trainer,
-        generator=torch.Generator(),  # else the loader would draw from the global one
-    )
-
-
-def _leave_interrupts_to_the_trainer(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal, but the trainer still needs its workers for a moment.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _progress_bar(settings: Settings, training: Training) -> tqdm:
-    """Return one bar over all steps of the run; a log file gets a line every half a minute."""
-    return tqdm(
-        total=training.total_steps,
-        initial=training.step_count,
-        desc=settings.sname,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 30.0,
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script and return its exit status: 0, 1 (failed), 2 (wrong use) or 128 + the signal that stopped it."""
+    first = os.environ.get("RANK", "0") == "0"
+    processes = ALONE
+    stop = StopRequest()
+    try:
+        with stop:
+            options = parse(argv)
+            with joined(cuda=torch.cuda.is_available() and not options.no_cuda) as processes:
+                log = train(options, Path("runs"), stop, processes)
+    except UserError as error:
+        if first:  # all processes have the same error
+            print(f"cifar100.py: error: {error}", file=sys.stderr)
+        return 2
+    except (TrainingFailed, OSError) as error:
+        print(f"cifar100.py: failed: {error}", file=sys.stderr)
+        return 1
+    except Stopped as checkpoint:
+        if first:
+            launcher = "python" if processes.count == 1 else f"torchrun --nproc-per-node={processes.count}"
+            print(f"stopped; to go on: {launcher} {sys.argv[0]} --resume '{checkpoint}'")
+        return 128 + (stop.signal or signal.SIGINT)
+    if log is not None:
+        print(log)
+    return 0
 
 
 if __name__ == "__main__":

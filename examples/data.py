@@ -1,13 +1,14 @@
-"""The data: whole sets as byte tensors, and batches that are a pure function of seed, epoch and position.
+"""Data sets as byte tensors, and batches that depend only on the seed and the step.
 
-A batch depends on nothing else, so a resumed run, any number of worker processes and any device see the same images.
+A resumed run sees the same batches, with any number of worker processes and on any device.
 """
 
 from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,11 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from examples.settings import UserError
-
-__all__ = ["Batch", "ImageData", "Split", "TrainBatches", "balanced_subset", "load_data"]
+from examples.resumable import UserError
 
 Batch = tuple[Tensor, Tensor]
 
@@ -39,19 +38,23 @@ class Split:
         """Return the split on a device."""
         return Split(self.images.to(device), self.labels.to(device))
 
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Return the images and labels in batches, in their order; the last batch may be smaller."""
+        return zip(self.images.split(size), self.labels.split(size), strict=True)
+
 
 @dataclass(frozen=True)
 class ImageData:
     """A data set.
 
     Attributes:
-        train: the images to learn from.
-        test: the images to judge by.
+        train: the images to train on.
+        test: the images to test on.
         classes: number of classes.
-        padding: black pixels put around an image before a random crop of its own size is taken.
-        flip: whether a mirrored image is still one of its class.
-        mean: mean of each channel over the whole training split, in [0, 1].
-        std: standard deviation of the same.
+        padding: black pixels added on each side of an image before a random crop of its original size.
+        flip: whether the augmentation mirrors images.
+        mean: mean of each channel over the training images, in [0, 1].
+        std: standard deviation of each channel over the training images.
     """
 
     train: Split
@@ -64,25 +67,29 @@ class ImageData:
 
     @property
     def channels(self) -> int:
-        """Number of colours."""
+        """Number of channels of an image."""
         return self.train.images.shape[1]
 
+    def to(self, device: torch.device) -> ImageData:
+        """Return the data set on a device."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
     def normalise(self, images: Tensor) -> Tensor:
-        """Return images of bytes as floats of mean 0 and deviation 1 per channel, channels last in memory."""
+        """Return byte images as floats with mean 0 and deviation 1 in each channel, channels last in memory."""
         mean, std = (_per_channel(values, images.device) for values in (self.mean, self.std))
         return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 @lru_cache(maxsize=8)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return numbers as a tensor for [batch, channels, height, width]; made once, for a GPU would wait for a copy."""
+    """Return numbers in the shape [1, channels, 1, 1]. They are cached, because a copy to a GPU blocks."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """What is drawn at random for one epoch: the order of the images, and the crop and mirroring of each."""
+    """The random numbers of one epoch: the order of the images, and the crop and the mirroring of each."""
 
     order: Tensor
     shifts: Tensor
@@ -90,16 +97,16 @@ class _Epoch:
 
 
 class TrainBatches(Dataset[Batch]):
-    """All training batches of a run, by step: shuffled every epoch, cropped and mirrored at random.
+    """All training batches of a run, indexed by step. Images are shuffled every epoch, cropped and mirrored at random.
 
-    An epoch ends with a smaller batch. One that is too small is left out: batch norm cannot learn from a single image.
+    The last batch of an epoch may be smaller. It is left out if it is too small for batch norm.
 
     Args:
-        data: the data set; the work is done on the device of its images.
+        data: the data set. Batches are made on the device of its images.
         batch_size: number of images in a batch.
         epochs: number of epochs.
         seed: seed of the order and of the augmentation.
-        least: smallest batch: two images for each process.
+        least: smallest number of images in a batch: two for each process.
     """
 
     def __init__(self, data: ImageData, batch_size: int, epochs: int, seed: int, least: int = 2) -> None:
@@ -108,13 +115,13 @@ class TrainBatches(Dataset[Batch]):
         self.epochs = epochs
         self.seed = seed
         self.steps_per_epoch = max(1, -(-(len(data.train) - least + 1) // batch_size))
-        self._last: tuple[int, _Epoch] | None = None  # the last epoch asked for: only to save time
+        self._last: tuple[int, _Epoch] | None = None  # cache of the last epoch
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch
 
     def __getitem__(self, step: int) -> Batch:
-        """Return the batch of a step: images in bytes, and labels."""
+        """Return the byte images and the labels of a step."""
         epoch, i = divmod(step, self.steps_per_epoch)
         drawn = self._draw(epoch)
         part = slice(i * self.batch_size, (i + 1) * self.batch_size)
@@ -123,7 +130,7 @@ class TrainBatches(Dataset[Batch]):
         return images, train.labels[chosen]
 
     def _draw(self, epoch: int) -> _Epoch:
-        """Return what is random in an epoch, on the device of the images: one copy an epoch, and no step waits."""
+        """Return the random numbers of an epoch on the device of the images. A GPU waits for them once an epoch."""
         if self._last is None or self._last[0] != epoch:
             count, device = len(self.data.train), self.data.train.images.device
             random = np.random.default_rng((self.seed, epoch))
@@ -135,14 +142,32 @@ class TrainBatches(Dataset[Batch]):
         return self._last[1]
 
 
+def batch_loader(batches: TrainBatches, first_step: int, workers: int, device: torch.device) -> DataLoader[Batch]:
+    """Return the batches from a step on. Worker processes prepare them if their number is not 0."""
+    return DataLoader(
+        batches,
+        batch_size=None,  # an item is a batch
+        sampler=range(first_step, len(batches)),
+        num_workers=workers,
+        pin_memory=workers > 0 and device.type == "cuda",
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # the default would draw from the global generator
+    )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal, but the program still needs its workers to stop at a checkpoint.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def crop_and_flip(images: Tensor, padding: int, shifts: Tensor, flips: Tensor) -> Tensor:
-    """Crop each image, padded with black, at its own place, and mirror it left to right where asked.
+    """Pad each image with black, crop it to its original size, and mirror the chosen ones left to right.
 
     Args:
         images: [batch, channels, height, width].
-        padding: pixels on each side.
+        padding: pixels added on each side.
         shifts: upper and left edge of each crop in the padded image, int64 [2, batch].
-        flips: bool [batch].
+        flips: images to mirror, bool [batch].
     """
     batch, channels, height, width = images.shape
     device = images.device
@@ -156,44 +181,44 @@ def crop_and_flip(images: Tensor, padding: int, shifts: Tensor, flips: Tensor) -
 
 
 def balanced_subset(split: Split, size: int) -> Split:
-    """Return a fixed subset in which the classes are as equal in number as can be.
+    """Return a fixed subset in which the numbers of images of the classes differ by as little as possible.
 
     Raises:
-        UserError: there are not so many images.
+        UserError: the split has fewer images.
     """
     if size > len(split):
-        raise UserError(f"expected --train-size to be at most the {len(split)} images there are, got {size}")
+        raise UserError(f"expected --train-size to be at most the {len(split)} images of the data set, got {size}")
     order = np.random.default_rng(0).permutation(len(split))
     labels = split.labels.numpy()[order]
-    rank = np.empty(len(split), dtype=np.int64)  # 0 for the first image of each class in this order, and so on
+    rank = np.empty(len(split), dtype=np.int64)  # position of each image among those of its class
     for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        rank[members] = np.arange(len(members))
+        indices = np.flatnonzero(labels == label)
+        rank[indices] = np.arange(len(indices))
     chosen = torch.from_numpy(np.sort(order[np.lexsort((labels, rank))[:size]]))
     return Split(split.images[chosen], split.labels[chosen])
 
 
 def load_data(name: str, folder: Path, train_size: int | None = None) -> ImageData:
-    """Load a data set by its name, ``cifar100``, ``cifar10`` or ``digits``.
+    """Load a data set.
 
     Args:
-        name: the data set.
-        folder: where torchvision's folder or the official binary version lies, or may be downloaded to.
-        train_size: number of training images to keep, all if None.
+        name: ``cifar100``, ``cifar10`` or ``digits``.
+        folder: parent of torchvision's folder or of the official binary version; a missing set is downloaded to it.
+        train_size: number of training images to keep; None for all.
 
     Raises:
-        UserError: it cannot be had, or is damaged.
+        UserError: the download failed, or a file is damaged.
     """
     data = _digits() if name == "digits" else _cifar(_CIFAR[name], folder)
     return data if train_size is None else replace(data, train=balanced_subset(data.train, train_size))
 
 
 def _digits() -> ImageData:
-    """Return scikit-learn's handwritten digits, grey images of 8 x 8, four fifths of them for training."""
+    """Return scikit-learn's handwritten digits: grey images of 8 x 8 pixels, four fifths of them for training."""
     from sklearn.datasets import load_digits
 
     pixels, target = load_digits(return_X_y=True)
-    scaled = (np.asarray(pixels) * (255 / 16)).round().astype(np.uint8)  # 17 shades of grey
+    scaled = (np.asarray(pixels) * (255 / 16)).round().astype(np.uint8)  # from 0 to 16
     images = torch.from_numpy(scaled).view(-1, 1, 8, 8)
     labels = torch.from_numpy(np.asarray(target, dtype=np.int64))
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
@@ -211,16 +236,15 @@ def _digits() -> ImageData:
 
 @dataclass(frozen=True)
 class _Cifar:
-    """Where the files of a CIFAR data set lie and how they are written."""
+    """The files of a CIFAR data set and their format."""
 
     name: str
     classes: int
+    files: tuple[tuple[str, ...], tuple[str, ...]]  # of the training and of the test split; ".bin" follows if binary
     python_folder: str
-    python_files: tuple[tuple[str, ...], tuple[str, ...]]  # for training and for testing
     python_key: str
     binary_folder: str
-    binary_files: tuple[tuple[str, ...], tuple[str, ...]]
-    binary_labels: int  # label bytes before the pixels of an image; the last one is the class
+    binary_labels: int  # label bytes before the pixels of an image; the last is the class
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -229,11 +253,10 @@ _CIFAR = {
     "cifar100": _Cifar(
         name="CIFAR100",
         classes=100,
+        files=(("train",), ("test",)),
         python_folder="cifar-100-python",
-        python_files=(("train",), ("test",)),
         python_key="fine_labels",
         binary_folder="cifar-100-binary",
-        binary_files=(("train.bin",), ("test.bin",)),
         binary_labels=2,
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
@@ -241,11 +264,10 @@ _CIFAR = {
     "cifar10": _Cifar(
         name="CIFAR10",
         classes=10,
+        files=(tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)),
         python_folder="cifar-10-batches-py",
-        python_files=(tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)),
         python_key="labels",
         binary_folder="cifar-10-batches-bin",
-        binary_files=(tuple(f"data_batch_{i}.bin" for i in range(1, 6)), ("test_batch.bin",)),
         binary_labels=1,
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
@@ -255,16 +277,13 @@ _PIXELS = 3 * 32 * 32
 
 
 def _cifar(kind: _Cifar, folder: Path) -> ImageData:
+    names = [name for split in kind.files for name in split]
     python, binary = folder / kind.python_folder, folder / kind.binary_folder
-    if not _complete(python, kind.python_files):
-        if _complete(binary, kind.binary_files):
-            return _read_cifar(kind, binary, kind.binary_files, _read_binary)
+    if not all((python / name).is_file() for name in names):
+        if all((binary / f"{name}.bin").is_file() for name in names):
+            return _read_cifar(kind, lambda name: _checked(kind, binary / f"{name}.bin", _read_binary))
         _download(kind, folder)
-    return _read_cifar(kind, python, kind.python_files, _read_python)
-
-
-def _complete(folder: Path, files: tuple[tuple[str, ...], ...]) -> bool:
-    return all((folder / file).is_file() for names in files for file in names)
+    return _read_cifar(kind, lambda name: _checked(kind, python / name, _read_python))
 
 
 def _download(kind: _Cifar, folder: Path) -> None:
@@ -273,36 +292,31 @@ def _download(kind: _Cifar, folder: Path) -> None:
         import torchvision
 
         getattr(torchvision.datasets, kind.name)(str(folder), download=True)
-    # The ways of a download to fail are many: no network, a wrong checksum, a full disk, no torchvision.
+    # Many errors are possible: no network, a wrong checksum, a full disk, no torchvision.
     except Exception as error:
-        with contextlib.suppress(OSError):  # of a folder that is not empty, or was never made
+        with contextlib.suppress(OSError):  # the folder is not empty, or was never made
             for path in missing:
                 path.rmdir()
 
         def put(what: str, name: str) -> str:
-            there = (folder / name).is_dir()
-            return f"replace the folder {name}, which lacks some of its files" if there else f"put {what} {name} there"
+            exists = (folder / name).is_dir()
+            return f"replace the folder {name}, which lacks files" if exists else f"put {what} {name} there"
 
         raise UserError(
             f"expected {kind.name} in {folder} or a download, got {type(error).__name__} ({error}); "
-            f"one of three things would help: {put('the torchvision folder', kind.python_folder)}, "
+            f"do one of three things: {put('the torchvision folder', kind.python_folder)}, "
             f"{put('the official binary version', kind.binary_folder)}, or use --dataset digits"
         ) from error
 
 
-def _read_cifar(
-    kind: _Cifar,
-    folder: Path,
-    files: tuple[tuple[str, ...], tuple[str, ...]],
-    read: Callable[[_Cifar, Path], tuple[np.ndarray, np.ndarray]],
-) -> ImageData:
+def _read_cifar(kind: _Cifar, read: Callable[[str], tuple[np.ndarray, np.ndarray]]) -> ImageData:
     def split(names: tuple[str, ...]) -> Split:
-        parts = [_checked(kind, folder / name, read) for name in names]
+        parts = [read(name) for name in names]
         images = np.concatenate([pixels for pixels, _ in parts]).reshape(-1, 3, 32, 32)
         labels = np.concatenate([labels for _, labels in parts]).astype(np.int64)
         return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
-    train, test = (split(names) for names in files)
+    train, test = (split(names) for names in kind.files)
     return ImageData(train, test, kind.classes, padding=4, flip=True, mean=kind.mean, std=kind.std)
 
 
@@ -311,13 +325,13 @@ def _checked(
 ) -> tuple[np.ndarray, np.ndarray]:
     try:
         pixels, labels = read(kind, path)
-        right = pixels.dtype == np.uint8 and pixels.shape == (len(labels), _PIXELS) and len(labels) > 0
-    except Exception as error:  # a damaged pickle may raise anything
+        valid = pixels.dtype == np.uint8 and pixels.shape == (len(labels), _PIXELS) and len(labels) > 0
+    except Exception as error:  # a damaged pickle may raise any error
         raise UserError(
             f"expected {kind.name} in {path}, got {type(error).__name__} ({error}): the file is damaged or incomplete, "
             f"fetch {path.parent.name} again"
         ) from error
-    if not right or not 0 <= labels.min() <= labels.max() < kind.classes:
+    if not valid or not 0 <= labels.min() <= labels.max() < kind.classes:
         raise UserError(f"expected {kind.name} in {path}, got something else: fetch {path.parent.name} again")
     return pixels, labels
 
@@ -331,6 +345,6 @@ def _read_python(kind: _Cifar, path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _read_binary(kind: _Cifar, path: Path) -> tuple[np.ndarray, np.ndarray]:
     content, record = np.fromfile(path, dtype=np.uint8), kind.binary_labels + _PIXELS
     if content.size % record:
-        raise ValueError(f"{content.size} bytes, no multiple of the {record} of an image")
+        raise ValueError(f"{content.size} bytes, which is no multiple of the {record} bytes of an image")
     records = content.reshape(-1, record)
     return np.ascontiguousarray(records[:, kind.binary_labels :]), records[:, kind.binary_labels - 1]

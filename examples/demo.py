@@ -2,7 +2,7 @@
 
     python examples/demo.py
 
-The digits come with scikit-learn. Writes runs/demo/demo.png, and both runs' folders beside it.
+The digits are part of scikit-learn. Writes the folders of both runs and the picture demo.png to runs/demo/.
 """
 
 from __future__ import annotations
@@ -11,56 +11,49 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: it is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself is not installed
 
-from examples.checkpoints import StopRequest
-from examples.cifar100 import Outcome, choose_device, train
-from examples.datasets import load_data
-from examples.pictures import draw_comparison
-from examples.runlog import new_folder
-from examples.settings import Settings
-from examples.training import TrainingFailed
+from examples.cifar100 import TrainingFailed, parse, train
+from examples.resumable import RunLog, Stopped, StopRequest
+from feather_param.reports.figures import draw
 
-__all__ = ["comparison", "main"]
-
-_FOLDER = Path("runs") / "demo"
-_RATE = 0.95
-_EPOCHS = 24
+FOLDER = Path("runs") / "demo"
+RATE = 0.95
+EPOCHS = 24
 
 
-def main(epochs: int = _EPOCHS) -> int:
+def main(epochs: int = EPOCHS) -> int:
     """Run the demo and return its exit status."""
-    outcomes: list[Outcome] = []
+    logs: dict[str, RunLog] = {}
+    stop = StopRequest()
     try:
-        with StopRequest() as stop:
-            for name, rate in (("dense", 0.0), ("sparse", _RATE)):
-                settings = Settings(dataset="digits", epochs=epochs, ptarget=rate, sname=name)
-                data = load_data(settings.dataset, Path(settings.data_dir))
-                device, _ = choose_device(settings)
-                outcome = train(settings, data, device, new_folder(_FOLDER, name), stop)
-                if outcome is None:
-                    print("stopped")
-                    return 128 + (stop.signal or signal.SIGINT)
-                outcomes.append(outcome)
+        with stop:
+            for name, rate in (("dense", 0.0), ("sparse", RATE)):
+                options = f"--dataset=digits --epochs={epochs} --ptarget={rate} --sname={name} --no-cuda"
+                log = train(parse(options.split()), FOLDER, stop)
+                assert log is not None  # this is the only process
+                logs[name] = log
+    except Stopped:
+        print("stopped")
+        return 128 + (stop.signal or signal.SIGINT)
     except TrainingFailed as error:
         print(f"demo.py: failed: {error}", file=sys.stderr)
         return 1
-    dense, sparse = outcomes
-    print(comparison(dense, sparse))
-    if sparse.report is not None:
-        title = f"resnet20 on handwritten digits: dense, and with {sparse.baked.zeros / sparse.baked.total:.0%} zeros"
-        draw_comparison(_FOLDER / "demo.png", title, dense.epochs, sparse.epochs, sparse.trace, sparse.report)
-    print(f"picture: {_FOLDER / 'demo.png'}")
+    print(table({name: log.results for name, log in logs.items()}))
+    accuracy = {name: log.accuracy for name, log in logs.items()}
+    sparse = logs["sparse"]
+    title = f"resnet20 on handwritten digits: dense, and with {sparse.results['rate']:.0%} zeros"
+    draw(sparse.report, history=sparse.history, accuracy=accuracy, title=title).savefig(FOLDER / "demo.png")
+    print(f"picture: {FOLDER / 'demo.png'}")
     return 0
 
 
-def comparison(dense: Outcome, sparse: Outcome) -> str:
-    """Return a table of two runs."""
+def table(runs: dict[str, dict[str, float]]) -> str:
+    """Return a table of the results of runs, by name."""
     lines = [("", "test accuracy", "zeros", "weights", "compressed file")]
-    for name, outcome in (("dense", dense), ("sparse", sparse)):
-        baked = outcome.baked
-        size = f"{baked.compressed / 1e6:.2f} MB"
-        lines.append((name, f"{baked.score.accuracy:.2%}", f"{baked.zeros:,}", f"{baked.total:,}", size))
+    for name, run in runs.items():
+        size = f"{run['bytes_compressed'] / 1e6:.2f} MB"
+        lines.append((name, f"{run['accuracy']:.2%}", f"{run['zeros']:,}", f"{run['total']:,}", size))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 

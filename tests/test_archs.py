@@ -1,4 +1,4 @@
-"""The networks have the published sizes and keep to plain modules."""
+"""The networks have the published sizes, and are plain modules."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ def test_convolutions_are_initialised_by_fan_out(build: Callable[..., nn.Module]
         if isinstance(module, nn.Conv2d):
             n = module.weight.numel()
             std = (2 / (module.out_channels * module.kernel_size[0] * module.kernel_size[1])) ** 0.5
-            # The sample deviation of n normal numbers has a relative standard error of 1 / sqrt(2n): allow five.
+            # The sample deviation of n normal numbers has a relative standard error of 1 / sqrt(2n); five are allowed.
             assert module.weight.std().item() == pytest.approx(std, rel=5 / (2 * n) ** 0.5)
             assert module.bias is None or not module.bias.any()

@@ -1,4 +1,4 @@
-"""The CIFAR-100 table: a run is the same through interruptions, and only what is missing is made."""
+"""The CIFAR-100 table: interruptions do not change a run, and only missing runs are made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks import cifar100_results, cifar100_table, timing
 from benchmarks.cifar100_run import Run, execute
 from benchmarks.cifar100_table import PROTOCOLS, Protocol
 from benchmarks.methods import DENSE, METHODS
-from examples.datasets import ImageData, Split
+from examples.data import ImageData, Split
 
 CPU = torch.device("cpu")
 TINY = Protocol(("resnet20",), (0.5, 0.9), ("feather", "hard"), seeds=2, epochs=1, train_size=200, width=2)
@@ -54,14 +54,14 @@ def uninterrupted(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", [DENSE, *METHODS])
-def test_an_interrupted_run_goes_on_to_the_same_result(method, data, tmp_path):
+def test_an_interrupted_run_continues_to_the_same_result(method, data, tmp_path):
     run = a_run(method)
     whole = uninterrupted(run, data, tmp_path / "whole")
     assert whole["zeros"] == whole["promised"] == round(run.rate * whole["total"])
     again = tmp_path / "again"
     again.mkdir()
     steps: list[int] = []
-    for stop in (2, 4):  # before and after the zeros of one_shot are held
+    for stop in (2, 4):  # before and after one_shot freezes its mask
         assert not execute(run, data, CPU, again, steps.append, lambda stop=stop: sum(steps) == stop)
         assert run.done(again) is None
         steps[:] = []
@@ -73,14 +73,14 @@ def test_an_interrupted_run_goes_on_to_the_same_result(method, data, tmp_path):
 
 def test_methods_differ_where_they_should(data, tmp_path):
     losses = {method: uninterrupted(a_run(method), data, tmp_path / method)["loss"] for method in METHODS}
-    same = {frozenset({"feather", "theta_1"})}  # the rule says 1 up to a rate of 0.95
+    same = {frozenset({"feather", "theta_1"})}  # theta is 1 up to a rate of 0.95
     for one in losses:
         for other in losses:
             if one < other and losses[one] == losses[other]:
                 assert frozenset({one, other}) in same | {frozenset({name, "theta_late"}) for name in losses}
 
 
-def test_a_result_of_other_settings_is_not_taken(data, tmp_path):
+def test_a_result_of_other_settings_is_refused(data, tmp_path):
     run = a_run("feather")
     uninterrupted(run, data, tmp_path)
     with pytest.raises(ValueError, match=r"expected the settings .*'epochs': 3.* in .*; move it away"):
@@ -105,7 +105,7 @@ def write_cifar(folder: Path) -> None:
         path.write_bytes(records.tobytes())
 
 
-def test_only_what_is_missing_is_made(tmp_path, monkeypatch, capsys):
+def test_only_missing_runs_are_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PROTOCOLS, "short", TINY)
     write_cifar(tmp_path / "data")
     command = ["--protocol", "short", "--data-dir", str(tmp_path / "data"), "--results", str(tmp_path), "--jobs", "2"]
@@ -130,7 +130,7 @@ def test_only_what_is_missing_is_made(tmp_path, monkeypatch, capsys):
     assert cifar100_table.main([*command, "--only-table"]) == 0
 
 
-def test_other_epochs_have_a_folder_of_their_own(tmp_path, monkeypatch, capsys):
+def test_another_number_of_epochs_has_another_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PROTOCOLS, "short", replace(TINY, seeds=1, rates=(0.5,), methods=("feather",)))
     write_cifar(tmp_path / "data")
     command = ["--protocol", "short", "--data-dir", str(tmp_path / "data"), "--results", str(tmp_path), "--jobs", "1"]
@@ -141,24 +141,24 @@ def test_other_epochs_have_a_folder_of_their_own(tmp_path, monkeypatch, capsys):
     assert cifar100_table.main([*command, "--epochs", "1", "--only-table"]) == 1
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_saves_and_says_how_to_continue(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PROTOCOLS, "short", replace(TINY, epochs=200))
     write_cifar(tmp_path / "data")
     command = ["--protocol", "short", "--data-dir", str(tmp_path / "data"), "--results", str(tmp_path), "--jobs", "1"]
     update = cifar100_table.tqdm.update
 
     def interrupt(bar, n=1):
-        if n and not bar.n:  # once: a second Ctrl-C ends the program at once
+        if n and not bar.n:  # once, because a second Ctrl-C ends the program
             os.kill(os.getpid(), signal.SIGINT)
         return update(bar, n)
 
     monkeypatch.setattr(cifar100_table.tqdm, "update", interrupt)
     assert cifar100_table.main(command) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "cifar100_short").iterdir()] == ["resnet20_dense_0.0_seed0.checkpoint.pt"]
 
 
-def test_missing_data_are_told_in_one_sentence(tmp_path, monkeypatch, capsys):
+def test_missing_data_are_reported_in_one_sentence(tmp_path, monkeypatch, capsys):
     import torchvision
 
     def no_network(*args: object, **keywords: object) -> None:
@@ -178,9 +178,9 @@ def test_without_results_there_is_no_table(tmp_path, capsys):
 
 @pytest.mark.parametrize("only_table", [[], ["--only-table"]])
 @pytest.mark.parametrize(
-    ("content", "got"), [(b'{"run": ', "a damaged file"), (b"\xff", "a damaged"), (b"[]", "another")]
+    ("content", "got"), [(b'{"run": ', "a damaged file"), (b"\xff", "a damaged file"), (b"[]", "another")]
 )
-def test_a_damaged_result_is_named(content, got, only_table, tmp_path, capsys):
+def test_the_error_names_a_damaged_result(content, got, only_table, tmp_path, capsys):
     path = tmp_path / "cifar100_short" / f"{PROTOCOLS['short'].runs()[0].name}.json"
     path.parent.mkdir()
     path.write_bytes(content)
@@ -202,7 +202,7 @@ def test_a_damaged_result_is_named(content, got, only_table, tmp_path, capsys):
         (["--results", __file__], f"argument --results: expected a folder, got the file {__file__}"),
     ],
 )
-def test_wrong_arguments_are_told(arguments, message, capsys):
+def test_wrong_arguments_are_reported(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         cifar100_table.main(arguments)
     assert message in capsys.readouterr().err
@@ -223,7 +223,7 @@ def made_up(method: str, rate: float, seed: int, accuracy: float, **changes: Any
     }
 
 
-def test_the_table_tells_means_spreads_and_drops(tmp_path):
+def test_the_table_shows_means_deviations_and_differences(tmp_path):
     results = [made_up(DENSE, 0.0, seed, 0.70 + 0.02 * seed) for seed in range(2)]
     results += [made_up("feather", 0.9, seed, 0.68 + 0.02 * seed) for seed in range(2)]
     results += [made_up("hard", 0.99, 0, 0.5, dead=["conv.weight"])]
@@ -232,13 +232,13 @@ def test_the_table_tells_means_spreads_and_drops(tmp_path):
     assert "| dense | 71.00 ± 1.41 |  |" in text
     assert "| feather | 69.00 ± 1.41 [-2.00] | not run |" in text
     assert "| hard | not run | 50.00 (n = 1) [-21.00] |" in text
-    assert "exactly the promised one in each of the 5 runs; layers of which nothing survived in some run: conv" in text
+    assert "exactly the promised one in each of the 5 runs; layers without survivors in some run: conv" in text
     results[-1]["zeros"] += 1
     assert "NOT the promised one" in cifar100_results.write(results, about, tmp_path / "table")
 
 
 @pytest.mark.parametrize("rates", [[], [0.9], [0.9, 0.98, 0.99]])
-def test_every_rate_stands_well_inside_the_picture(rates):
+def test_every_rate_is_well_inside_the_picture(rates):
     axes = Figure().subplots()
     cifar100_results._accuracy(
         axes, {(DENSE, 0.0): [70.0], **{("feather", rate): [60.0] for rate in rates}}, ["feather"]

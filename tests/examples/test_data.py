@@ -1,4 +1,4 @@
-"""The data sets are read from every layout, and batches depend on nothing but seed, epoch and position."""
+"""The data sets are read from every layout, and batches depend only on the seed and the step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from examples.datasets import ImageData, Split, TrainBatches, balanced_subset, crop_and_flip, load_data
-from examples.settings import UserError
+from examples.data import ImageData, Split, TrainBatches, balanced_subset, crop_and_flip, load_data
+from examples.resumable import UserError
 
 # data set: classes, label bytes, folder and files of the binary version, folder and files of torchvision's, key
 LAYOUTS = {
@@ -64,7 +64,7 @@ def test_every_folder_layout_is_read(name: str, layout: str, tmp_path: Path) -> 
     assert (data.classes, data.channels, data.padding, data.flip) == (classes, 3, 4, True)
 
 
-def test_the_python_folder_goes_before_the_binary_one(tmp_path: Path) -> None:
+def test_the_python_folder_is_preferred_to_the_binary_one(tmp_path: Path) -> None:
     for name in ("train", "test"):
         write_python(tmp_path / "cifar-100-python" / name, *pixels_and_labels(3, 100, 0), "fine_labels")
         write_binary(tmp_path / "cifar-100-binary" / f"{name}.bin", *pixels_and_labels(4, 100, 0), 2)
@@ -113,7 +113,7 @@ def test_a_failing_download_leaves_no_folder(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
-def test_an_incomplete_folder_is_to_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_an_incomplete_folder_says_to_replace_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchvision
 
     def no_network(*args: object, **keywords: object) -> None:
@@ -121,13 +121,13 @@ def test_an_incomplete_folder_is_to_be_replaced(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", no_network)
     write_python(tmp_path / "cifar-100-python" / "train", *pixels_and_labels(3, 100, 0), "fine_labels")
-    with pytest.raises(UserError, match=r"replace the folder cifar-100-python, which lacks .*, put the official"):
+    with pytest.raises(UserError, match=r"replace the folder cifar-100-python, which lacks files, put the official"):
         load_data("cifar100", tmp_path)
     assert (tmp_path / "cifar-100-python" / "train").exists()
 
 
 @pytest.mark.parametrize("name", ["cifar-100-python", "cifar-100-binary"])
-def test_a_cut_off_file_is_to_be_fetched_again(name: str, tmp_path: Path) -> None:
+def test_the_error_of_a_truncated_file_says_to_fetch_it_again(name: str, tmp_path: Path) -> None:
     for part in ("train", "test"):
         path = tmp_path / name / (part if name.endswith("python") else f"{part}.bin")
         if name.endswith("python"):
@@ -172,7 +172,7 @@ def test_subset_larger_than_the_set_is_refused() -> None:
 def coloured() -> ImageData:
     random = np.random.default_rng(0)
     images = torch.from_numpy(random.integers(1, 256, (50, 3, 32, 32), dtype=np.uint8))
-    split = Split(images, torch.arange(50))  # the label says which image it is
+    split = Split(images, torch.arange(50))  # the label is the index of the image
     return ImageData(split, split, 50, padding=4, flip=True, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
@@ -181,7 +181,7 @@ def coloured() -> ImageData:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_batches_are_the_same_for_any_number_of_workers(coloured: ImageData, workers: int) -> None:
     batches = TrainBatches(coloured, batch_size=16, epochs=2, seed=1)
-    # Started in the middle, as a resumed run is.
+    # A resumed run starts in the middle.
     loader = DataLoader(batches, batch_size=None, sampler=range(2, len(batches)), num_workers=workers)
     seen = list(loader)
     assert len(seen) == len(batches) - 2
@@ -222,7 +222,7 @@ def test_crop_and_flip_against_a_loop(coloured: ImageData) -> None:
 
 def test_digits_are_never_mirrored() -> None:
     data = load_data("digits", Path("nowhere"))
-    data = replace(data, padding=0)  # then nothing at all happens to an image
+    data = replace(data, padding=0)  # no crop changes an image
     images, _ = TrainBatches(data, batch_size=64, epochs=1, seed=0)[0]
     originals = {image.numpy().tobytes() for image in data.train.images}
     assert all(image.numpy().tobytes() in originals for image in images)
@@ -230,7 +230,9 @@ def test_digits_are_never_mirrored() -> None:
 
 def test_crops_and_mirrors_are_drawn_as_torchvisions_transforms_draw_them() -> None:
     transforms = pytest.importorskip("torchvision.transforms")
-    image = torch.arange(1, 17, dtype=torch.uint8).view(1, 1, 4, 4)  # all pixels differ, and none is the padding's
+    image = torch.arange(1, 17, dtype=torch.uint8).view(
+        1, 1, 4, 4
+    )  # all pixels differ, and none is black like the padding
     count, padding = 9_000, 1
     split = Split(image.expand(count, 1, 4, 4), torch.zeros(count, dtype=torch.int64))
     data = ImageData(split, split, 1, padding=padding, flip=True, mean=(0.5,), std=(0.25,))
@@ -242,6 +244,6 @@ def test_crops_and_mirrors_are_drawn_as_torchvisions_transforms_draw_them() -> N
     outcomes = (2 * padding + 1) ** 2 * 2
     assert found[0].keys() == found[1].keys()
     assert len(found[0]) == outcomes
-    # Each outcome is as likely as any other: Pearson's statistic exceeds 68 once in ten million draws (17 degrees).
+    # All outcomes are equally likely: Pearson's statistic (17 degrees) exceeds 68 once in ten million draws.
     expected = count / outcomes
     assert all(sum((n - expected) ** 2 / expected for n in counts.values()) < 68.0 for counts in found)

@@ -1,0 +1,91 @@
+"""Several processes that train on parts of every batch, as `torchrun` starts them."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from examples.resumable import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as `torchrun` starts them, seen from one of them."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes files and prints."""
+        return self.rank == 0
+
+    def part(self, batch: Tensor) -> Tensor:
+        """Return the part of a batch for this process. The sizes of the parts differ by at most one image."""
+        return batch.tensor_split(self.count)[self.rank]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return a module that averages the gradients of the model over the processes."""
+        return model if self.count == 1 else DistributedDataParallel(model)
+
+    def any(self, here: bool) -> bool:
+        """Return whether the condition holds in any process."""
+        if self.count == 1:
+            return here
+        flag = torch.tensor(float(here))
+        dist.all_reduce(flag)
+        return bool(flag)
+
+    def same(self, tensor: Tensor) -> bool:
+        """Return whether all processes have equal tensors."""
+        if self.count == 1:
+            return True
+        first = tensor.clone()
+        dist.broadcast(first, src=0)
+        return not self.any(not torch.equal(first, tensor))
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def joined(cuda: bool) -> Iterator[Processes]:
+    """Join the other processes if `torchrun` started this one, and leave them at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+    finally:
+        # A wrapped model is part of reference cycles and keeps the group alive. The threads of the group would then
+        # still free tensors while the interpreter shuts down, which aborts it.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def choose_device(no_cuda: bool, gpu: int, processes: Processes) -> torch.device:
+    """Return the device to train on. Several processes use the GPUs from this one on.
+
+    Raises:
+        UserError: there is no such GPU.
+    """
+    if no_cuda or not torch.cuda.is_available():
+        if not no_cuda and processes.first:
+            print("there is no CUDA on this machine: training on the CPU", file=sys.stderr)
+        return torch.device("cpu")
+    gpu += processes.local_rank
+    if gpu >= torch.cuda.device_count():
+        raise UserError(f"expected --gpu to be below {torch.cuda.device_count()}, the number of GPUs, got {gpu}")
+    torch.cuda.set_device(gpu)
+    return torch.device("cuda", gpu)
