@@ -28,26 +28,28 @@ def read(folder: Path) -> list[Result]:
     return [cifar100_run.read(path) for path in sorted(folder.glob("*.json"))]
 
 
-def write(results: Sequence[Result], about: Mapping[str, str], folder: Path) -> str:
+def write(results: Sequence[Result], about: Mapping[str, str], folder: Path, title: str = "CIFAR-100") -> str:
     """Write the table and the picture beside the folder of the runs, and return the table in Markdown.
 
     Args:
         results: the contents of the JSON files of the runs.
         about: the methods in the order of the table, with a short description of each.
         folder: the folder of the runs. The files ``<folder>.md`` and ``<folder>.png`` are written.
+        title: the name of the data set.
     """
-    text = _page(results, about, folder.with_suffix(".png").name)
+    run = results[0]["run"]
+    images = "all" if run["train_size"] is None else f"{run['train_size']:,}"
+    title = f"{title}, {run['epochs']} epochs, {images} training images"
+    text = _page(results, about, folder.with_suffix(".png").name, title)
     timing.write_whole(folder.with_suffix(".md"), text)
-    _draw(results, list(about), folder.with_suffix(".png"))
+    _draw(results, list(about), folder.with_suffix(".png"), title)
     return text
 
 
-def _page(results: Sequence[Result], about: Mapping[str, str], picture: str) -> str:
-    first = results[0]
-    run = first["run"]
-    size = "all 50,000" if run["train_size"] is None else f"{run['train_size']:,}"
+def _page(results: Sequence[Result], about: Mapping[str, str], picture: str, title: str) -> str:
+    run = results[0]["run"]
     lines = [
-        f"# CIFAR-100, {run['epochs']} epochs, {size} training images",
+        f"# {title}",
         "",
         "Test accuracy in %, mean ± standard deviation over the seeds (with their number n where there are fewer than "
         "elsewhere), and the difference to the dense network. Written by `benchmarks/cifar100_table.py`.",
@@ -112,7 +114,7 @@ def _cell(values: Sequence[float], dense: Sequence[float], most: int) -> str:
     return text + (f" [{mean - statistics.fmean(dense):+.2f}]" if dense else "")
 
 
-def _draw(results: Sequence[Result], methods: Sequence[str], path: Path) -> None:
+def _draw(results: Sequence[Result], methods: Sequence[str], path: Path, title: str) -> None:
     networks = list(dict.fromkeys(result["run"]["network"] for result in results))
     figure = Figure(figsize=(2 + 5 * len(networks), 5.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -122,8 +124,7 @@ def _draw(results: Sequence[Result], methods: Sequence[str], path: Path) -> None
         _accuracy(place, _cells(mine), methods)
         place.set_title(network)
     axes[0].set_ylabel("test accuracy, %")
-    run = results[0]["run"]
-    figure.suptitle(f"CIFAR-100, {run['epochs']} epochs, {run['train_size'] or 50_000:,} training images")
+    figure.suptitle(title)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.savefig(path)
