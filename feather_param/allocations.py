@@ -23,9 +23,9 @@ Its arguments:
 
 * ``weights``: the dense weights by name. They may be on the meta device, or sharded over processes.
 * ``zeros``: the number of zeros in all weights together, ``round(rate * N)``. The guards always leave room for it.
-* ``guards``: the most zeros of a weight, by name. A weight without an entry may become zero as a whole.
+* ``guards``: the most zeros of a weight, by name. Weights without a guard are left out.
 
-What it must return is a list of `Group`:
+It must return a list of `Group`:
 
 * Each weight is in exactly one group.
 * The zeros of the groups add up to ``zeros``.
@@ -33,15 +33,15 @@ What it must return is a list of `Group`:
 * No weight gets more zeros than its guard, except for elements that are zero anyway.
 
 `kth_magnitude` computes such a threshold. It finds NaN and infinity, and works on the meta device. For sharded weights,
-`held_here` returns its arguments: the elements that this process counts, and the sum over the processes.
+`held_here` returns the two arguments that `kth_magnitude` needs: the elements that this process counts, and the sum
+over the processes.
 
-To use it, pass it to `core.config.Config` as ``allocation``.
+`sparsify` has no argument for it yet.
 
-The library does the rest, the same for all allocations. It calls the allocation at each step of the schedule, and when
-weights have changed otherwise. `masks` prunes exactly the zeros of each group, also if many magnitudes equal its
-threshold: the first of these are pruned. More elements are zero only if they were zero before. `count_zeros` counts the
-same for reports. Both work with sharded weights. `Budget` computes the guards, and refuses a rate for which they leave
-no room.
+The library calls the allocation at each step and when it refreshes the thresholds. `masks` prunes exactly the zeros of
+each group. If several magnitudes equal the threshold, the first ones are pruned. More elements are zero only if they
+were zero before. `count_zeros` counts the same for reports. Both work with sharded weights. `Budget` computes the
+guards, and refuses a rate for which they leave no room.
 """
 
 from __future__ import annotations
@@ -180,7 +180,8 @@ def masks(weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, T
 
 @dataclass(frozen=True)
 class Budget:
-    """The most zeros of a set of weights: in no weight more than its guard, and at least one element stays.
+    """The most zeros of a set of weights: in no weight more than its guard, and in all weights together
+    at least one element is kept.
 
     Attributes:
         sizes: number of elements, by name.
@@ -204,7 +205,7 @@ class Budget:
 
     @cached_property
     def guards(self) -> dict[str, int]:
-        """The most zeros of each weight, by name; without the weights whose every element may become zero."""
+        """The most zeros of each weight, by name. Weights without a guard are left out."""
         guards: dict[str, int] = {}
         for name, size in self.sizes.items():
             by_rate = math.floor(self.max_rate * size + 1e-12 * size)  # 0.29 * 100 is 28.99...

@@ -1,4 +1,4 @@
-"""The functions that make a model sparse, and plain again."""
+"""The functions that are called with a model: sparsify, desparsify, baked_state_dict and save_sparse."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from torch import Tensor, nn
 
 from feather_param import schedules
 from feather_param.controller import Controller
-from feather_param.core.attach import require_plain
 from feather_param.core.baking import bake, baked
 from feather_param.core.config import Config, Theta
 from feather_param.core.optimizer import checked_optimizer
+from feather_param.core.selection import checked_selection
 from feather_param.core.state_dict import of_sparsified
 from feather_param.files.sparse import write_sparse
-from feather_param.ops.finite import require_finite
 from feather_param.parametrizations import states_of
 from feather_param.schedules import Schedule
 from feather_param.selection.globs import Filter
-from feather_param.selection.select import Selection, select
-from feather_param.selection.stacked import require_invertible
+from feather_param.selection.select import Selection
 from feather_param.utils.warn import warn
 
 
@@ -53,7 +51,7 @@ def sparsify(
         final_rate: fraction of zeros among all prunable weights together, in (0, 1).
         total_steps: number of optimizer steps of the training. It is used only if ``end_step`` is None.
         start_step: first step at which weights are pruned.
-        end_step: first step at which the rate is ``final_rate``; None: ``total_steps // 2``, which is 0 for one step.
+        end_step: first step with the rate ``final_rate``; None: ``total_steps // 2`` (0 if ``total_steps`` is 1).
         schedule: maps the progress between these steps, in [0, 1], to a fraction of ``final_rate``, in [0, 1].
         p: exponent of the operator, a number >= 1 (1: soft thresholding) or ``math.inf`` (hard thresholding).
         theta: scale of the gradient of pruned weights: a number >= 0, or a function of the current rate
@@ -92,7 +90,7 @@ def sparsify(
         >>> sum(int((layer.weight == 0).sum()) for layer in model if isinstance(layer, nn.Linear))
         120
     """
-    selection = select(model, include, exclude, min_params)
+    selection = checked_selection(model, include, exclude, min_params)
     config = Config(
         final_rate=final_rate,
         total_steps=total_steps,
@@ -105,9 +103,6 @@ def sparsify(
         min_nonzero_per_layer=min_nonzero_per_layer,
     )
     config.budget(selection.sizes).require(config.final_rate)
-    require_plain(model)
-    require_invertible(selection.weights)
-    require_finite(selection.dense(), new=True)
     followed = (
         None
         if optimizer is None
@@ -124,14 +119,14 @@ def sparsify(
 def desparsify(model: nn.Module) -> None:
     """Write exact zeros into the weights of a sparsified model and make its layers plain again.
 
-    Exactly ``round(rate * N)`` of the N prunable weights are zero then, or more if more were zero before. The classes
-    of the layers, the Parameters, their order and the keys of the state_dict are those from before `sparsify`. This
-    holds for deepcopies and moving averages, too. Ties at the threshold are broken by position. A tie that is kept
-    becomes the smallest non-zero number of its dtype, so that the network computes what was evaluated.
+    Exactly ``round(rate * N)`` of the N prunable weights are zero then, or more if more dense weights are exactly zero.
+    The classes of the layers, the Parameters, their order and the keys of the state_dict are those from before
+    `sparsify`. This holds for deepcopies and moving averages, too. Ties at the threshold are broken by position. A tie
+    that is kept becomes a negligible non-zero number, since the operator computed zero for it.
 
-    Do not step the old optimizer afterwards: momentum and weight decay would change the zeros. (An optimizer that the
-    controller follows warns.) A call before the end of the schedule warns, since a forgotten `Controller.step` is a
-    likely cause. Copies and frozen models may be baked early.
+    Do not step the old optimizer afterwards: momentum and weight decay would change the zeros. An optimizer that the
+    controller follows warns about this. A call before the end of the schedule warns, since a forgotten
+    `Controller.step` is a likely cause. Copies and frozen models may be baked early.
 
     Raises:
         ValueError: the model is not sparsified, or a weight holds NaN or infinity, or has no values. The model is
@@ -145,7 +140,7 @@ def desparsify(model: nn.Module) -> None:
         >>> int((model.weight == 0).sum()), type(model)
         (8, <class 'torch.nn.modules.linear.Linear'>)
     """
-    bake(_sparsified(model))
+    bake(_require_sparsified(model))
 
 
 def baked_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -163,13 +158,13 @@ def baked_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> {name: int((tensor == 0).sum()) for name, tensor in baked_state_dict(model).items()}
         {'weight': 8, 'bias': 0}
     """
-    return baked(_sparsified(model))
+    return baked(_require_sparsified(model))
 
 
 def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], *, zstd: bool = False) -> None:
     """Save a model or a state_dict without its zeros.
 
-    A tensor with enough zeros is stored as its other elements and the gaps between them, of one byte each. Other
+    A tensor with enough zeros is stored as its non-zero elements and the gaps between them; a gap takes one byte. Other
     tensors are stored dense. Tied tensors are stored once. `load_sparse` restores every bit, also of -0.0 and NaN. The
     file is written under a temporary name and renamed, so ``path`` always holds a complete file, also if several
     processes write it.
@@ -197,17 +192,17 @@ def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
         raise TypeError(f"expected a model or a state_dict, got {type(source).__name__}")
     if isinstance(source, nn.Module):
         source = baked_state_dict(source) if states_of(source) else source.state_dict()
-    if of_sparsified(map(str, source)):
+    write_sparse(source, path, zstd=zstd)
+    if of_sparsified(source):
         warn(
             "expected baked weights, got the state_dict of a sparsified model, which does not contain its zeros: it is "
             "saved dense; to save the zeros, pass the model, or baked_state_dict(model)"
         )
-    write_sparse(source, path, zstd=zstd)
 
 
-def _sparsified(model: nn.Module) -> nn.Module:
+def _require_sparsified(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
-        hint = "; call its desparsify(), or name its model" if isinstance(model, Controller) else ""
+        hint = "; call its desparsify(), or pass its model" if isinstance(model, Controller) else ""
         raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}{hint}")
     if not states_of(model):
         raise ValueError(f"expected a sparsified model, got a plain {type(model).__name__}; call sparsify first")
@@ -217,7 +212,7 @@ def _sparsified(model: nn.Module) -> nn.Module:
 def _warn_of_skipped(model: nn.Module, selection: Selection) -> None:
     """Warn if most elements of the model's matrices stay dense although no argument says so."""
     taken = {id(original) for weight in selection.weights for original in weight.places[0].originals}
-    asked = selection.skipped.keys() - selection.skipped_unasked
+    asked = selection.skipped.keys() - selection.dense_by_default
     left = {
         name: parameter.numel()
         for name, parameter in model.named_parameters()
@@ -227,7 +222,7 @@ def _warn_of_skipped(model: nn.Module, selection: Selection) -> None:
     if sum(left.values()) > total:
         largest = max(left, key=lambda name: left[name])
         warn(
-            f"sparsify takes {total:,} of the {total + sum(left.values()):,} elements of this model's matrices; the "
-            f"others stay dense, the largest being {largest} with {left[largest]:,}; name them in include to prune "
-            "them, or in exclude to keep them so (print(feather_param.plan(...)) lists them)"
+            f"sparsify prunes only {total:,} of the {total + sum(left.values()):,} elements of this model's matrices; "
+            f"the others stay dense, the largest being {largest} with {left[largest]:,}; name them in include to prune "
+            "them, or in exclude to leave them dense (print(feather_param.plan(...)) lists them)"
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from feather_param.core.attach import attach, detach, links, require_attached
 from feather_param.core.baking import bake
 from feather_param.core.config import Config
-from feather_param.core.freezing import freeze, hold
+from feather_param.core.freezing import freeze, restore_zeros
 from feather_param.core.movement import Movement
 from feather_param.core.optimizer import Follower, checked_optimizer
 from feather_param.core.shared import SharedSparsity
@@ -40,12 +40,12 @@ class Controller:
         self._model = model
         self._skipped = selection.skipped
         self._shared = SharedSparsity(config, config.budget(selection.sizes))
-        self._shapes = {weight.name: list(weight.places[0].dense().shape) for weight in selection.weights}
+        self._shapes = {weight.name: list(weight.places[0].value().shape) for weight in selection.weights}
         self._follower: Follower | None = None
         self._late_nan = LateNaN()
         self._movement = Movement()
         self._warned_after_desparsify = False
-        self._zeros_checked = 0  # number of zeros at the last check for weights with no survivors
+        self._zeros_checked = 0  # number of zeros at the last check for weights without survivors
         attach(model, self._shared, selection.weights)
         try:
             self._shared.move_to(0)
@@ -118,7 +118,7 @@ class Controller:
         self._require("refresh()")
         self._shared.refresh()
         if self._shared.frozen:
-            hold(self._shared)
+            restore_zeros(self._shared)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Advance the controller at each step of an optimizer, as ``optimizer=`` of `sparsify` does.
@@ -129,7 +129,8 @@ class Controller:
 
         The optimizer then warns if it steps the model after `desparsify`, since this would bring pruned weights back.
         It also saves the names of its parameters in its ``state_dict``, as the entry ``"feather_param"``. A state that
-        was saved on the other side of `sparsify` is sorted by these names. A state without names is refused.
+        was saved before `sparsify` and is loaded after it, or the reverse, is sorted by these names. A state without
+        names is refused.
 
         Args:
             optimizer: an optimizer that holds weights of this model. Of a wrapper (accelerate's, Lookahead), the
@@ -151,7 +152,7 @@ class Controller:
             1
         """
         self._require("follow()")
-        weights = {each.weight: each.originals for each in self._shared.registrations.values()}
+        weights = {each.name: each.originals for each in self._shared.registrations.values()}
         self._follow(checked_optimizer(optimizer, weights))
 
     def freeze(self) -> None:
@@ -161,8 +162,8 @@ class Controller:
         weights get no gradient, and momentum and weight decay cannot change them. The masks take one byte a weight and
         no entry in the ``state_dict``: its weights hold the zeros. Copies made before are not frozen.
 
-        Loading a state from before, of the model or of the controller, ends this. Loading the state of a plain model
-        keeps the masks. Warns if there are no zeros yet.
+        Loading a state that was saved before the freeze, of the model or of the controller, ends it. Loading a plain
+        model's state_dict keeps the masks. Warns if there are no zeros yet.
 
         Raises:
             RuntimeError: the model has been desparsified.
@@ -182,7 +183,7 @@ class Controller:
         if not self._shared.frozen:
             if not self._shared.position.zeros:
                 warn_of_early("freeze()", 0, self._shared.final_zeros)
-            freeze(self._leading())
+            freeze(self._without_source())
 
     def report(self) -> Report:
         """Return the zeros of each weight and of all, as `desparsify` would leave them now.
@@ -224,7 +225,7 @@ class Controller:
         position = self._shared.position
         return {
             "version": _VERSION,
-            **self._shared.config.plain,
+            **self._shared.config.saved,
             "weights": self._shapes,
             "step_count": position.step,
             "frozen_step": position.frozen_step,
@@ -234,13 +235,14 @@ class Controller:
         """Continue from the state of a controller of the same model with the same settings.
 
         The model's own state_dict holds the position as well. This method also checks that the settings are the same.
-        Load the model before or after. The masks of a frozen model are found from the zeros of its weights.
+        The model may be loaded before or after this call. The masks of a frozen model are found from its zeros.
 
         Args:
             state_dict: what `state_dict` returned.
 
         Raises:
-            ValueError: it is of another version, model or setting. The controller is untouched.
+            ValueError: the state has another version or other settings, or is of another model. The controller is
+                untouched.
             RuntimeError: the model has been desparsified.
         """
         self._require("load_state_dict()")
@@ -254,7 +256,7 @@ class Controller:
         self._shared.config.require_same(state_dict)
         require_same_shapes("a controller state", self._shapes, state_dict.get("weights"))
         step, frozen = integer("step_count", state_dict["step_count"], 0), state_dict["frozen_step"]
-        self._leading().move_to(step, None if frozen is None else integer("frozen_step", frozen, 0))
+        self._without_source().move_to(step, None if frozen is None else integer("frozen_step", frozen, 0))
         self._late_nan = LateNaN()
 
     def desparsify(self) -> None:
@@ -263,13 +265,13 @@ class Controller:
             self._require("desparsify()")
         bake(self._model)
 
-    def _leading(self) -> SharedSparsity:
-        """Return the shared state for a change. A copy that its own controller changes follows no source."""
+    def _without_source(self) -> SharedSparsity:
+        """Return the shared state, so that this controller can change it. A copy stops following its source."""
         self._shared.source = None
         return self._shared
 
     def _follow(self, optimizer: torch.optim.Optimizer) -> None:
-        self._leading()
+        self._without_source()
         if self._follower is not None:
             self._follower.detach()
         self._follower = Follower(optimizer, self._model, self._after_step, lambda: bool(self._shared.registrations))
@@ -281,18 +283,18 @@ class Controller:
         elif not self._warned_after_desparsify and not states_of(self._model):
             self._warned_after_desparsify = True
             warn(
-                "this optimizer has just stepped a model that was desparsified: momentum and weight decay bring "
-                "pruned weights back to life, so its zeros are lost; build a new optimizer and sparsify again, "
+                "this optimizer has just stepped a model that was desparsified: momentum and weight decay make "
+                "pruned weights non-zero again, so its zeros are lost; build a new optimizer and sparsify again, "
                 "or stop training before desparsify"
             )
 
     def _advance(self) -> None:
-        shared = self._leading()
+        shared = self._without_source()
         self._late_nan.refuse(shared.weights)
         self._movement.check(shared)
         zeros, before = shared.position.zeros, shared.position.groups[0].threshold
         if shared.frozen:
-            threshold = hold(shared)
+            threshold = restore_zeros(shared)
             shared.position.step += 1
         else:
             shared.move_to(shared.position.step + 1)
@@ -309,7 +311,7 @@ class Controller:
                 self._zeros_checked = shared.budget.total if dead else now  # after a warning, no more checks
 
     def _require(self, call: str) -> None:
-        require_attached(call, self._model, self._shared, self._links)
+        self._links = require_attached(call, self._model, self._shared, self._links)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
         twin = Controller.__new__(Controller)

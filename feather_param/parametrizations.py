@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from feather_param.core.shared import SharedSparsity
-from feather_param.core.versions import checksum_of, version_of
-from feather_param.ops.distributed import is_sharded, local
-from feather_param.ops.masking import masked
+from feather_param.core.versions import checksum_of
+from feather_param.ops.distributed import is_sharded, local, shard
+from feather_param.ops.masking import with_exact_zeros
 from feather_param.ops.operator import feather_threshold
 
 __all__ = ["FeatherParametrization", "feather_threshold"]
@@ -47,7 +46,7 @@ class FeatherParametrization(nn.Module):
 
     def __init__(self, shared: SharedSparsity) -> None:
         super().__init__()
-        object.__setattr__(self, "shared", shared)  # no submodule; `attach` makes it one of the first parametrization
+        object.__setattr__(self, "shared", shared)  # a plain attribute; `attach` makes it a submodule of one
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32), persistent=False)
         self.mask = None
         self.register_load_state_dict_post_hook(lambda feather, _: feather.shared.note_loaded(feather))
@@ -57,37 +56,44 @@ class FeatherParametrization(nn.Module):
         compiling = torch.compiler.is_compiling()
         if self.mask is None:
             if not compiling:
-                shared.refresh_if_changed(self)
-            elif shared.source is not None:  # a copy has no controller to refresh it, so this breaks the graph
+                self._refresh_if_changed()
+            elif shared.source is not None:  # a copy may have no controller, so it refreshes itself: a graph break
                 shared.refresh_if_possible()
         if self.mask is not None:
             return torch.where(self.mask, weight, 0.0)
-        theta: Any = shared.config.theta if shared.theta is None else shared.theta
-        value = feather_threshold(weight, self.threshold, theta, shared.config.p)
+        value = feather_threshold(weight, self.threshold, shared.gradient_scale, shared.config.p)
         if shared.source is not None and value.requires_grad and not compiling:
             value.register_hook(lambda gradient: shared.note_gradient())
         return value
+
+    def _refresh_if_changed(self) -> None:
+        called = self.shared.registrations.get(self)
+        if called is None:  # a shallow copy, as nn.DataParallel makes them, has the buffer of the registered one
+            every = self.shared.registrations.values()
+            called = next((each for each in every if each.reader.threshold is self.threshold), None)
+        if called is not None:
+            self.shared.refresh_if_changed(called)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the weight, so that ``layer.weight = w`` sets the dense weight to ``w``."""
         return weight
 
     def restore_zeros(self) -> None:
-        """Set the pruned elements of a frozen dense weight to zero, and kept elements to other numbers.
+        """Set the pruned elements of a frozen dense weight to zero. A kept zero becomes a negligible number.
 
-        A weight with parametrizations of other libraries is left as it is; `core.freezing.hold` does this for it.
+        A weight with parametrizations of other libraries is left as it is; see `core.freezing.restore_zeros`.
         """
         own = self.shared.registrations.get(self)
         if self.mask is None or own is None or own.stacked:
             return
         with torch.no_grad():
-            original: Any = own.originals[0]
-            part = original.to_local() if is_sharded(original) else original
-            part.copy_(masked(part, local(self.mask, original)))
+            original = own.originals[0]
+            part = shard(original)
+            part.copy_(with_exact_zeros(part, local(self.mask, original)))
 
     def train(self, mode: bool = True) -> FeatherParametrization:
         if (not mode or not self.training) and (own := self.shared.registrations.get(self)) is not None:
-            own.invalidate()  # not if train() is called again: some loops do so before each batch
+            own.invalidate()  # not in training mode already: some loops call train() before each batch
         return super().train(mode)
 
     def _save_to_state_dict(self, *args: Any) -> None:  # type: ignore[override]
@@ -97,7 +103,7 @@ class FeatherParametrization(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatherParametrization:
         before, own = self.threshold, self.shared.registrations.get(self)
         if own is not None and own.checksum is not None:
-            # A cast of a copy is no change of its weights, and must not hide one.
+            # A cast of a copy does not count as a change. A change before the cast must still be found.
             if own.checksum.differs(checksum_of(own.originals)):
                 self.shared.follow_source()
             own.checksum = checksum_of([fn(original.detach()) for original in own.originals])
@@ -122,20 +128,11 @@ class FeatherParametrization(nn.Module):
         """Return the parametrization of a copy, and register it with the copy's shared state."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        with torch.inference_mode(False):  # nothing could write to inference tensors
+        with torch.inference_mode(False):  # inference tensors could not be written to later
             vars(twin).update(copy.deepcopy(vars(self), memo))
         own = self.shared.registrations.get(self)
-        if own is None or not {id(own.parametrizations), id(own.place.module)} <= memo.keys():
-            return twin
-        place = replace(own.place, module=memo[id(own.place.module)])
-        new = replace(own, place=place, reader=twin, parametrizations=memo[id(own.parametrizations)])
-        new.computed_from = None
-        if all(id(tensor) in memo for tensor in own.inputs):
-            new.computed_from = version_of([memo[id(tensor)] for tensor in own.inputs])
-            if own.changed(or_replaced=True):
-                new.computed_from = new.computed_from._replace(writes=-1)
-        new.checksum = checksum_of(own.originals)
-        twin.shared.registrations[twin] = new
+        if own is not None and (copied := own.for_copy(twin, memo)) is not None:
+            twin.shared.registrations[twin] = copied
         return twin
 
     def extra_repr(self) -> str:

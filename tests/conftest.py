@@ -1,3 +1,3 @@
 import torch
 
-torch.set_num_threads(1)  # the tensors here are small: threads would cost more than they bring
+torch.set_num_threads(1)  # the tensors are small, and threads would slow the tests down

@@ -1,4 +1,4 @@
-"""Every refusal: its type, its sentence, and the model untouched."""
+"""Bad input: each refusal has a type and a message, and leaves model and controller untouched."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import torch
 from torch import nn
 
 import feather_param
+from tests.network import net, train_step
 
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 16), nn.Linear(16, 4))
+# -- arguments and models of sparsify ---------------------------------------------------------------------------------
 
 
 def tied() -> nn.Sequential:
@@ -22,18 +20,18 @@ def tied() -> nn.Sequential:
     return model
 
 
-def integer() -> nn.Module:
+def with_integer_weight() -> nn.Module:
     model = net()
     model[3].weight = nn.Parameter(torch.ones(16, 128, dtype=torch.int32), requires_grad=False)
     return model
 
 
-def old_weight_norm() -> nn.Module:
+def with_old_weight_norm() -> nn.Module:
     with pytest.warns(FutureWarning):
         return nn.Sequential(nn.Linear(4, 4), nn.utils.weight_norm(nn.Linear(4, 4)))
 
 
-def not_a_parameter() -> nn.Module:
+def with_tensor_for_parameter() -> nn.Module:
     model = net()
     weight = model[4].weight.detach()
     del model[4].weight
@@ -41,7 +39,7 @@ def not_a_parameter() -> nn.Module:
     return model
 
 
-def filled(value: float) -> nn.Module:
+def with_value(value: float) -> nn.Module:
     model = net()
     with torch.no_grad():
         model[3].weight[0, 0] = value
@@ -50,20 +48,36 @@ def filled(value: float) -> nn.Module:
 
 def scripted() -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer versions of torch deprecate it
+        warnings.simplefilter("ignore")  # newer versions of torch deprecate scripting
         return torch.jit.script(nn.Linear(4, 4))
 
 
-def sparse() -> nn.Module:
+def sparsified() -> nn.Module:
     model = net()
     feather_param.sparsify(model, final_rate=0.9, total_steps=4)
     return model
 
 
 def wrapped(path: str, name: str) -> nn.Module:
-    """A stand-in that carries the name of torch's wrapper; the wrappers themselves need a process group."""
+    """Return a module with the class name of one of torch's wrappers. The wrappers themselves need processes."""
     wrapper = type(name, (nn.Sequential,), {"__module__": path})
     return wrapper(net())
+
+
+def require_refused(model, arguments, error, message):
+    """Check the error of sparsify, and that the model has the same classes and the same Parameters as before."""
+    is_module = isinstance(model, nn.Module)
+    before = structure(model) if is_module else None
+    with pytest.raises(error, match="expected .*" + message):
+        feather_param.sparsify(model, **{"final_rate": 0.9, "total_steps": 10, **arguments})
+    assert not is_module or structure(model) == before
+
+
+def structure(model: nn.Module) -> list:
+    return [
+        (name, type(module), [(key, id(p)) for key, p in module.named_parameters(recurse=False)])
+        for name, module in model.named_modules()
+    ]
 
 
 ARGUMENTS = [
@@ -101,10 +115,10 @@ ARGUMENTS = [
     ({"include": ["3", "4", "5"]}, ValueError, r"include to match a weight, got '5', which matches none"),
     ({"include": lambda name, module: False}, ValueError, "include to match a weight"),
     ({"exclude": "*"}, ValueError, r"with none: 0.weight \(excluded\); 3.weight \(exc.*; 4"),
-    ({"include": 3}, TypeError, "include to be glob patterns or a predicate .*, got 3"),
+    ({"include": 3}, TypeError, "include to be globs or a predicate .*, got 3"),
     ({"include": nn.Linear}, TypeError, r"include .*, got the class Linear; use .*isinstance\(module, Linear\)"),
-    ({"exclude": [nn.Linear]}, TypeError, "exclude to be glob patterns or a predicate"),
-    ({"exclude": []}, TypeError, "exclude to be glob patterns or a predicate"),
+    ({"exclude": [nn.Linear]}, TypeError, "exclude to be globs or a predicate"),
+    ({"exclude": []}, TypeError, "exclude to be globs or a predicate"),
     ({"optimizer": "sgd"}, TypeError, "optimizer to be a torch.optim.Optimizer, got str"),
     (
         {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(2))])},
@@ -115,8 +129,8 @@ ARGUMENTS = [
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), ARGUMENTS)
-def test_arguments(arguments, error, message):
-    refused(net(), arguments, error, message)
+def test_sparsify_refuses_a_bad_argument(arguments, error, message):
+    require_refused(net(), arguments, error, message)
 
 
 MODELS = [
@@ -127,23 +141,27 @@ MODELS = [
         "Sequential with none: it has no Linear or Conv layer, and no other",
     ),
     (
-        lambda: filled(float("nan")),
+        lambda: with_value(float("nan")),
         ValueError,
         "got NaN or infinity in 3.weight; check the initialisation, or the check",
     ),
     (
-        lambda: filled(float("inf")),
+        lambda: with_value(float("inf")),
         ValueError,
         "got NaN or infinity in 3.weight; check the initialisation, or the check",
     ),
     (scripted, ValueError, "model of plain modules, got RecursiveScriptModule at the root; sparsify before scripting"),
     (lambda: nn.Sequential(scripted()), ValueError, "model of plain modules, got RecursiveScriptModule at 0; sparsify"),
     (lambda: nn.Sequential(nn.LazyLinear(3)), ValueError, "initialised weights, got a lazy one at 0.weight; run one"),
-    (integer, ValueError, r"real floating dtype at 3.weight, got torch.int32; .*exclude='3.weight'"),
+    (with_integer_weight, ValueError, r"real floating dtype at 3.weight, got torch.int32; .*exclude='3.weight'"),
     (lambda: nn.Linear(3, 3, dtype=torch.complex64), ValueError, "real floating dtype at weight, got torch.complex64"),
-    (old_weight_norm, ValueError, "1.weight to be an nn.Parameter, got .*: old-style weight_norm.*exclude='1.weight'"),
-    (not_a_parameter, ValueError, "4.weight to be an nn.Parameter, got Tensor"),
-    (sparse, ValueError, r"plain model, got one that is already sparsified \(at 0.weight\); call .*desparsify"),
+    (
+        with_old_weight_norm,
+        ValueError,
+        "1.weight to be an nn.Parameter, got .*; old-style weight_norm.*exclude='1.weight'",
+    ),
+    (with_tensor_for_parameter, ValueError, "4.weight to be an nn.Parameter, got Tensor"),
+    (sparsified, ValueError, r"plain model, got one that is already sparsified \(at 0.weight\); call .*desparsify"),
     (
         lambda: wrapped("torch.nn.parallel.distributed", "DistributedDataParallel"),
         ValueError,
@@ -158,41 +176,30 @@ MODELS = [
 
 
 @pytest.mark.parametrize(("make", "error", "message"), MODELS)
-def test_models(make, error, message):
-    refused(make(), {}, error, message.replace("got .*:", "got .*[:;]"))
+def test_sparsify_refuses_a_model_that_cannot_be_pruned(make, error, message):
+    require_refused(make(), {}, error, message)
 
 
-def test_a_tied_weight_of_which_include_names_one_site():
+def test_sparsify_refuses_to_include_only_one_place_of_a_tied_weight():
     message = r"all the places of a tied weight, got 1.weight without 0.weight; .*include=\['0.weight', '1.weight'\]"
-    refused(tied(), {"include": "1"}, ValueError, message)
-    feather_param.sparsify(tied(), final_rate=0.5, total_steps=1, include=["0.weight", "1.weight"])  # as it proposes
+    require_refused(tied(), {"include": "1"}, ValueError, message)
+    proposed = ["0.weight", "1.weight"]
+    feather_param.sparsify(tied(), final_rate=0.5, total_steps=1, include=proposed)
+
+
+# -- desparsify -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("thing", ["controller", None, {"weight": torch.ones(2, 2)}], ids=str)
 @pytest.mark.parametrize("call", [feather_param.desparsify, feather_param.baked_state_dict])
-def test_what_is_no_model_is_not_baked(call, thing):
+def test_only_a_model_can_be_baked(call, thing):
     if thing == "controller":
         thing = feather_param.sparsify(net(), final_rate=0.9, total_steps=4)
     with pytest.raises(TypeError, match=f"expected model to be an nn.Module, got {type(thing).__name__}"):
         call(thing)
 
 
-def refused(model, arguments, error, message):
-    is_module = isinstance(model, nn.Module)
-    before = picture(model) if is_module else None
-    with pytest.raises(error, match="expected .*" + message):
-        feather_param.sparsify(model, **{"final_rate": 0.9, "total_steps": 10, **arguments})
-    assert not is_module or picture(model) == before
-
-
-def picture(model: nn.Module) -> list:
-    return [
-        (name, type(module), [(key, id(p)) for key, p in module.named_parameters(recurse=False)])
-        for name, module in model.named_modules()
-    ]
-
-
-def test_calls_after_desparsify():
+def test_a_controller_refuses_all_calls_after_desparsify():
     model = net()
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4, end_step=0)
     state = controller.state_dict()
@@ -202,15 +209,17 @@ def test_calls_after_desparsify():
             call()
 
 
-def test_an_optimizer_that_steps_a_baked_model_warns():
+def test_an_optimizer_that_steps_a_baked_model_causes_one_warning():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     feather_param.sparsify(model, final_rate=0.9, total_steps=4, end_step=0, optimizer=optimizer)
     feather_param.desparsify(model)
-    model(torch.ones(1, 3, 6, 6).repeat(2, 1, 1, 1)).sum().backward()
     with pytest.warns(UserWarning, match=r"stepped a model that was desparsified.* its zeros are lost; build a new"):
-        optimizer.step()
-    optimizer.step()  # once is enough
+        train_step(model, optimizer, 0)
+    train_step(model, optimizer, 1)  # warnings are errors in these tests
+
+
+# -- saved states of a controller -------------------------------------------------------------------------------------
 
 
 STATES = [
@@ -246,10 +255,31 @@ STATES = [
 
 
 @pytest.mark.parametrize(("change", "message"), STATES)
-def test_a_foreign_controller_state(change, message):
+def test_a_controller_refuses_the_state_of_another_run(change, message):
     controller = feather_param.sparsify(net(), final_rate=0.9, total_steps=4)
     controller.step()
     before = controller.state_dict()
     with pytest.raises(ValueError, match="expected .*" + message):
         controller.load_state_dict(change(before))
     assert controller.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"include": "nowhere"}, {"min_params": 10**6}, {"final_rate": 2.0}],
+    ids=lambda arguments: ", ".join(arguments),
+)
+@pytest.mark.parametrize("function", [feather_param.sparsify, feather_param.plan])
+def test_a_sparsified_model_is_refused_first_and_its_thresholds_do_not_change(function, arguments):
+    if function is feather_param.plan and "final_rate" in arguments:
+        pytest.skip("plan checks the rate before it looks at the model")
+    model = net()
+    feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0)
+    feather = model[0].parametrizations.weight[0]
+    with torch.no_grad():
+        model[0].parametrizations.weight.original.mul_(2.0)  # the next forward pass would refresh
+    before = feather.threshold.clone()
+    settings = {"final_rate": 0.5, **({"total_steps": 1} if function is feather_param.sparsify else {}), **arguments}
+    with pytest.raises(ValueError, match="already sparsified"):
+        function(model, **settings)
+    assert torch.equal(feather.threshold, before)

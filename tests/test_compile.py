@@ -1,4 +1,4 @@
-"""Under `torch.compile`: one graph from the first step to the last, and the same numbers as without."""
+"""Models under `torch.compile`: one graph for all steps, and the numbers of eager code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 import feather_param
 from tests import twins
+from tests.training import zeros_in
 
 
 def net() -> nn.Sequential:
@@ -32,9 +33,9 @@ def net() -> nn.Sequential:
     [(0.9, None), (0.98, None), (0.98, lambda rate: 1.5 - rate)],
     ids=["theta = 1", "theta = 0.5", "theta of the rate"],
 )
-@pytest.mark.parametrize("hook", [True, False], ids=["optimizer=", "step()"])
+@pytest.mark.parametrize("follows", [True, False], ids=["optimizer=", "step()"])
 @pytest.mark.filterwarnings("ignore:nothing survives")
-def test_one_graph_and_no_recompilation_over_a_whole_schedule(final_rate, theta, hook):
+def test_one_graph_serves_all_steps_of_a_schedule(final_rate, theta, follows):
     torch._dynamo.reset()
     counters.clear()
     compiled_losses, eager_losses = [], []
@@ -47,7 +48,7 @@ def test_one_graph_and_no_recompilation_over_a_whole_schedule(final_rate, theta,
             total_steps=12,
             start_step=2,
             theta=theta,
-            optimizer=optimizer if hook else None,
+            optimizer=optimizer if follows else None,
         )
         forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         generator = torch.Generator().manual_seed(0)
@@ -58,7 +59,7 @@ def test_one_graph_and_no_recompilation_over_a_whole_schedule(final_rate, theta,
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                if not hook:
+                if not follows:
                     controller.step()
                 losses.append(loss.item())
     assert counters["stats"]["unique_graphs"] == 1
@@ -66,43 +67,44 @@ def test_one_graph_and_no_recompilation_over_a_whole_schedule(final_rate, theta,
     assert compiled_losses == pytest.approx(eager_losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("through", [False, True], ids=["the model", "what compile returned"])
-def test_sparsified_after_it_was_compiled(through):
+@pytest.mark.parametrize("wrapped", [False, True], ids=["the plain model", "the compiled model"])
+def test_a_model_may_be_sparsified_after_it_was_compiled(wrapped):
     torch._dynamo.reset()
     model, x = net().eval(), torch.randn(4, 3, 6, 6)
     compiled = torch.compile(model, backend="aot_eager")
     compiled(x)
-    controller = feather_param.sparsify(compiled if through else model, final_rate=0.9, total_steps=2)
+    controller = feather_param.sparsify(compiled if wrapped else model, final_rate=0.9, total_steps=2)
     for _ in range(3):
-        torch.testing.assert_close(compiled(x), model(x))  # their roots differ by some ulp
+        torch.testing.assert_close(compiled(x), model(x))  # compiled and eager code compute different roots
         controller.step()
     feather_param.desparsify(model)
     assert compiled(x).equal(model(x))
-    weights = twins.prunable(model)
-    assert twins.count_zeros(weights) == round(0.9 * sum(weight.numel() for weight in weights))
+    total = sum(weight.numel() for weight in twins.prunable(model))
+    assert zeros_in(model) == round(0.9 * total)
 
 
-def test_a_compiled_ema_copy_follows_its_weights():
+def test_a_compiled_moving_average_prunes_its_own_weights():
     torch._dynamo.reset()
     model = net()
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4, end_step=2)
-    average = copy.deepcopy(model).eval()  # cut before anything is pruned
+    average = copy.deepcopy(model).eval()  # made before any weight is pruned
     compiled = torch.compile(average, backend="aot_eager")
     x = torch.randn(2, 3, 6, 6)
     for _ in range(4):
         controller.step()
         with torch.no_grad():
-            for mine, theirs in zip(average.parameters(), model.parameters(), strict=True):
-                theirs.add_(torch.randn_like(theirs), alpha=0.01)
-                mine.lerp_(theirs, 0.5)
+            for averaged, trained in zip(average.parameters(), model.parameters(), strict=True):
+                trained.add_(torch.randn_like(trained), alpha=0.01)
+                averaged.lerp_(trained, 0.5)
         assert torch.allclose(compiled(x), copy.deepcopy(average)(x), atol=1e-6)
-    seen = twins.count_zeros(average[i].weight for i in (0, 4, 5))
-    assert seen == controller.report().zeros
+    assert twins.count_zeros(average[i].weight for i in (0, 4, 5)) == controller.report().zeros
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at the input of a block
-@pytest.mark.parametrize("guards", [{}, {"max_rate_per_layer": 0.93, "min_nonzero_per_layer": 20}], ids=["", "guards"])
-def test_blocks_compiled_one_by_one(guards):
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo reads it of the input of a block
+@pytest.mark.parametrize(
+    "guards", [{}, {"max_rate_per_layer": 0.93, "min_nonzero_per_layer": 20}], ids=["no guards", "guards"]
+)
+def test_blocks_that_are_compiled_one_by_one_are_not_compiled_again(guards):
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
@@ -116,7 +118,7 @@ def test_blocks_compiled_one_by_one(guards):
             for block in network:
                 block.compile(fullgraph=True, backend="aot_eager")
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
-        seen = []
+        own = []
         for step in range(8):
             if compiled and step == 1:
                 graphs = counters["stats"]["unique_graphs"]
@@ -125,13 +127,13 @@ def test_blocks_compiled_one_by_one(guards):
             loss.backward()
             optimizer.step()
             controller.step()
-            seen.append(loss.item())
-        losses.append(seen)
-    assert counters["stats"]["unique_graphs"] == graphs <= 3  # nothing is compiled again after the first step
+            own.append(loss.item())
+        losses.append(own)
+    assert counters["stats"]["unique_graphs"] == graphs <= 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_freezing_costs_one_more_graph():
+def test_a_freeze_compiles_one_more_graph():
     torch._dynamo.reset()
     counters.clear()
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))

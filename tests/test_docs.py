@@ -1,4 +1,4 @@
-"""What the documentation shows runs as it stands."""
+"""The documentation: its code runs, and its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -14,47 +14,57 @@ import torch
 import feather_param
 
 ROOT = Path(__file__).parent.parent
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 MODULES = [module.name for module in pkgutil.walk_packages(feather_param.__path__, "feather_param.")]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name):
-    if name.endswith(".kernels"):
-        pytest.importorskip("triton")  # which only torch's CUDA builds bring
+def test_the_examples_of_a_modules_docstrings_run(name):
+    if name.endswith("_triton"):
+        pytest.importorskip("triton")  # only builds of torch for CUDA install it
     module = importlib.import_module(name)
     torch.manual_seed(0)
     failed, _ = doctest.testmod(module, extraglobs={"torch": torch, "nn": torch.nn, "feather_param": feather_param})
     assert failed == 0
 
 
-def test_public_functions_have_an_example():
+def test_each_public_function_has_an_example():
     for name in feather_param.__all__:
         thing = getattr(feather_param, name)
         if callable(thing) and not isinstance(thing, type):
             assert ">>>" in thing.__doc__, name
 
 
-def test_the_readmes_loop_runs(tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "sparsify(" in code]
+def code_with(call: str, page: str) -> str:
+    """Return the only block of Python code of a page that holds a text."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    (found,) = [block for block in blocks if call in block]
+    return found
+
+
+def build() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.ReLU(), torch.nn.Linear(12, 12))
+
+
+def test_the_training_loop_of_the_readme_runs(tmp_path, monkeypatch):
+    block = code_with("sparsify(", "README.md")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 12), torch.nn.ReLU(), torch.nn.Linear(12, 12))
     data = torch.utils.data.TensorDataset(torch.randn(64, 3, 2, 2), torch.randint(4, (64,)))
     scope = {"model": model, "loader": torch.utils.data.DataLoader(data, batch_size=16), "epochs": 3}
-    exec(compile(block.replace("+ ", "  "), "README.md", "exec"), scope)
+    exec(compile(block, "README.md", "exec"), scope)
     state = torch.load(tmp_path / "sparse.pt")
     zeros = sum(int((value == 0).sum()) for name, value in state.items() if name.endswith("weight"))
     assert zeros == round(0.95 * 2 * 12 * 12)
 
 
-def test_the_documented_way_to_resume_runs(tmp_path, monkeypatch):
-    text = (ROOT / "docs" / "works-with.md").read_text(encoding="utf-8")
-    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "checkpoint.pt" in code]
+def test_the_code_that_resumes_a_training_runs(tmp_path, monkeypatch):
+    block = code_with("checkpoint.pt", "docs/works-with.md")
     monkeypatch.chdir(tmp_path)
-
-    def build() -> torch.nn.Module:
-        return torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.ReLU(), torch.nn.Linear(12, 12))
 
     model = build()
     controller = feather_param.sparsify(model, final_rate=0.95, total_steps=4)
@@ -68,13 +78,9 @@ def test_the_documented_way_to_resume_runs(tmp_path, monkeypatch):
     assert torch.equal(scope["model"][0].weight, model[0].weight)
 
 
-def test_the_documented_way_to_fine_tune_a_sparse_file_runs(tmp_path, monkeypatch):
-    text = (ROOT / "docs" / "works-with.md").read_text(encoding="utf-8")
-    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_sparse" in code]
+def test_the_code_that_fine_tunes_a_sparse_file_runs(tmp_path, monkeypatch):
+    block = code_with("load_sparse", "docs/works-with.md")
     monkeypatch.chdir(tmp_path)
-
-    def build() -> torch.nn.Module:
-        return torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.ReLU(), torch.nn.Linear(12, 12))
 
     def train(model: torch.nn.Module, controller: feather_param.Controller) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -96,5 +102,39 @@ def test_the_documented_way_to_fine_tune_a_sparse_file_runs(tmp_path, monkeypatc
         assert not torch.equal(tuned[i].bias, model[i].bias)
 
 
-def test_the_readme_is_short():
+def test_the_readme_has_fewer_than_120_lines():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120
+
+
+def without_blocks(page: Path) -> str:
+    """Return the text of a page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as GitHub makes them."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.*?) *$", without_blocks(page), re.MULTILINE):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        found.add(re.sub(r"[^\w\- ]", "", words).replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_link_of_a_page_leads_to_a_file_and_a_heading(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", without_blocks(page))):
+        if re.match(r"[a-z]+:", link):  # of another site
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors_of(target)):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_file_that_a_page_names_exists(page):
+    folders = "feather_param|archs|examples|benchmarks|tests|docs"
+    names = re.findall(rf"`((?:{folders})/[\w/.-]+)`", page.read_text(encoding="utf-8"))
+    assert [name for name in names if not (ROOT / name).exists()] == []

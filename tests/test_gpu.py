@@ -1,8 +1,6 @@
-"""Behaviour on a GPU; skipped without one."""
+"""Training on a GPU. These tests are skipped without one."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from torch import nn
 
 import feather_param
 from feather_param.ops.kth import kth_magnitude
-from tests import twins
+from tests.training import zeros_in
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -23,20 +21,20 @@ def net() -> nn.Sequential:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("k", [0, 1, 5000, 9999, 10000])
-def test_the_kth_magnitude_equals_that_of_the_cpu(dtype, k):
+def test_the_kth_magnitude_equals_that_of_a_cpu(dtype, k):
     weights = {"a": torch.randn(90, 100).to(dtype), "b": torch.zeros(1000, dtype=dtype)}
     on_gpu = {name: weight.cuda() for name, weight in weights.items()}
     assert torch.equal(kth_magnitude(on_gpu, k).cpu(), kth_magnitude(weights, k))
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 5.0, float("inf")])
-def test_a_zero_threshold_is_the_identity_for_subnormal_numbers_too(p):
+def test_a_zero_threshold_returns_subnormal_numbers_unchanged(p):
     weight = torch.tensor([1e-40, -1e-45, 2e-38, 0.0, 3.0], device="cuda")
     for threshold in (torch.zeros((), device="cuda"), torch.zeros(())):
         assert torch.equal(feather_param.parametrizations.feather_threshold(weight, threshold, p=p), weight)
 
 
-def test_a_step_never_waits_for_the_device():
+def test_a_step_does_not_wait_for_the_device():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=10)
@@ -51,10 +49,10 @@ def test_a_step_never_waits_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     controller.desparsify()
-    assert twins.count_zeros(twins.prunable(model)) == round(0.9 * 2328)
+    assert zeros_in(model) == round(0.9 * 2328)
 
 
-def test_a_step_and_a_forward_pass_run_in_a_cuda_graph():
+def test_a_cuda_graph_can_record_a_step_and_a_forward_pass():
     model = net()
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=10, end_step=0)
     x = torch.randn(8, 3, 6, 6, device="cuda")
@@ -77,7 +75,7 @@ def test_a_step_and_a_forward_pass_run_in_a_cuda_graph():
     assert torch.allclose(out, model(x), atol=1e-5)
 
 
-def test_nan_is_reported_at_a_later_step():
+def test_nan_is_refused_one_step_later():
     model = net()
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=10)
     with torch.no_grad():
@@ -88,19 +86,17 @@ def test_nan_is_reported_at_a_later_step():
         controller.step()
 
 
-def test_a_step_of_the_example_never_waits_for_the_device():
+def test_a_step_of_the_example_does_not_wait_for_the_device():
     from pathlib import Path
 
-    from examples.datasets import TrainBatches, load_data
-    from examples.settings import Settings
-    from examples.training import Training
+    from examples.cifar100 import Training, parse
+    from examples.data import TrainBatches, load_data
 
-    data = load_data("digits", Path("nowhere"))
+    options = parse(["--dataset=digits", "--epochs=2", "--batch-size=64"])
     device = torch.device("cuda")
-    data = replace(data, train=data.train.to(device), test=data.test.to(device))
-    settings = Settings(dataset="digits", epochs=2, batch_size=64)
-    batches = TrainBatches(data, settings.batch_size, settings.epochs, settings.seed)
-    training = Training(settings, data, device, batches.steps_per_epoch)
+    data = load_data(options.dataset, Path("nowhere")).to(device)
+    batches = TrainBatches(data, options.batch_size, options.epochs, options.seed)
+    training = Training(options, batches, device)
     for step in range(3):  # the first steps choose algorithms and allocate buffers
         training.step(*batches[step])
     torch.cuda.set_sync_debug_mode("error")

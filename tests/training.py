@@ -33,7 +33,7 @@ def train(
 def pruned_places(model: nn.Module) -> list[Place]:
     """Return the first place of each weight of a sparsified model."""
     registrations = [each for shared in states_of(model) for each in shared.registrations.values()]
-    first = {each.weight: each.place for each in reversed(registrations)}
+    first = {each.name: each.place for each in reversed(registrations)}
     return list(first.values())[::-1]
 
 
@@ -53,7 +53,7 @@ def zeros_after_baking(model: nn.Module) -> tuple[int, int]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "nothing survives")
         feather_param.desparsify(model)
-    tensors = [place.dense() for place in places]
+    tensors = [place.value() for place in places]
     return sum(int((tensor == 0).sum()) for tensor in tensors), sum(tensor.numel() for tensor in tensors)
 
 

@@ -70,7 +70,7 @@ def count_zeros(tensors: Iterable[Tensor]) -> int:
 
 
 def prunable(model: nn.Module, names: Callable[[str], bool] = lambda name: True) -> list[Tensor]:
-    """Return the Conv and Linear weights of a plain model."""
+    """Return the Conv and Linear weights of a model, as a forward pass uses them."""
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     return [module.weight for name, module in model.named_modules() if isinstance(module, kinds) and names(name)]
 

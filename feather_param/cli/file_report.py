@@ -74,8 +74,8 @@ def notes(checkpoint: Checkpoint) -> list[str]:
     negative = sum(int(((tensor == 0) & tensor.signbit()).sum()) for tensor in weights)
     if negative:
         found.append(
-            f"{negative:,} zeros are -0.0, as weight * mask makes them, and a sparse file keeps these like any other "
-            "value; weight + 0.0 makes them 0.0"
+            f"{negative:,} zeros are -0.0, for example from weight * mask; a sparse file stores -0.0 like any other "
+            "value; weight + 0.0 turns them into 0.0"
         )
     return found
 

@@ -176,7 +176,8 @@ def _compress(arguments: argparse.Namespace) -> str:
     _check_out(path, out)
     if out.suffix in _TORCH:
         raise _Usage(
-            f"expected OUT to be named as the safetensors file it becomes, got {out}; call it {out.stem}.safetensors"
+            f"expected OUT not to end in {out.suffix}, got {out}; a sparse file is a safetensors file: "
+            f"call it {out.stem}.safetensors"
         )
     checkpoint = _read(path, arguments.key)
     if checkpoint.kind == "sparse":
@@ -184,7 +185,7 @@ def _compress(arguments: argparse.Namespace) -> str:
     if checkpoint.beside and arguments.key is None:
         raise _Failed(
             f"{path} also holds {listed(checkpoint.beside)}, which a sparse file cannot; "
-            f"to keep the weights alone, say so: --key {checkpoint.key}"
+            f"to store only the weights, pass --key {checkpoint.key}"
         )
     for name, kind in checkpoint.others.items():
         raise _Failed(

@@ -1,4 +1,4 @@
-"""Show on a terminal what a command does."""
+"""Show the progress of a command on a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Progress:
     def __call__(self, task: str, fraction: float) -> None:
         """Show a task and the fraction of it that is done, from 0 to 1.
 
-        A task whose first fraction is 0 cannot tell how much is done. Only its name shows.
+        If the first fraction of a task is 0, only its name is shown: the fraction is unknown.
         """
         if self._bar is None or self._task != task:
             self._close()
@@ -31,7 +31,7 @@ class Progress:
                 total=100,
                 unit="%",
                 file=sys.stderr,
-                disable=None,  # unless stderr is a terminal
+                disable=None,  # None: disabled unless stderr is a terminal
                 leave=False,
                 mininterval=_EVERY,
                 miniters=0,

@@ -4,7 +4,7 @@ Note [The class of a parametrized layer]
 
 torch gives each parametrized layer a class of its own, with the weight as a property, and restores the plain class when
 the last parametrization is removed. The methods that we need on a layer are methods of that class. So they disappear
-with it, whoever removes the parametrization.
+with it, also if torch or another library removes the parametrization.
 
 Copies of a layer share its class, so the class must not change later. Where other parametrizations stay,
 `remove_parametrizations` gives the layer another class. (torch's function of that name deletes the property from the
@@ -52,7 +52,7 @@ def attach(model: nn.Module, shared: SharedSparsity, weights: Sequence[Weight]) 
     try:
         for name, place in places:
             layer = place.module
-            if parametrizations_of(layer) and _METHODS not in vars(type(layer)):  # its copies share its class
+            if parametrizations_of(layer) and _METHODS not in vars(type(layer)):  # its copies share this class
                 layer.__class__ = _class_like(type(layer))
                 setattr(type(layer), _BEFORE, before[layer][0])
             feather = FeatherParametrization(shared)
@@ -72,7 +72,7 @@ def attach(model: nn.Module, shared: SharedSparsity, weights: Sequence[Weight]) 
     except BaseException:
         detach(shared)
         for layer, (cls, _) in before.items():
-            layer.__class__ = cls  # of a layer that got a class, but no parametrization
+            layer.__class__ = cls  # a layer may have got a class, but no parametrization
         raise
 
 
@@ -128,21 +128,23 @@ def links(model: nn.Module, shared: SharedSparsity) -> list[Link]:
     return [(module, name, child) for (module, name), child in found.items()]
 
 
-def require_attached(call: str, model: nn.Module, shared: SharedSparsity, known: list[Link]) -> None:
+def require_attached(call: str, model: nn.Module, shared: SharedSparsity, known: list[Link]) -> list[Link]:
     """Refuse a call if a parametrization is no longer in the model, for example because its layer was replaced.
 
     Args:
         call: the call, for the message: ``"step()"``.
         model: the model that was sparsified.
         shared: its shared state.
-        known: what `links` returned. It is checked first, since it is fast, and replaced if a part of the model was
-            wrapped since.
+        known: the links at the last call. To check these is fast.
+
+    Returns:
+        The links now. They have changed if a part of the model was wrapped.
 
     Raises:
         RuntimeError: a parametrization is missing.
     """
     if shared.registrations and all(module._modules.get(name) is child for module, name, child in known):
-        return
+        return known
     here = set(model.modules())
     missing = [each.place.name for feather, each in shared.registrations.items() if feather not in here]
     if len(missing) == len(shared.registrations):
@@ -153,7 +155,7 @@ def require_attached(call: str, model: nn.Module, shared: SharedSparsity, known:
             f"{', '.join(missing)}: the layer was replaced, or the parametrization was removed; put the old layer "
             "back, or remove the others as well (feather_param.core.attach.remove_parametrizations) and sparsify again"
         )
-    known[:] = links(model, shared)
+    return links(model, shared)
 
 
 def _ours(parametrizations: Iterable[nn.Module]) -> FeatherParametrization | None:

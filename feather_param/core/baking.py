@@ -1,4 +1,4 @@
-"""Baking: dense weights with exact zeros in the place of parametrized ones. Masks are computed first, then values."""
+"""Baking: compute the masks, then the dense weights with exact zeros, and replace the parametrized weights by them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from feather_param.core.state_dict import of_sparsified
 from feather_param.core.warnings import warn_of_dead, warn_of_early
 from feather_param.ops.distributed import is_sharded, whole
 from feather_param.ops.dtypes import rounded_down, smallest_kept
-from feather_param.ops.masking import masked
+from feather_param.ops.masking import with_exact_zeros
 from feather_param.ops.operator import feather_threshold
 from feather_param.parametrizations import states_of
 from feather_param.selection.names import full_name, names_of, without_wrappers
@@ -38,27 +38,28 @@ def bake(model: nn.Module) -> None:
 
 
 def baked(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state_dict that the model would have after `bake`, in the order of the plain model's."""
+    """Return the state_dict that the model would have after `bake`, with its keys in the order of the plain model."""
     values, ours = _values_by_key(model)
     state = model.state_dict()
     bare = {without_wrappers(key): key for key in values if key not in state}  # some wrappers hide their names
-    layers: dict[str, dict[str, Tensor | None]] = {}  # by prefix: a layer's tensors in the plain order, None: unchanged
+    layers: dict[str, dict[str, Tensor | None]] = {}  # by prefix: its tensors in the plain order; None: not pruned
     dropped: set[str] = set()  # prefixes of entries that a plain model does not have
     for key in state:
         if found := values.pop(key if key in values else bare.pop(without_wrappers(key), ""), None):
             registration, value = found
             prefix, _, tensor = key.removesuffix(".original").rpartition("parametrizations.")
-            own = layers.setdefault(prefix, dict.fromkeys(registration.parameter_order))
-            own[tensor] = value.to(state[key].device, state[key].dtype)
+            layer = layers.setdefault(prefix, dict.fromkeys(registration.parameter_order))
+            layer[tensor] = value.to(state[key].device, state[key].dtype)
             dropped.add(f"{prefix}parametrizations.{tensor}.")
     new: OrderedDict[str, Tensor] = OrderedDict()
     for key, tensor in state.items():
         prefixes = _prefixes(key)
         for prefix in prefixes:
             for name, value in layers.pop(prefix, {}).items():
-                value = whole(state.get(prefix + name)) if value is None else value
                 if value is not None:
                     new[prefix + name] = value
+                elif prefix + name in state:
+                    new[prefix + name] = whole(state[prefix + name])
         if dropped.isdisjoint(prefixes) and key not in new:
             new[key] = whole(tensor)
     if values or of_sparsified(new):
@@ -67,9 +68,9 @@ def baked(model: nn.Module) -> dict[str, Tensor]:
             f"names for {next(iter(values), 'a copy')}; desparsify a copy.deepcopy(model) and take its state_dict"
         )
     metadata = getattr(state, "_metadata", {})
-    kept = [key for key in metadata if ours.isdisjoint(_prefixes(f"{key}."))]
-    empty = {_prefixes(name)[-2][:-1] for name in ours} - {key.rpartition(".")[0] for key in kept}
-    new._metadata = {key: metadata[key] for key in kept if key not in empty}  # type: ignore[attr-defined]
+    remaining = [key for key in metadata if ours.isdisjoint(_prefixes(f"{key}."))]
+    empty = {_prefixes(name)[-2][:-1] for name in ours} - {key.rpartition(".")[0] for key in remaining}
+    new._metadata = {key: metadata[key] for key in remaining if key not in empty}  # type: ignore[attr-defined]
     return new
 
 
@@ -89,7 +90,7 @@ def _values_by_key(model: nn.Module) -> tuple[dict[str, tuple[Registration, Tens
             for name in names[each.place.module]:
                 prefix = full_name(name, f"parametrizations.{each.place.tensor}.")
                 ours.add(prefix)
-                found[f"{prefix}original"] = each, values[each.weight]
+                found[f"{prefix}original"] = each, values[each.name]
     return found, ours
 
 
@@ -105,7 +106,7 @@ def final_masks(model: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
         shared.refresh_checked()
         masks = shared.masks()
         for each in shared.registrations.values():
-            found[each.place.module, each.place.tensor] = masks[each.weight]
+            found[each.place.module, each.place.tensor] = masks[each.name]
     return found
 
 
@@ -120,11 +121,11 @@ def final_values(shared: SharedSparsity) -> dict[str, Tensor]:
         mask = masks[name].to(weight.device)
         with torch.no_grad():
             if shared.frozen:
-                values[name] = masked(weight, mask)
+                values[name] = with_exact_zeros(weight, mask)
                 continue
             threshold = rounded_down(thresholds[name], weight.dtype).to(weight.device)
             value = feather_threshold(weight, threshold, p=shared.config.p)
-            # A kept element may be zero here, by a tie or an underflow. It becomes the smallest number of its dtype.
+            # A kept element may be zero here, by a tie or an underflow. It becomes a negligible number.
             value = torch.where(value == 0, weight.sign() * smallest_kept(weight.dtype), value)
             values[name] = torch.where(mask, value, 0.0)
     if shared.position.zeros:
@@ -144,12 +145,12 @@ def write(shared: SharedSparsity, values: Mapping[str, Tensor]) -> None:
     """
     todo: list[Registration] = []
     for each in reversed(shared.registrations.values()):  # of a tied weight, the first place is written last
-        if each.weight in values:
-            invert(each.weight, each.originals, copy.deepcopy(each.earlier), values[each.weight])  # raises
+        if each.name in values:
+            invert(each.name, each.originals, copy.deepcopy(each.earlier), values[each.name])  # raises
             todo.append(each)
     for each in todo:
         with torch.no_grad():
-            tensors = invert(each.weight, each.originals, each.earlier, values[each.weight])
+            tensors = invert(each.name, each.originals, each.earlier, values[each.name])
             for parameter, tensor in zip(each.originals, tensors, strict=True):
                 parameter.copy_(tensor)
 
@@ -163,16 +164,16 @@ def refuse_shards(shared: SharedSparsity) -> None:
     for each in shared.registrations.values():
         if any(map(is_sharded, each.originals)):
             raise ValueError(
-                f"expected whole weights, got {each.weight} sharded over processes; "
+                f"expected whole weights, got {each.name} sharded over processes; "
                 "call baked_state_dict(model) on every process, and load what it returns into a plain model"
             )
 
 
 def _whole_states(model: nn.Module) -> list[SharedSparsity]:
-    """Return the shared states of a model. A part of a model that was sparsified as a whole is refused."""
+    """Return the shared states of a model. Refuse a part of a model that was sparsified as a whole, unless a copy."""
     modules = set(model.modules())
     for shared in (states := states_of(model)):
-        names = {each.weight for feather, each in shared.registrations.items() if feather in modules}
+        names = {each.name for feather, each in shared.registrations.items() if feather in modules}
         if not shared.registrations.keys() <= modules or (shared.source is None and not shared.complete):
             here = sum(shared.budget.sizes[name] for name in names)
             raise ValueError(

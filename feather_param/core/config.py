@@ -1,4 +1,4 @@
-"""Every setting of `sparsify`, checked once."""
+"""The settings of the training, checked once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PROBES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Config:
-    """The valid settings of a model, under the names of the arguments of `feather_param.sparsify`.
+    """The settings of the training of a model, checked. `feather_param.sparsify` describes them.
 
     ``end_step``, ``theta`` and ``max_rate_per_layer`` may be None, and are replaced by their defaults.
 
@@ -98,7 +98,7 @@ class Config:
         return self.final_rate if step >= end else self.final_rate * self._fraction((step - start) / (end - start))
 
     def theta_at(self, rate: float) -> float:
-        """Return the gradient scale of pruned elements at a rate. A function of the user's is checked here."""
+        """Return the gradient scale of pruned elements at a rate. The result of a user's function is checked."""
         if not callable(self.theta):
             assert self.theta is not None
             return self.theta
@@ -113,13 +113,13 @@ class Config:
         return Budget(sizes, self.max_rate_per_layer, self.min_nonzero_per_layer)
 
     @cached_property
-    def plain(self) -> dict[str, Any]:
+    def saved(self) -> dict[str, Any]:
         """The settings in plain Python values, to be saved and compared with those of another run."""
-        plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "allocation"}
-        plain["schedule"] = [self._fraction(progress) for progress in _PROBES]
+        saved = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "allocation"}
+        saved["schedule"] = [self._fraction(progress) for progress in _PROBES]
         if callable(self.theta):
-            plain["theta"] = [self.theta_at(at * self.final_rate) for at in _PROBES]
-        return plain
+            saved["theta"] = [self.theta_at(at * self.final_rate) for at in _PROBES]
+        return saved
 
     def require_same(self, state: Mapping[str, Any]) -> None:
         """Refuse a controller's state that was saved with other settings.
@@ -129,7 +129,7 @@ class Config:
         Raises:
             ValueError: another setting differs.
         """
-        for key, ours in self.plain.items():
+        for key, ours in self.saved.items():
             theirs = state.get(key)
             if theirs == ours or key == "total_steps":
                 continue
@@ -144,7 +144,7 @@ class Config:
             )
 
     def _fraction(self, progress: float) -> float:
-        """Return the value of the schedule, which may be a function of the user's."""
+        """Return the value of the schedule. It may be the user's function, so its result is checked."""
         value = self.schedule(progress)
         if not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
             raise ValueError(

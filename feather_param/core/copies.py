@@ -2,14 +2,16 @@
 
 Note [Copies]
 
-A deepcopy is a snapshot (the best model, a teacher) or a moving average. Nothing tells which. No controller steps it.
+A deepcopy is a snapshot (the best model, a teacher) or a moving average; torch does not say which. No controller steps
+it, unless the controller was copied as well. The rules are in `SharedSparsity.follow_source` and the `__deepcopy__` of
+`SharedSparsity` and `FeatherParametrization`.
 
 * A copy has thresholds and a position of its own, and refers to the position of the model that it was copied from: its
   *source*.
 * While the weights of a copy do not change, it keeps its number of zeros.
 * When they have changed, it takes the number of zeros and the step of its source at that moment, and computes the
-  thresholds from its own weights. A moving average follows the schedule in this way.
-* Loading a state_dict into a copy is no such change. The copy takes the position that was loaded, or keeps its own.
+  thresholds from its own weights. So a moving average follows the schedule.
+* Loading a state_dict is not treated as a change: the copy takes the position that was loaded, or keeps its own.
 * Writes that torch does not count are found by a checksum of the weights.
 * A copy of a part of the model does not have all the weights, so it takes the threshold of its source.
 """
@@ -29,14 +31,14 @@ _FOLLOWERS = "feather_param followers"  # key in the memo of a deepcopy: the sou
 
 @dataclass(eq=False)
 class Source:
-    """The model that a copy was made from."""
+    """The position that a copy follows: that of the model it was made from."""
 
     position: Position
     controlled: bool = False  # the controller was copied along with the model, and may step the copy
     trained: bool = False  # a gradient has reached a weight of the copy
 
-    def applied_to(self, own: Position) -> Position:
-        """Return the position of a copy whose weights have changed, given the one that it had."""
+    def position_for(self, own: Position) -> Position:
+        """Return the new position of a copy whose weights have changed, given its old one."""
         source = self.position
         # If the source was frozen, the copy still prunes by magnitude: its zeros are those of the frozen step.
         step = source.step if source.frozen_step is None else source.frozen_step
@@ -53,7 +55,8 @@ def have_changed(registrations: Iterable[Registration]) -> bool:
 def source_of_copy(own: Position, source: Source | None, copied: Position, memo: dict[Any, Any]) -> Source:
     """Return the source of a new copy.
 
-    If one deepcopy makes copies of a model and of a copy of it, in any order, the new copy follows the new model.
+    If one call of deepcopy copies a model together with a copy of it, the new copy follows the new model, in either
+    order.
 
     Args:
         own: position of the model that is copied.

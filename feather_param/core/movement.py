@@ -17,7 +17,7 @@ class Movement:
         self._checksums: list[Checksum] = []
 
     def check(self, shared: SharedSparsity) -> None:
-        """Count a step. Weights that take no gradient are not checked, nor are sharded ones."""
+        """Count a step, and check the weights after the tenth. Sharded ones and those without gradient are skipped."""
         if self._steps > _STEPS or shared.sharded:
             return
         self._steps += 1

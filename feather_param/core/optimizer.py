@@ -57,7 +57,7 @@ def checked_optimizer(optimizer: Any, weights: Mapping[str, Sequence[Tensor]]) -
         )
     if untrained:
         warn(
-            f"this optimizer does not train {', '.join(untrained)}, which will be pruned nevertheless; "
+            f"this optimizer does not train {', '.join(untrained)}, and they will be pruned; "
             "leave them dense with exclude, unless another optimizer trains them"
         )
     return optimizer
@@ -108,6 +108,6 @@ class Follower:
 def _is_step(frame: FrameType, optimizer: Optimizer) -> bool:
     """Return whether a frame is that of torch's wrapper of `step`, called on an optimizer."""
     if (frame.f_code.co_filename, frame.f_code.co_name) != _WRAPPER:
-        return False  # before its locals are read: that would keep the objects in them alive
+        return False  # reading its locals would keep the objects in them alive
     args = frame.f_locals.get("args")
     return bool(args) and args[0] is optimizer

@@ -1,12 +1,12 @@
 """The order of the parameters in an optimizer's saved state.
 
 torch saves the state of an optimizer by position, and `sparsify` changes the order of ``model.parameters()``: a layer's
-weight moves behind its bias. A state saved by an optimizer that was built on the other side of `sparsify` would be
-loaded into the wrong parameters.
+weight moves behind its bias. The state of an optimizer that was built before `sparsify` would be loaded into the wrong
+parameters of one that was built after it, and the reverse.
 
-So a followed optimizer adds to its saved state the names that its parameters have in the plain model, and sorts a state
-that it loads by these names. The names are an entry of their own, not part of the parameter groups: an optimizer that
-nobody follows would load them with the groups and save them again, where they may be wrong. Names that torch saved, in
+So a followed optimizer adds to its saved state the names that its parameters have in the plain model. It sorts a state
+that it loads by these names. The names are an entry of their own, not part of the parameter groups: an optimizer without
+a controller would load names in the groups and save them again, when they may be wrong. Names that torch saved, in
 "param_names" or as keys (torch.distributed.checkpoint), are used as well. A state without names is refused.
 """
 
@@ -45,18 +45,20 @@ class ParameterOrder:
         groups = state_dict["param_groups"]
         ids = [list(group["params"]) for group in groups]
         own = self._names(optimizer)
-        if [len(group) for group in ids] != [len(group) for group in own] or not any(map(any, own)):
-            return  # the first is refused by torch, the second concerns no weight of this model
+        if [len(group) for group in ids] != [len(group) for group in own]:
+            return  # torch refuses it
+        if not any(map(any, own)):
+            return  # the optimizer holds no parameter of this model
         if not any(isinstance(value, Tensor) for each in state_dict["state"].values() for value in each.values()):
             return  # it holds nothing that could be loaded into the wrong parameter
         sources = [*state_dict.get(_KEY, ()), [group.get("param_names", ()) for group in groups], ids]
         positions = next((found for names in sources if (found := _positions(own, names)) is not None), None)
         if positions is None:
             raise ValueError(
-                "expected an optimizer state that tells which parameters it belongs to, got one without names, saved "
-                "by an optimizer that no controller followed; sparsify changes the order of model.parameters(), so it "
-                "matters whether that one was built before or after; if it was built on the same side as this one, "
-                "load its state before the controller follows this one (before sparsify(optimizer=...) or follow())"
+                "expected an optimizer state with the names of its parameters, got one without names, saved by an "
+                "optimizer that no controller followed; sparsify changes the order of model.parameters(), so the state "
+                "fits only an optimizer built on the same side of sparsify (before or after) as the one that saved "
+                "it; if this one was, load the state before sparsify(optimizer=...) or follow()"
             )
         if all(group == sorted(group) for group in positions):
             return

@@ -1,6 +1,6 @@
 """LSTM, GRU and RNN layers, which keep a list of their weights.
 
-A parametrized one must not keep pruned weights in this list: they refer to the graph of a forward pass, and deepcopy
+A parametrized layer must not keep pruned weights in this list: they hold the graph of a forward pass, and deepcopy
 refuses them.
 """
 

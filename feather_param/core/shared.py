@@ -8,20 +8,20 @@ buffer of each parametrization, in the precision of its weight. Forward passes a
 A deepcopy has its own buffers and its own position. Both positions refer to the same threshold tensors until one of
 them gets new ones; nothing writes to these tensors.
 
-A threshold is valid for the weights that it was computed from. So each registration keeps the version of its weight:
-the identity of the Parameter, and the number of writes to it, which torch counts. A forward pass that finds another
-version computes all thresholds again, for the same number of zeros. A layer's pass checks its own weight. A layer that
-is called a second time since all weights were checked begins a new pass of the model, and all weights are checked.
-`train()`, `eval()`, `to()` and loading invalidate the versions, since they may follow writes that torch does not count.
+A threshold is valid for the weights that it was computed from. So each registration keeps a reference to its Parameter
+and the number of writes to it, which torch counts. A forward pass that finds more writes computes all thresholds again,
+for the same number of zeros. The first layer of a pass of the model checks all weights, and each later layer checks its
+own. A pass ends when a layer is called a second time. `train()`, `eval()`, `to()` and loading mark all thresholds as
+out of date, since they may follow writes that torch does not count.
 
-A forward pass does not compute thresholds
+A forward pass does not compute thresholds in these cases:
 
 * inside a backward pass: with activation checkpointing, a layer that is computed again must find the threshold of the
   first time, even if the optimizer has stepped in between;
 * if its Parameter was replaced for this pass (FSDP2 gathers one, `torch.func` passes its own), or its buffer was;
 * on tensors without values (tracers, the meta device) and inference tensors, and in compiled graphs.
 
-`Controller.refresh` is for these cases.
+In the second and the third case, `Controller.refresh` computes them.
 """
 
 from __future__ import annotations
@@ -38,19 +38,20 @@ from feather_param.allocations import Budget, Group, count_zeros, masks
 from feather_param.core.config import Config
 from feather_param.core.copies import Source, have_changed, source_of_copy
 from feather_param.core.position import Position, unpack
-from feather_param.core.registration import Registration, require_tied, require_values
+from feather_param.core.registration import Registration, first_places, require_values
 from feather_param.core.state_dict import POSITION
 from feather_param.core.versions import checksum_of
 from feather_param.ops.count import PruneCount
-from feather_param.ops.distributed import held_here, is_sharded, whole
+from feather_param.ops.distributed import held_here, is_sharded
 from feather_param.ops.dtypes import rounded_down
 from feather_param.ops.finite import require_finite
+from feather_param.ops.masking import all_kept
 from feather_param.ops.tracing import concrete, eager
 from feather_param.utils.warn import warn
 
 
 class SharedSparsity(nn.Module):
-    """The settings, the position and the registrations of a sparsified model. The controller writes, others read.
+    """The settings, the position and the registrations of a sparsified model.
 
     It is a submodule of one parametrization, the first in the model's order, and a plain attribute of the others. So
     ``state_dict``, ``to`` and ``deepcopy`` reach it once. Its position is saved as torch's *extra state*, a small
@@ -65,8 +66,8 @@ class SharedSparsity(nn.Module):
         self.source: Source | None = None  # of a copy, see Note [Copies]
         # Where theta changes during training: the current gradient scale of pruned elements.
         self.theta = torch.ones((), dtype=torch.float32, device="cpu") if callable(config.theta) else None
-        self._called: set[nn.Module] = set()  # parametrizations called since all weights were checked
-        self._gathered = False  # the weights are sharded, and each forward pass gets new tensors
+        self._called: set[Registration] = set()  # those called since all weights were checked
+        self._was_sharded = False  # at the last refresh; then each forward pass gets new Parameters
         # While a state_dict is being loaded: the position in it, and the parametrizations whose weights are missing.
         self._loading: tuple[Position, set[nn.Module]] | None = None
 
@@ -83,7 +84,12 @@ class SharedSparsity(nn.Module):
     @property
     def complete(self) -> bool:
         """Whether all weights are here. A deepcopy of a part of the model has only some."""
-        return len({each.weight for each in self.registrations.values()}) == len(self.budget.sizes)
+        return len({each.name for each in self.registrations.values()}) == len(self.budget.sizes)
+
+    @property
+    def gradient_scale(self) -> float | Tensor:
+        """Theta, the gradient scale of pruned elements, as forward passes use it."""
+        return self.config.theta_at(self.config.final_rate) if self.theta is None else self.theta
 
     @property
     def originals(self) -> list[Tensor]:
@@ -101,17 +107,14 @@ class SharedSparsity(nn.Module):
         Raises:
             ValueError: places that were tied when they were sparsified no longer are.
         """
-        require_tied(self.registrations.values())
-        first: dict[str, Registration] = {}
-        for each in self.registrations.values():
-            first.setdefault(each.weight, each)
+        first = first_places(self.registrations.values())
         return {name: first[name].dense() for name in self.budget.sizes if name in first}
 
     # -- thresholds and masks ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def move_to(self, step: int, frozen_step: int | None = None) -> None:
-        """Go to a step of the schedule and compute its thresholds, or its masks if frozen. On an error, do nothing."""
+        """Go to a step of the schedule, with its thresholds, or masks if frozen. On an error nothing changes."""
         self._loading = None
         rate = self.config.rate(step if frozen_step is None else frozen_step)
         self.config.theta_at(rate)  # raises
@@ -141,23 +144,22 @@ class SharedSparsity(nn.Module):
             require_finite(*held_here(self.weights()))
         self.refresh()
 
-    def refresh_if_changed(self, reader: nn.Module | None = None) -> None:
+    def refresh_if_changed(self, called: Registration | None = None) -> None:
         """Refresh if the weights have changed since the thresholds were computed; see Note [Thresholds].
 
         Args:
-            reader: the parametrization whose forward pass asks; None: check all weights.
+            called: the registration of the parametrization that is called. None: check all weights.
         """
-        own = None if reader is None else self.registrations.get(reader)
-        if self._gathered or (reader is not None and (own is None or own.buffer_replaced)):
+        if self._was_sharded or (called is not None and called.buffer_replaced):
             return
-        if own is None or reader in self._called or not self._called:
+        if called is None or called in self._called or not self._called:
             self._called.clear()
             checked = [*self.registrations.values()]
         else:
-            checked = [own]
-        if reader is not None:
-            self._called.add(reader)
-        if any(each.changed(or_replaced=own is None) for each in checked):
+            checked = [called]
+        if called is not None:
+            self._called.add(called)
+        if any(each.changed(or_replaced=called is None) for each in checked):
             self.refresh_if_possible()
         elif any(each.buffer_overwritten and concrete(each.reader.threshold) for each in checked):
             self._write_thresholds()
@@ -165,7 +167,7 @@ class SharedSparsity(nn.Module):
     @eager
     def refresh_if_possible(self) -> None:
         """Refresh if all weights have values and this is no backward pass."""
-        if torch._C._current_graph_task_id() != -1 or self._gathered or not self.registrations:
+        if torch._C._current_graph_task_id() != -1 or self._was_sharded or not self.registrations:
             return
         if all(isinstance(each, nn.Parameter) and concrete(each) and not each.is_meta for each in self.originals):
             self.refresh()
@@ -174,7 +176,7 @@ class SharedSparsity(nn.Module):
         """Return the mask of each weight, by the current thresholds: bool tensors, True where an element is kept."""
         if self.frozen:
             every = self.registrations.values()
-            return {each.weight: each.reader.mask for each in every if each.reader.mask is not None}
+            return {each.name: each.reader.mask for each in every if each.reader.mask is not None}
         return masks(self.weights(), self.position.groups)
 
     def exact_masks(self) -> dict[str, Tensor]:
@@ -195,21 +197,24 @@ class SharedSparsity(nn.Module):
         return count_zeros(self.weights(), self.position.groups)
 
     def set_masks(self, fixed: Mapping[str, Tensor] | None) -> None:
-        """Let the forward pass use fixed masks, by name of the weight; None: use the thresholds again."""
+        """Use fixed masks in the forward pass, given by the name of the weight. None: use the thresholds."""
         for each in self.registrations.values():
-            each.reader.mask = None if fixed is None else fixed[each.weight]
+            each.reader.mask = None if fixed is None else fixed[each.name]
 
     @property
     def _masks_are_missing(self) -> bool:
         return any(each.reader.mask is None for each in self.registrations.values())
 
     def _masks_for(self, zeros: int) -> dict[str, Tensor]:
-        """Return masks with a number of zeros, at the smallest magnitudes: first at the elements that are zero."""
+        """Return masks that prune `zeros` elements, those of the smallest magnitudes.
+
+        Elements that are zero come first. So the masks of a frozen model are found again from its weights.
+        """
         require_values(self.registrations.values())
         weights = self.weights()
         with torch.inference_mode(False):  # inference tensors could not be part of a later backward pass
-            if not zeros:  # an element that is zero before the pruning begins is not pruned
-                return {name: torch.ones_like(whole(weight), dtype=torch.bool) for name, weight in weights.items()}
+            if not zeros:
+                return all_kept(weights)
             return masks(weights, self.config.allocation(weights, zeros, self.budget.guards))
 
     def _compute_thresholds(self, zeros: int) -> None:
@@ -217,7 +222,7 @@ class SharedSparsity(nn.Module):
             self.position.groups = self.config.allocation(self.weights(), zeros, self.budget.guards)
         self.position.zeros = zeros
         self._write_thresholds()
-        self._gathered = self.sharded
+        self._was_sharded = self.sharded
         for each in self.registrations.values():
             each.note_computed()
             each.checksum = None if self.source is None else checksum_of(each.originals)
@@ -230,7 +235,7 @@ class SharedSparsity(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             for each in self.registrations.values():
                 like, old = each.originals[0], each.reader.threshold
-                key = id(threshold := thresholds[each.weight]), like.dtype
+                key = id(threshold := thresholds[each.name]), like.dtype
                 if key not in rounded:
                     rounded[key] = rounded_down(threshold, like.dtype)
                 value = rounded[key]
@@ -249,13 +254,13 @@ class SharedSparsity(nn.Module):
     # -- copies, see Note [Copies] ----------------------------------------------------------------------------------
 
     def follow_source(self) -> None:
-        """Of a copy whose weights have changed, take the position of its source."""
+        """Give a copy whose weights have changed the position of its source. Other models do not change."""
         own, source = self.position, self.source
         if source is None or self.frozen:
             return
         if not self.complete:
             # A part of the model cannot break ties: all elements that equal the threshold are pruned.
-            here = {each.weight for each in self.registrations.values()}
+            here = {each.name for each in self.registrations.values()}
             groups = source.position.groups if have_changed(self.registrations.values()) else own.groups
             own.groups = [
                 Group(tuple(name for name in each.names if name in here), self.budget.total, each.threshold.clone())
@@ -275,14 +280,14 @@ class SharedSparsity(nn.Module):
         self._write_theta()
 
     def position_now(self) -> Position:
-        """Return the position for the current weights."""
+        """Return the own position, or for a copy whose weights have changed, that of its source."""
         own, source = self.position, self.source
         if source is None or self.frozen or not self.complete or not have_changed(self.registrations.values()):
             return own
-        return source.applied_to(own)
+        return source.position_for(own)
 
     def note_gradient(self) -> None:
-        """Note that a gradient has reached a weight of this copy. A copy with a controller follows no source then."""
+        """Note that a gradient has reached a weight. A copy that has a controller stops following its source."""
         if self.source is not None:
             self.source.trained = True
             if self.source.controlled:
@@ -320,9 +325,8 @@ class SharedSparsity(nn.Module):
             loaded, missing = self._loading
             missing.discard(feather)
             if not missing:
-                own_position = self.position  # copies refer to this object
-                own_position.zeros, own_position.step = loaded.zeros, loaded.step
-                own_position.frozen_step = loaded.frozen_step
+                position = self.position  # changed in place, since copies refer to it
+                position.zeros, position.step, position.frozen_step = loaded.zeros, loaded.step, loaded.frozen_step
                 self._loading = None
                 self._write_theta()
                 self.set_masks(None)

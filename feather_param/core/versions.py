@@ -1,16 +1,16 @@
-"""Whether a tensor was written to or replaced."""
+"""Detect whether tensors were written to or replaced."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from feather_param.ops.distributed import is_sharded
+from feather_param.ops.distributed import shard
 from feather_param.ops.dtypes import flat
 
 
@@ -21,11 +21,15 @@ class Version(NamedTuple):
     writes: int
 
     def replaced(self, tensors: Sequence[Tensor]) -> bool:
-        """Return whether these are other tensors."""
+        """Return whether some tensors are not the ones of this version."""
         for known, tensor in zip(self.tensors, tensors, strict=False):  # a loop: this runs in each forward pass
             if known() is not tensor:
                 return True
         return len(self.tensors) != len(tensors)
+
+    def invalidated(self) -> Version:
+        """Return a version of the same tensors that differs from any number of writes."""
+        return self._replace(writes=-1)
 
 
 def version_of(tensors: Sequence[Tensor]) -> Version:
@@ -42,16 +46,17 @@ def writes_to(tensors: Sequence[Tensor]) -> int:
 
 
 class Checksum(NamedTuple):
-    """The sum of the bits of some tensors. It finds writes that torch does not count, such as those to ``.data``.
+    """The sum of the memory of some tensors, read as integers.
 
-    The bits are added as integers, so the sum is the same in any order and on any device.
+    It finds writes that torch does not count, such as those to ``.data``. The result does not depend on the order of
+    the additions, so it is the same on any device.
     """
 
     dtype: torch.dtype
     total: Tensor | None  # None: the tensors have no values
 
     def differs(self, other: Checksum) -> bool:
-        """Return whether the values certainly differ. Sums of different dtypes cannot be compared."""
+        """Return whether the values certainly differ. Sums of different dtypes are not compared: False."""
         if self.total is None or other.total is None or self.dtype != other.dtype:
             return False
         return bool(self.total != other.total.to(self.total.device))
@@ -62,8 +67,7 @@ def checksum_of(tensors: Sequence[Tensor]) -> Checksum:
     """Return the checksum of some tensors; of a sharded tensor, the checksum of this process's shard."""
     totals: list[Tensor] = []
     for tensor in tensors:
-        part: Any = tensor.detach()
-        part = part.to_local() if is_sharded(part) else part
+        part = shard(tensor.detach())
         if part.is_meta or isinstance(part, FakeTensor):
             return Checksum(part.dtype, None)
         raw = flat(part).contiguous().view(torch.uint8)

@@ -11,19 +11,19 @@ from feather_param.utils.warn import warn
 
 
 def warn_of_early(call: str, zeros: int, final_zeros: int) -> None:
-    """Warn of a call that makes the zeros final before their number has reached that of ``final_rate``."""
+    """Warn of a call that fixes the zeros before the schedule has reached ``final_rate``."""
     purpose = "; to stop early on purpose, call freeze() first" if zeros else ""
     warn(
         f"expected {call} after the {final_zeros:,} zeros of final_rate are reached, got it at {zeros:,}: call "
-        "controller.step() after each optimizer.step(), or pass optimizer= to sparsify; of saved states, bake one from "
-        f"end_step on{purpose}"
+        "controller.step() after each optimizer.step(), or pass optimizer= to sparsify; if you bake a saved "
+        f"state, choose one from end_step or later{purpose}"
     )
 
 
 def warn_of_dead(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]) -> bool:
     """Warn of weights with no survivors, and return whether there are any.
 
-    The elements that are kept may all equal the threshold. The operator makes these zero, too.
+    A weight has no survivors if all its elements are pruned or equal the threshold: the operator makes both zero.
     """
     dead = [
         name
@@ -35,8 +35,8 @@ def warn_of_dead(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]
     hint = "lower final_rate, or leave these dense with exclude"
     if ties := [name for name in dead if counts[name].ties]:
         hint += (
-            f"; all that is kept of {', '.join(ties)} equals the threshold (weights clipped to one magnitude?), and "
-            "the operator makes that zero: clip to a wider range"
+            f"; all kept elements of {', '.join(ties)} equal the threshold (weights clipped to one magnitude?), and "
+            "the operator makes them zero: clip to a wider range"
         )
-    warn(f"nothing survives in {', '.join(dead)}: the network behind gets a constant; {hint}")
+    warn(f"nothing survives in {', '.join(dead)}: the layers after it get a constant input; {hint}")
     return True

@@ -25,11 +25,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         FileNotFoundError: the folder of the path does not exist.
     """
     given, path = path, Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():  # an administrator can rename a file to a device's name
+    if path.exists() and not path.is_file():  # as root, os.replace would replace a device
         kind = "a folder" if path.is_dir() else "a device or pipe, which a file would replace"
         raise ValueError(f"expected a file or a new name, got {given}, {kind}")
     if not path.parent.is_dir():
-        folder = path.parent if given.parent.is_dir() else given.parent  # the former for a broken link
+        # If the folder of the given path exists, the path is a link into a folder that does not.
+        folder = path.parent if given.parent.is_dir() else given.parent
         raise FileNotFoundError(errno.ENOENT, "expected an existing folder to write a file into", str(folder))
     temporary = path.with_name(f".feather_param-{secrets.token_hex(8)}.tmp")
     try:

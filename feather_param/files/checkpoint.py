@@ -106,7 +106,7 @@ def _load_torch(path: Path) -> Any:
 
 
 def _sentence(message: str) -> str:
-    """Return the first sentence of a message of torch, without the place in torch's source code."""
+    """Return the first sentence of a message of torch, without the location in torch's source code."""
     line = re.sub(r"^\[enforce fail at [^]]*\][ .]*", "", message.strip().partition("\n")[0])
     return line.partition(". ")[0].rstrip(".")[:200]
 

@@ -1,6 +1,7 @@
 """Encode an array without its zeros: as the values that are not zero, and the gaps between them.
 
-# Note [Gaps and values]
+Note [Gaps and values]
+
 ``values`` holds the elements that are not zero, in order. ``gaps`` holds, for each of them, the number of zeros between
 it and the element before:
 
@@ -28,7 +29,8 @@ Elements = NDArray[Any]
 """One-dimensional array of unsigned integers. An element is zero if all its bits are."""
 
 MAX_EXPANSION = 2048
-"""Most bytes of a tensor per stored byte, so that a small file cannot take much memory. Gaps alone need 255 * 8."""
+"""Most bytes of a tensor for each stored byte, so that loading a small file cannot take much memory. A gap byte alone
+may mean 255 elements of 8 bytes, which is 2040."""
 
 _SKIP = 255  # a gap byte that means 255 zeros and no element
 _BLOCK = 1 << 16  # elements or gaps that are processed at once, so that temporary arrays stay in the cache
@@ -38,8 +40,8 @@ _LEVEL = 12  # of zstandard: level 19 saves 2 % more and takes five times as lon
 def encode(elements: Elements, zstd: bool) -> tuple[dict[str, Bytes], bool]:
     """Return the parts of an array, and whether they are compressed.
 
-    The parts are ``gaps`` and ``values``, or ``values`` alone if the gaps would take more than the zeros. They are
-    compressed if that makes them smaller and if they expand by no more than `MAX_EXPANSION`.
+    The parts are ``gaps`` and ``values``, or ``values`` alone if the gaps would take more bytes than the zeros. They
+    are compressed if that makes them smaller and if they expand by no more than `MAX_EXPANSION`.
 
     Args:
         elements: the array.

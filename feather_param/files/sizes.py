@@ -19,7 +19,7 @@ _CHUNK = 1 << 20
 _LEVEL = 6  # the default of gzip
 
 Progress = Callable[[str, float], None]
-"""Is called with the name of a format and the fraction of it that is done, in [0, 1]."""
+"""A function of the name of a format and the fraction of it that is done, in [0, 1]."""
 
 
 def file_sizes(tensors: Mapping[str, Tensor], progress: Progress = lambda name, fraction: None) -> dict[str, int]:
@@ -27,7 +27,7 @@ def file_sizes(tensors: Mapping[str, Tensor], progress: Progress = lambda name, 
 
     Tied tensors count once. The dense sizes leave out the header, which takes some kilobytes in any format.
     ``"sparse + zstd"`` is only there if zstandard is installed (``pip install feather_param[files]``).
-    gzip and zstandard take seconds for 100 MB; ``progress`` is called from time to time.
+    gzip and zstandard take seconds for 100 MB. ``progress`` is called repeatedly.
 
     Example:
         >>> weight = torch.where(torch.rand(500, 500) < 0.1, torch.randn(500, 500), 0.0)

@@ -39,7 +39,7 @@ _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class _Entry:
-    """The description of a tensor in a file, the parts that the file has of it, and its place in memory."""
+    """The description of a tensor in a file, the names of its parts, and its slice of the memory."""
 
     dtype: torch.dtype
     shape: list[int]
@@ -145,7 +145,7 @@ def _check(name: object, tensor: object) -> None:
             "leave it out"
         )
     if not _has_memory(tensor):
-        raise TypeError(f"expected tensors with content, got one on {tensor.device} without at {name}; load it first")
+        raise TypeError(f"expected tensors with content, got one without memory on {tensor.device} at {name}; load it")
 
 
 def _has_memory(tensor: Tensor) -> bool:

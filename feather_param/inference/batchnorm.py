@@ -21,9 +21,9 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
     Unlike `torch.optim.swa_utils.update_bn`, it runs the model without dropout, and restores the mode and momentum of
     each module. If it raises, it restores the old statistics too. Layers that the model does not call keep theirs.
 
-    Use training data in batches of the training's size, and drop a smaller last batch, because all batches have equal
-    weight. Sparsified and plain models both work. With DDP, pass the module inside. Each process then averages over
-    its own batches (SyncBatchNorm over all).
+    Use training data in batches of the size used in training. All batches count equally, so drop a smaller last batch.
+    Sparsified and plain models both work. With DDP, pass the module inside. Each process then averages over its own
+    batches (with SyncBatchNorm, over those of all processes).
 
     Args:
         model: any model with BatchNorm layers that keep running statistics, SyncBatchNorm included.

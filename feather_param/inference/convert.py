@@ -107,7 +107,7 @@ def _checked(model: Any, example_input: Any) -> tuple[Any, ...]:
         got = type(example_input).__name__
         raise TypeError(f"expected example_input to be a tensor or a tuple of arguments, got {got}")
     if hasattr(model, COMPILED):
-        raise ValueError("expected a model that is not compiled; pass the one that torch.compile was given")
+        raise ValueError("expected a model that is not compiled; pass the model that you gave to torch.compile")
     if states_of(model):
         raise ValueError("expected a baked model, got one that is still sparsified; call desparsify(model) first")
     if any(map(is_lazy, model.parameters())):

@@ -1,6 +1,7 @@
 """Direct sparse convolution on a CPU: a sum of slices of the input, compiled by numba.
 
-# Note [A convolution is a sum of shifted rows]
+Note [A convolution is a sum of shifted rows]
+
 Store the padded input in flat memory, one channel after the other. If the window moves by one pixel, the index of each
 element that it reads moves by one. All outputs of a channel are therefore one sum of slices of equal length,
 ``weight * x[start : start + n]``. The start of a slice depends only on the weight's input channel and its offset in the

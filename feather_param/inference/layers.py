@@ -108,7 +108,10 @@ class SparseLayer(nn.Module):
         self, input: Tensor
     ) -> Tensor:
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            raise RuntimeError("expected to compute, got traced: a trace keeps the numbers; export the dense model")
+            raise RuntimeError(
+                "expected a call that is not traced, got one in torch.jit.trace, which would record the output as a "
+                "constant; export the dense model"
+            )
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return self(input.float())

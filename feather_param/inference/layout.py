@@ -23,7 +23,8 @@ class Layout:
     grid: Sizes  # [phases, in channels, batch, *sizes]
     # Of each phase, the index into the grid and the index into the input, channels first.
     copies: list[tuple[tuple[Any, ...], tuple[Any, ...]]]
-    starts: Tensor  # flat index into the grid of each matrix column's element in the first window, int64
+    # Of each column of the matrix, the flat index in the grid of its element in the first window, int64.
+    starts: Tensor
     out: Sizes  # sizes of the output, which begins at index 0 of the grid's sizes
     width: int  # flat distance in the grid from the first output to the last, plus 1
 
@@ -33,7 +34,7 @@ class Layout:
 
         Args:
             shape: of the input, [batch, in channels, *sizes].
-            kernel_size: of the convolution, as are ``stride`` and ``dilation``.
+            kernel_size: of the convolution, like ``stride`` and ``dilation``.
             padding: zeros before and after, last dimension first, as in `torch.nn.functional.pad`.
         """
         batch, channels, *sizes = shape

@@ -143,8 +143,8 @@ def _refuse_fast_path(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
             for name, layer in layers.items():
                 if any(layer is child for child in parent.children()):
                     raise ValueError(
-                        f"expected layers whose weight is used in F.linear, got {name}, which evaluation passes "
-                        f"to the fused kernel of {type(parent).__name__}, which does not support 2:4 weights; "
+                        f"expected layers whose weight is used in F.linear, got {name}: in evaluation, "
+                        f"{type(parent).__name__} passes it to a fused kernel without support for 2:4 weights; "
                         "call torch.backends.mha.set_fastpath_enabled(False) first"
                     )
 

@@ -68,7 +68,7 @@ def seconds_of(calls: Mapping[str, Callable[[], object]], budget: float) -> dict
 
     Args:
         calls: functions by name; one has the name ``"dense"``.
-        budget: seconds. There are at least 5 rounds and at most 50 within the budget.
+        budget: seconds after which no further round begins. There are at least 5 rounds and at most 50.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():

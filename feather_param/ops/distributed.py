@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 Sum = Callable[[Tensor], Tensor]
 """Adds up a tensor of counts over the processes that hold the weights; it may change its argument."""
@@ -17,6 +19,11 @@ def is_sharded(tensor: object) -> bool:
     """Return whether a tensor is a `DTensor`."""
     module = sys.modules.get("torch.distributed.tensor")  # if it was never imported, no DTensor exists
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def shard(tensor: Tensor) -> Tensor:
+    """Return the elements of a tensor that this process holds."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def held_here(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Sum | None]:
@@ -36,16 +43,16 @@ def held_here(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Sum | N
     coordinate = mesh.get_coordinate()
     parts: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        part: Any = weight.detach()
         replicated = range(mesh.ndim)
         if name in sharded:
-            if part.device_mesh != mesh or any(placement.is_partial() for placement in part.placements):
+            other: Any = weight
+            if other.device_mesh != mesh or any(placement.is_partial() for placement in other.placements):
                 raise ValueError(
-                    f"expected all the weights to be sharded over one mesh, got {name} over {part.device_mesh} as "
-                    f"{part.placements} and {first} over {mesh}; give every fully_shard call the same mesh"
+                    f"expected all the weights to be sharded over one mesh, got {name} over {other.device_mesh} as "
+                    f"{other.placements} and {first} over {mesh}; give every fully_shard call the same mesh"
                 )
-            replicated = [dim for dim, placement in enumerate(part.placements) if placement.is_replicate()]
-            part = part.to_local()
+            replicated = [dim for dim, placement in enumerate(other.placements) if placement.is_replicate()]
+        part = shard(weight.detach())
         parts[name] = part if all(coordinate[dim] == 0 for dim in replicated) else part.new_empty(0)
 
     def add_up(counts: Tensor) -> Tensor:
@@ -56,18 +63,21 @@ def held_here(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Sum | N
     return parts, add_up
 
 
-def local(tensor: Any, like: Any) -> Any:
+def local(tensor: Tensor, like: Tensor) -> Tensor:
     """Return this process's shard of a whole tensor, divided as another tensor of the same shape is.
 
-    If that tensor is sharded, all processes must call this. Otherwise the whole tensor is returned.
+    If `like` is sharded, all processes must call this. Otherwise the whole tensor is returned.
     """
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, like.device_mesh, like.placements).to_local()
+    return distribute_tensor(tensor, like.device_mesh, like.placements).to_local()  # type: ignore[attr-defined]
 
 
-def whole(tensor: Any) -> Any:
-    """Return the whole of a tensor, gathered from all processes if it is sharded; then all of them must call this."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+def whole(value: T) -> T:
+    """Return the whole of a tensor, gathered from all processes if it is sharded. Other values stay as they are.
+
+    If it is sharded, all processes must call this.
+    """
+    return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]

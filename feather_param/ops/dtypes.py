@@ -58,7 +58,8 @@ def as_threshold(magnitude: Tensor) -> Tensor:
 def rounded_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a threshold in the precision in which weights of a dtype are compared: float64 or float32.
 
-    A float64 threshold is rounded towards zero to float32. The same float32 weights lie above it as before.
+    A float64 threshold is rounded towards zero to float32. Rounding does not change which float32
+    numbers are above it.
     """
     if dtype == torch.float64:
         return threshold.double()

@@ -12,7 +12,7 @@ from feather_param.ops.distributed import Sum, held_here
 
 
 def require_finite(weights: Mapping[str, Tensor], add_up: Sum | None = None, new: bool = False) -> None:
-    """Raise the error of `refuse_non_finite` if a weight holds NaN or infinity.
+    """Raise a ValueError if a weight holds NaN or infinity.
 
     It waits for the device. Weights on the meta device are skipped.
 
@@ -57,8 +57,7 @@ class LateNaN:
     """Find NaN and infinity in weights on a GPU without waiting for the GPU.
 
     The threshold is NaN if a weight was not finite. Each step starts a copy of it to host memory and does not wait.
-    A later step reads the copy there, usually the next one. On a CPU there is nothing to do, because the step itself
-    raises.
+    The next step usually finds it there. On a CPU there is nothing to do, because the step itself raises.
 
     If the weights are sharded, all processes must raise at the same step. Otherwise those that go on would wait for
     the others for ever. In this case a step waits for the copy of the step before, which has usually been made by then.

@@ -14,9 +14,9 @@ from torch import Tensor
 from feather_param.ops.distributed import Sum
 from feather_param.ops.dtypes import common_dtype
 from feather_param.ops.finite import refuse_non_finite
+from feather_param.ops.gpu_kernels import kernels
 from feather_param.ops.kth_cpu import kth_by_bracket
 from feather_param.ops.kth_gpu import kth_by_bits, kth_by_digits
-from feather_param.ops.triton import kernels
 
 
 def kth_magnitude(weights: Mapping[str, Tensor], k: int, add_up: Sum | None = None) -> Tensor:
@@ -50,9 +50,10 @@ def kth_magnitude(weights: Mapping[str, Tensor], k: int, add_up: Sum | None = No
     if on_cpu and add_up is None:
         kth, finite = kth_by_bracket(tensors, k)
     else:
-        by_digits = tensors[0].is_cuda and common_dtype(tensors) != torch.float64 and kernels(tensors[0].device)
-        method = kth_by_digits if by_digits else kth_by_bits
-        kth = method(tensors, k, add_up or (lambda counts: counts))
+        total_of = add_up or (lambda counts: counts)
+        by_digits = tensors[0].is_cuda and common_dtype(tensors) != torch.float64
+        found = kernels(tensors[0].device) if by_digits else None
+        kth = kth_by_digits(tensors, k, total_of, found.kth) if found else kth_by_bits(tensors, k, total_of)
         finite = not on_cpu or not kth.isnan()
     if not finite:
         refuse_non_finite(weights, elsewhere=add_up is not None)

@@ -70,7 +70,7 @@ def _bracket(bits: Sequence[Bits], k: int, total: int) -> tuple[int, int]:
 
 
 class _Scan(NamedTuple):
-    """What a pass over some magnitudes found, relative to a bracket."""
+    """The result of a pass over some magnitudes, compared with a bracket."""
 
     below: int  # number of magnitudes below the bracket
     equal: int  # if the bracket is a single number: number of magnitudes that equal it

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from feather_param.ops.distributed import Sum
 from feather_param.ops.dtypes import INFINITY_BITS, INTEGER, common_dtype, flat
-from feather_param.ops.triton import kernels
 
 # Width and lowest bit of each digit of a float32 magnitude, a number of 31 bits. The first digit is the exponent.
 _DIGITS = ((8, 23), (8, 15), (8, 7), (7, 0))
 
 
-def kth_by_digits(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
+def kth_by_digits(tensors: Sequence[Tensor], k: int, add_up: Sum, gpu: ModuleType) -> Tensor:
     """Return the k-th smallest magnitude as a 0-dim float32 tensor; NaN if an element is not finite.
 
     A histogram of the first digit of all magnitudes gives the first digit of the result. A histogram of the second
     digit, of the magnitudes that begin with this first digit, gives the second digit, and so on.
+    ``gpu`` is the module with the kernel, `kth_triton`.
     """
     device = tensors[0].device
     dtype = common_dtype(tensors)
@@ -34,7 +35,7 @@ def kth_by_digits(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
     finite = torch.ones((), dtype=torch.bool, device=device)
     for width, shift in _DIGITS if k else _DIGITS[:1]:  # k = 0: only to check that all are finite
         histogram = torch.zeros(256, dtype=torch.int64, device=device)
-        kernels(device).kth.add_histogram(histogram, values, prefix, shift, width)  # type: ignore[union-attr]
+        gpu.add_histogram(histogram, values, prefix, shift, width)
         histogram = add_up(histogram)
         if shift == _DIGITS[0][1]:
             finite = histogram[-1] == 0  # infinity and NaN have the largest exponent

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from feather_param.ops import operator_cpu
 from feather_param.ops.dtypes import flat
+from feather_param.ops.gpu_kernels import kernels
 from feather_param.ops.tracing import concrete, transformed
-from feather_param.ops.triton import kernels
 
 # Note [Factor]
 # Where |w| > t, the operator multiplies w by a factor:
@@ -141,8 +141,8 @@ def _compute(weight: Tensor, threshold: Tensor, p: float, with_mask: bool) -> tu
         if weight.device.type == "cuda" and (found := kernels(weight.device)) and found.operator.supports(weight, p):
             return _shrink_on_gpu(weight, threshold, p, with_mask, found.operator)
     out, pruned = _shrink(weight, threshold, p)
-    # A conversion to the same dtype returns the same tensor, which torch.compile of torch 2.11 takes for another output
-    # of the forward pass. The gradient then goes to that output, and the weight gets zeros.
+    # `.to` with the same dtype returns the same tensor. torch.compile of torch 2.11 treats it as another output, and
+    # the weight gets a zero gradient.
     return out if out.dtype == weight.dtype else out.to(weight.dtype), pruned
 
 
@@ -202,8 +202,8 @@ def _bits_allowed() -> bool:
     return not (exporting() or transformed())
 
 
-# `torch.compiler.assume_constant_result` sets this, but imports the compiler. The function is then called while a graph
-# is traced, and does not become a part of the graph.
+# Set by hand, since `torch.compiler.assume_constant_result` imports the compiler. torch calls the function while
+# tracing, and keeps it out of the graph.
 _bits_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -262,9 +262,9 @@ def _scaled(grad: Tensor, pruned: Tensor, theta: float | Tensor) -> Tensor:
 
 
 def _scaled_in_chunks(grad: Tensor, pruned: Tensor, theta: float | Tensor) -> Tensor:
-    """Return what `_scaled` does. On a CPU, a large gradient is computed in chunks that stay in the cache.
+    """Return the result of `_scaled`. On a CPU, a large gradient is computed in chunks that stay in the cache.
 
-    A gradient that is itself differentiated or transformed is not.
+    A gradient that is itself differentiated or transformed is computed at once.
     """
     large = grad.device.type == "cpu" and grad.numel() > _SMALL and grad.stride() == pruned.stride()
     if not large or torch.is_grad_enabled() or not concrete(grad):

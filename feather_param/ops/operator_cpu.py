@@ -58,12 +58,15 @@ def shrink(weight: Tensor, threshold: Tensor, p: float, out: Tensor, pruned: Ten
                 part = slice(start, start + _CHUNK)
                 _move(bits[part], t, p, weight.dtype, None if mask is None else mask[part])
 
-    # Torch converts 16-bit numbers, in threads of its own: there one of ours is enough.
+    # Torch converts 16-bit numbers, in threads of its own, so one thread of ours is enough.
     in_threads(work, bits.size if weight.element_size() >= 4 else 0)
 
 
 def _largest_pruned(threshold: np.floating[Any], dtype: torch.dtype) -> float:
-    """Return the threshold rounded down to a dtype: the same numbers of this dtype lie above it."""
+    """Return the threshold rounded down to a dtype.
+
+    Rounding does not change which numbers of this dtype are above it.
+    """
     if dtype == torch.bfloat16:
         return float((threshold.view(np.int32) & -(1 << 16)).view(np.float32))
     if dtype == torch.float16:

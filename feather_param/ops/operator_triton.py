@@ -36,7 +36,7 @@ def _shrink_kernel(weight, threshold, out, pruned, n, P: tl.constexpr, MASKED: t
         value = w
     else:
         # u and the factor are explained in `operator`, Note [Factor].
-        # Up to triton 3.4 the division takes subnormal numbers for 0 and gives 0 / 0. With u = 1 they stay as they are.
+        # Up to triton 3.4, division treats subnormal numbers as 0, and 0 / 0 is NaN. u = 1 keeps them.
         u = tl.where(magnitude < 1.1754943508222875e-38, 1.0, tl.div_rn(magnitude - t, magnitude))
         if P == 1:
             factor = u

@@ -16,11 +16,11 @@ _MIN_ELEMENTS = 1 << 23
 
 
 def in_threads(work: Callable[[int, int], T], elements: int) -> list[T]:
-    """Return the results of ``work(i, threads)`` for i from 0 to ``threads - 1``, in any order; each has a thread.
+    """Return the results of ``work(i, threads)`` for each i below ``threads``, each from its own thread, in any order.
 
     Args:
-        work: a function that processes the i-th of several fractions of the elements. It should release the GIL, as
-            numpy does. It should not call torch with many elements, because torch would start more threads in each.
+        work: a function that processes the i-th chunk of the elements. It should release the GIL, as numpy does. It
+            should not call torch with many elements, because torch would start more threads in each.
         elements: number of elements. A small number is processed by one thread, a larger one by as many threads as
             torch uses.
     """

@@ -16,8 +16,8 @@ T = TypeVar("T")
 def concrete(tensor: Tensor) -> bool:
     """Return whether the values of a tensor can be read in Python now.
 
-    They cannot in compiled or traced code, under a `torch.func` transform or forward-mode differentiation, nor of
-    subclasses of Tensor such as DTensor.
+    They cannot in compiled or traced code, under a `torch.func` transform or forward-mode differentiation. The
+    values of subclasses such as DTensor cannot be read either.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False

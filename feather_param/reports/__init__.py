@@ -2,8 +2,8 @@
 
 `Report` counts the zeros of each weight, `Plan` predicts them, `History` records the masks in training, and
 `MultiplyAdds` counts the multiply-adds of a forward pass. `figures.draw` draws these, `page` writes them as an HTML
-page, and the functions of `tensorboard` write them as scalars. Only the figure and the page need matplotlib, which is
-imported when they are made.
+page, and the functions of `tensorboard` write them as scalars. Only `figures.draw` and `page` need matplotlib. They
+import it when they are called.
 """
 
 from feather_param.reports import figures, tensorboard

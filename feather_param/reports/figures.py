@@ -28,9 +28,9 @@ _BLUE, _ORANGE, _GREY, _PALE, _INK = "#2b6cb0", "#c05621", "#718096", "#e2e8f0",
 _CURVES = (_GREY, _BLUE, _ORANGE, "#2f855a", "#6b46c1", "#b83280")
 _NARROW, _WIDE = 7.5, 13.0  # inches
 _CURVES_HEIGHT, _ROW, _AROUND = 2.9, 0.2, 1.0  # inches: the curves, a layer, the axis below the layers
-_FEWEST_ROWS = 5  # the room in a panel, so that the bar of a single layer is no block
+_FEWEST_ROWS = 5  # least height of a panel in rows: without it, a single bar would fill the panel
 _MOST_ROWS = 250  # more layers are drawn as thin bars without names and numbers
-_THIN_ROWS = 60  # the room for these, whatever their number
+_THIN_ROWS = 60  # height in rows of a panel of thin bars
 _LONGEST_NAME = 48  # characters
 
 
@@ -42,24 +42,24 @@ def draw(
     accuracy: Accuracy | None = None,
     title: str = "",
 ) -> Figure:
-    """Draw a panel for each argument: survivors, history, multiply-adds and test accuracy.
+    """Draw survivors, history, multiply-adds and test accuracy as panels of one figure.
 
-    The panels with curves are above, the panels with a bar for each layer are below. More than 250 layers are drawn
-    without their names.
+    The panels with curves are at the top. The panels with a bar for each layer are below them. More than 250 layers are
+    drawn without their names.
 
     Args:
         report: the survivors of each layer, from `Controller.report`.
-        history: rate, threshold and churn over the steps. It is drawn if it has two records or more.
+        history: rate, threshold and churn over the steps. It is drawn if it has at least two records.
         multiply_adds: the remaining multiply-adds of each layer.
         accuracy: the test accuracy over the steps. Each name has a curve of (optimizer step, fraction) pairs.
         title: the title of the figure.
 
     Returns:
-        A figure outside of pyplot, without a window. ``figure.savefig("report.png")`` writes it.
+        A figure that pyplot does not manage and that opens no window. ``figure.savefig("report.png")`` writes it.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: there is neither a report nor an accuracy, a curve has no points, or an accuracy is no fraction.
+        ValueError: there is neither a report nor an accuracy, a curve has no points, or an accuracy is not in [0, 1].
         ImportError: matplotlib is not installed: ``pip install feather_param[plot]``.
 
     Example:
@@ -104,18 +104,18 @@ def draw(
 def svg(figure: Figure) -> str:
     """Return a figure as an SVG element for an HTML page.
 
-    The same figure gives the same text. The element refers to nothing outside, and its words stay text.
+    Equal figures give equal elements. The element loads no other files. Its labels are text, not paths.
     """
     file = io.StringIO()
     style = extra("matplotlib.style").context({"svg.fonttype": "none", "svg.hashsalt": "feather_param"})
     with style, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts draw the words
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser draws the text with its fonts
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return file.getvalue()[file.getvalue().index("<svg") :]
 
 
 def check_arguments(report: Any, history: Any, multiply_adds: Any, accuracy: Any) -> dict[str, list[tuple[int, float]]]:
-    """Refuse arguments of `draw` that cannot be drawn, and return the curves of the accuracy."""
+    """Check the arguments of `draw`, and return the curves of the accuracy as lists by name."""
     if report is None and accuracy is None:
         raise ValueError("expected a report or an accuracy to draw, got neither; pass controller.report()")
     for value, kind, source in (
@@ -175,7 +175,7 @@ def _draw_history(panels: Sequence[Axes], records: Sequence[Record]) -> None:
 
 
 def _draw_survivors(axes: Axes, report: Report) -> None:
-    """Draw the fraction of survivors of each layer. Write their number beside it, for dead layers in orange."""
+    """Draw the fraction of survivors of each layer, with their number beside it. That of a dead layer is orange."""
     fractions = [row.survivors / max(1, row.total) for row in report.rows]
     overall = report.survivors / max(1, report.total)
     longest = max(fractions, default=0.0) or 1.0
@@ -224,7 +224,7 @@ def _layers(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _bar_height(rows: int) -> float:
-    """Return the height of a bar; thin bars leave no gaps, which would make stripes."""
+    """Return the height of a bar in rows. Thin bars touch each other, because gaps would look like stripes."""
     return 0.72 if rows <= _MOST_ROWS else 1.0
 
 
@@ -242,7 +242,7 @@ def _over_steps(axes: Axes) -> None:
 
 def _legend(axes: Axes, lines: Sequence[Any], labels: Sequence[str]) -> None:
     legend = axes.legend(lines, ["-"] * len(lines), frameon=False, fontsize=9)
-    for text, label in zip(legend.get_texts(), labels, strict=True):  # as they are: legend() hides "_name"
+    for text, label in zip(legend.get_texts(), labels, strict=True):  # legend() would omit a label like "_name"
         text.set_parse_math(False)
         text.set_text(label)
 
@@ -252,7 +252,7 @@ def _percents() -> Any:
 
 
 def _shortened(name: str) -> str:
-    """Return a name with at most 48 characters: of a longer one, the beginning and the end."""
+    """Return a name of at most 48 characters. The middle of a longer name is left out."""
     name = _printable(name)
     half = _LONGEST_NAME // 2
     return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"

@@ -1,4 +1,4 @@
-"""The history of the masks: how many weights survive, enter and leave over the steps."""
+"""The history of the masks: how many elements survive, enter and leave over the steps."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ class Record:
 
     @property
     def total(self) -> int:
-        """Number of prunable weights."""
+        """Number of elements of all prunable weights."""
         return sum(layer.total for layer in self.layers)
 
     @property
     def survivors(self) -> int:
-        """Number of weights that survive."""
+        """Number of elements that survive."""
         return sum(layer.survivors for layer in self.layers)
 
     @property
@@ -84,15 +84,16 @@ class Record:
 
     @property
     def left(self) -> int:
-        """Number of pruned weights that survived in the record before."""
+        """Number of pruned elements that survived in the record before."""
         return sum(layer.left for layer in self.layers)
 
 
 class History:
     """Record the masks of a model in training. Call `record` now and then, for example once an epoch.
 
-    A weight survives if `desparsify` would keep it at that moment. The constructor makes the first record. The history
-    keeps the masks of the last record in memory, one bit for each weight. A record takes about as long as baking.
+    An element survives if `desparsify` would keep it at that moment. The constructor makes the first record. The
+    history keeps the masks of the last record in memory, one bit for each element. A record takes about as long as
+    baking.
 
     Args:
         controller: the controller that `sparsify` returned.
@@ -170,13 +171,13 @@ class History:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue the saved history of the same model. The records made here so far are dropped.
+        """Load a saved history of the same model. It replaces the records made so far.
 
         Args:
             state_dict: what `state_dict` returned.
 
         Raises:
-            ValueError: it is no history, or one of another model or version. This history then stays as it was.
+            ValueError: it is not the state of a history, or is of another model or version. This history is unchanged.
         """
         if not isinstance(state_dict, Mapping) or not {"version", "shapes", "masks", "records"} <= state_dict.keys():
             raise ValueError("expected the state_dict of a History, got something else")

@@ -1,4 +1,4 @@
-"""Write reports as one HTML page that loads nothing: no scripts, no fonts, no other files."""
+"""Write reports as one HTML page without scripts. The page loads no fonts or other files."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def page(
     sizes: Mapping[str, int] | None = None,
     title: str = "Sparsity",
 ) -> str:
-    """Return an HTML page with the figure that `figures.draw` draws, and with tables of all numbers.
+    """Return an HTML page with the figure that `figures.draw` draws, and with tables of the layers.
 
     Args:
         report: the survivors of each layer, from `Controller.report`.
-        history: adds rate, threshold and churn over the steps, if it has two records or more.
+        history: adds rate, threshold and churn over the steps, if it has at least two records.
         multiply_adds: adds the remaining multiply-adds of each layer.
         accuracy: adds the test accuracy over the steps; see `figures.draw`.
-        sizes: adds bytes by the name of a file format. The others are compared with the first.
+        sizes: adds a table of file sizes: bytes by the name of a format. They are compared with the first.
         title: the title of the page.
 
     Raises:
@@ -97,7 +97,7 @@ def _sizes(sizes: Mapping[str, int]) -> str:
 
 
 def _layers(report: Report, records: Sequence[Record], counted: MultiplyAdds | None) -> str:
-    """Return the table of all layers. `records` is empty or has two records or more."""
+    """Return the table of all layers. `records` is empty or has at least two records."""
     heads = ["weight", "shape", ">weights", ">zeros", ">rate", ">survivors"]
     heads += [">entered", ">left"] * bool(records) + [">multiply-adds", ">remaining"] * (counted is not None)
     last = {layer.name: layer for layer in records[-1].layers} if records else {}

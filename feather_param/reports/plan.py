@@ -8,12 +8,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from feather_param.allocations import count_zeros
-from feather_param.core.attach import require_plain
 from feather_param.core.config import Config
-from feather_param.ops.finite import require_finite
+from feather_param.core.selection import checked_selection
 from feather_param.selection.globs import Filter
-from feather_param.selection.select import select
-from feather_param.selection.stacked import require_invertible
 from feather_param.utils.text import aligned, grouped
 
 
@@ -108,13 +105,10 @@ def plan(
         (152, 143, False, 0.89375)
     """
     config = Config(final_rate, max_rate_per_layer=max_rate_per_layer, min_nonzero_per_layer=min_nonzero_per_layer)
-    selection = select(model, include, exclude, min_params)
-    require_plain(model)
-    require_invertible(selection.weights)
+    selection = checked_selection(model, include, exclude, min_params)
     budget = config.budget(selection.sizes)
     k = budget.zeros(config.final_rate)
     weights = selection.dense()
-    require_finite(weights, new=True)
     zeros: dict[str, int | None] = dict.fromkeys(weights)
     if k <= budget.most and not any(weight.is_meta for weight in weights.values()):
         counts = count_zeros(weights, config.allocation(weights, k, budget.guards))

@@ -21,8 +21,8 @@ class Row:
         total: number of elements.
         zeros: number of elements that are zero.
         survivor_share: its survivors as a fraction of the survivors of all weights.
-        ties: number of kept elements whose magnitude equals the threshold. They are stored as the smallest number of
-            the dtype, so that the number of zeros is exact. They do not count as survivors.
+        ties: number of kept elements whose magnitude equals the threshold. `desparsify` stores each as a negligible
+            number that is not zero, so that the number of zeros is exact. They do not count as survivors.
     """
 
     name: str
@@ -63,22 +63,22 @@ class Report:
 
     @property
     def total(self) -> int:
-        """Number of prunable weights."""
+        """Number of elements of all prunable weights."""
         return sum(row.total for row in self.rows)
 
     @property
     def zeros(self) -> int:
-        """Number of zeros among the prunable weights."""
+        """Number of zeros in all prunable weights."""
         return sum(row.zeros for row in self.rows)
 
     @property
     def survivors(self) -> int:
-        """Number of prunable weights that survive."""
+        """Number of elements that survive."""
         return sum(row.survivors for row in self.rows)
 
     @property
     def rate(self) -> float:
-        """Fraction of zeros among the prunable weights."""
+        """Fraction of zeros in all prunable weights."""
         return self.zeros / self.total if self.total else 0.0
 
     @property

@@ -1,4 +1,4 @@
-"""Write reports as TensorBoard scalars, to the writer of the user."""
+"""Write reports as TensorBoard scalars."""
 
 from __future__ import annotations
 

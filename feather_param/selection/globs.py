@@ -17,7 +17,7 @@ Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
 class Rule:
-    """An ``include`` or ``exclude`` argument, which keeps count of the globs that have matched nothing yet.
+    """An ``include`` or ``exclude`` argument, and those of its globs that have matched nothing yet.
 
     Args:
         rule: a glob, several, or a predicate.
@@ -27,18 +27,16 @@ class Rule:
         TypeError: the rule is something else.
     """
 
-    def __init__(self, rule: Any, argument: str) -> None:
+    def __init__(self, rule: object, argument: str) -> None:
         if isinstance(rule, type):
             raise TypeError(
-                f"expected {argument} to be glob patterns or a predicate (name, module) -> bool, got the class "
+                f"expected {argument} to be globs or a predicate (name, module) -> bool, got the class "
                 f"{rule.__name__}; use lambda name, module: isinstance(module, {rule.__name__})"
             )
         self._predicate = rule if callable(rule) else None
         globs = [rule] if isinstance(rule, str) else list(rule) if isinstance(rule, Iterable) else []
         if self._predicate is None and (not globs or not all(isinstance(glob, str) for glob in globs)):
-            raise TypeError(
-                f"expected {argument} to be glob patterns or a predicate (name, module) -> bool, got {rule!r}"
-            )
+            raise TypeError(f"expected {argument} to be globs or a predicate (name, module) -> bool, got {rule!r}")
         self._argument = argument
         self._globs = globs
         self._unused: dict[Any, None] = dict.fromkeys([rule] if self._predicate else globs)
@@ -49,8 +47,8 @@ class Rule:
         Args:
             place: the place.
             aliases: all names of its module.
-            default: whether the rule may match it by the name of the module, or through a predicate. Other places
-                are matched only by a glob on the name of the tensor.
+            default: whether a glob on the module's name or a predicate can match. If False, only a glob on the
+                tensor's name can.
         """
         if self._predicate is not None:
             matched = default and any(self._predicate(name, place.module) for name in aliases)
@@ -95,7 +93,7 @@ def _correction(glob: str, model: nn.Module, argument: str) -> str:
     for other in (f"{glob}.*", glob.removeprefix("*."), f"*.{glob}", f"*.{glob}.*"):
         if any(_matches(other, place, aliases, place.by_default) for place, aliases in places):
             return f"did you mean {other!r}?"
-    named = [(place, aliases) for place, aliases in places if _names(glob, place, aliases) and not place.by_default]
+    named = [(place, aliases) for place, aliases in places if _refers_to(glob, place, aliases) and not place.by_default]
     for place, aliases in named:
         if not is_matrix(place.parameter):
             continue
@@ -103,19 +101,22 @@ def _correction(glob: str, model: nn.Module, argument: str) -> str:
         if argument != "include":
             return f"{what}, which stays dense unless include names it"
         own = [(other, names) for other, names in places if other.module is place.module and is_matrix(other.parameter)]
-        return f"{what}, whose weights are pruned only if include names them: include={_by_tensor(glob, own)}"
+        return f"{what}, whose weights are pruned only if include names them: include={_glob_for_tensors(glob, own)}"
     if any(place.parameter is not None for place, _ in named):
         return f"{named[0][0].name!r} has fewer than two dimensions, and such Parameters (biases, norms) stay dense"
     return ""
 
 
-def _names(glob: str, place: Place, aliases: list[str]) -> bool:
-    """Return whether a glob matches the name of a place or of its module, perhaps without the first parts."""
+def _refers_to(glob: str, place: Place, aliases: list[str]) -> bool:
+    """Return whether a glob matches the name of a place or of its module.
+
+    A glob may leave out leading parts of the name.
+    """
     names = [name for alias in aliases for name in (alias, full_name(alias, place.tensor))]
     return any(fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}") for name in names)
 
 
-def _by_tensor(glob: str, places: list[tuple[Place, list[str]]]) -> str:
+def _glob_for_tensors(glob: str, places: list[tuple[Place, list[str]]]) -> str:
     """Return a glob that matches these tensors of one module, or a list of their names."""
     tensors = [place.tensor for place, _ in places]
     last = tensors[0] if len(tensors) == 1 else os.path.commonprefix(tensors) + "*"  # noqa: RUF071 # of the names

@@ -1,9 +1,8 @@
-"""Which weights of a model are pruned, and why the others stay dense."""
+"""The selection of the weights to prune, and the reasons why others stay dense."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +15,30 @@ from feather_param.utils.checks import integer
 from feather_param.utils.text import grouped
 
 _ORDER = "the order is: sparsify(model), then DDP or fully_shard, then the optimizer"
-_BY_NAME = "a weight of"  # begins the reason of weights that are pruned only if include names them
-_TIED = "tied to"
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The weights to prune, in the model's order, and the names of those that stay dense, with the reason."""
+    """The weights to prune, and those that stay dense.
+
+    Attributes:
+        weights: the weights to prune, in the model's order.
+        skipped: names of the weights that stay dense, with the reasons.
+        dense_by_default: names of the weights that stay dense although no argument says so.
+    """
 
     weights: tuple[Weight, ...]
     skipped: dict[str, str] = field(default_factory=dict)
+    dense_by_default: frozenset[str] = frozenset()
 
     def dense(self) -> dict[str, Tensor]:
         """Return the weights by name."""
-        return {weight.name: weight.places[0].dense().detach() for weight in self.weights}
+        return {weight.name: weight.places[0].value().detach() for weight in self.weights}
 
     @property
     def sizes(self) -> dict[str, int]:
         """Number of elements of each weight."""
         return {weight.name: weight.numel for weight in self.weights}
-
-    @property
-    def skipped_unasked(self) -> set[str]:
-        """Names of the weights that stay dense although no argument says so."""
-        return {name for name, reason in self.skipped.items() if reason.startswith((_BY_NAME, _TIED))}
 
 
 def select(
@@ -72,7 +71,7 @@ def select(
     users: dict[int, list[Place]] = {}  # all places of each Parameter, selected or not
     chosen: list[Place] = []
     skipped: dict[str, str] = {}
-    by_name: list[Place] = []  # those that include could name
+    by_name: list[Place] = []  # places that are pruned only if include names them
     for place, aliases in places_of(model):
         users.setdefault(place.key, []).append(place)
         default = place.by_default
@@ -82,7 +81,7 @@ def select(
             if default:
                 skipped[place.name] = "not included"
             elif include is None and is_matrix(place.parameter):
-                skipped[place.name] = f"{_BY_NAME} {type(place.module).__name__}: name it in include to prune it"
+                skipped[place.name] = f"a weight of {type(place.module).__name__}: name it in include to prune it"
                 by_name.append(place)
             continue
         if unwanted:
@@ -96,13 +95,14 @@ def select(
     for rule in (included, excluded):
         if rule is not None:
             rule.require_used(model)
-    weights = _group_tied(chosen, users, skipped, strict=include is not None)
+    weights, tied = _group_tied(chosen, users, strict=include is not None)
+    skipped |= tied
     if not weights:
         raise ValueError(
             f"expected a model with weights to prune, got {type(model).__name__} with none: "
             f"{_why_none(skipped, by_name)}"
         )
-    return Selection(tuple(weights), skipped)
+    return Selection(tuple(weights), skipped, frozenset({place.name for place in by_name} | tied.keys()))
 
 
 def _why_none(skipped: dict[str, str], by_name: list[Place]) -> str:
@@ -115,11 +115,14 @@ def _why_none(skipped: dict[str, str], by_name: list[Place]) -> str:
         first = min(by_name, key=lambda place: isinstance(place.module, nn.Embedding | nn.EmbeddingBag)).name
         parts = first.split(".")
         glob = ".".join(["*", *parts[-2:]]) if len(parts) > 2 else first
-        why.append(f"weights of other layers join by name, for example include={glob!r} ({len(names)} in all)")
+        why.append(
+            f"weights of other layers are pruned if include names them, for example include={glob!r} "
+            f"({len(names)} in all)"
+        )
     return "; ".join(why) or "it has no Linear or Conv layer, and no other Parameter of two or more dimensions"
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: object) -> None:
     """Refuse what is no module, scripted modules, and models in distributed wrappers."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
@@ -168,16 +171,20 @@ def _check(place: Place) -> None:
 
 
 def _group_tied(
-    chosen: list[Place], users: dict[int, list[Place]], skipped: dict[str, str], strict: bool
-) -> list[Weight]:
+    chosen: list[Place], users: dict[int, list[Place]], strict: bool
+) -> tuple[list[Weight], dict[str, str]]:
     """Group the chosen places by the tensor that they share.
 
     A tensor that is used in another place as well stays dense, or is refused if `strict`.
+
+    Returns:
+        The weights, and the reasons of the places that stay dense, by name.
     """
     groups: dict[int, list[Place]] = {}
     for place in chosen:
         groups.setdefault(place.key, []).append(place)
     weights: list[Weight] = []
+    dense: dict[str, str] = {}
     for key, places in groups.items():
         others = [user.name for user in users[key] if user not in places]
         if not others:
@@ -188,8 +195,8 @@ def _group_tied(
             both = [user.name for user in users[key]]
             raise ValueError(
                 f"expected include to name all the places of a tied weight, got {places[0].name} without {tied}; "
-                f"include both, as include={both} does (others need their patterns beside these), or neither"
+                f"include both, as include={both} does (add your other globs), or neither"
             )
         for place in places:
-            skipped[place.name] = f"{_TIED} {tied}, which is not selected"
-    return weights
+            dense[place.name] = f"tied to {tied}, which is not selected"
+    return weights, dense

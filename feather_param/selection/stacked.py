@@ -14,7 +14,7 @@ from feather_param.selection.weights import Weight
 
 
 def through(parametrizations: Sequence[nn.Module], tensors: Sequence[Tensor]) -> Tensor:
-    """Return the weight that parametrizations compute from the Parameters behind it."""
+    """Return the weight that parametrizations compute from its Parameters."""
     for parametrization in parametrizations:
         tensors = [parametrization(*tensors)]
     (value,) = tensors
@@ -40,7 +40,7 @@ def invert(
         for parametrization in reversed(parametrizations):
             tensors = parametrization.right_inverse(tensors)  # type: ignore[operator]
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        # The norm of a row of zeros is 0, and the normalised row is 0 / 0: such a row keeps its old direction.
+        # The norm of a row of zeros is 0, and the normalised row is 0 / 0. Such a row keeps its old direction.
         undefined = through(parametrizations, tensors).isnan()
         tensors = [
             torch.where(undefined, old, new) if new.shape == undefined.shape else new
@@ -51,9 +51,9 @@ def invert(
         if not (torch.equal(made == 0, value == 0) and torch.allclose(made, value, rtol=rounding, atol=0.0)):
             names = ", ".join(type(parametrization).__name__ for parametrization in parametrizations)
             raise ValueError(
-                f"expected the other parametrizations of {name} ({names}) to be able to hold zeros, but they "
-                "make another weight of them; take them off before sparsify (parametrize.remove_parametrizations), "
-                f"or leave the weight dense with exclude={name!r}"
+                f"expected the other parametrizations of {name} to be able to compute the pruned weight, got {names}; "
+                "remove them before sparsify (parametrize.remove_parametrizations), or leave the weight dense with "
+                f"exclude={name!r}"
             )
     return tensors
 
@@ -66,6 +66,6 @@ def require_invertible(weights: Sequence[Weight]) -> None:
     for weight in weights:
         place = weight.places[0]
         if place.parametrizations is not None and not place.originals[0].is_meta:
-            dense = place.dense().detach()
+            dense = place.value().detach()
             value = feather_threshold(dense, dense.abs().float().median())
             invert(place.name, place.originals, copy.deepcopy(list(place.parametrizations)), value)

@@ -43,7 +43,10 @@ class Place:
 
     @property
     def originals(self) -> list[Tensor]:
-        """The Parameters that the tensor is computed from. A plain tensor is its own; empty if there is none."""
+        """The Parameters that the tensor is computed from.
+
+        Without parametrizations, the Parameter itself. Empty if there is no Parameter.
+        """
         own = self.parametrizations
         if own is None:
             return [value] if (value := self.module._parameters.get(self.tensor)) is not None else []
@@ -54,7 +57,7 @@ class Place:
         """The Parameter that the tensor is computed from, or None if there are several or none."""
         return self.originals[0] if len(self.originals) == 1 else None
 
-    def dense(self) -> Tensor:
+    def value(self) -> Tensor:
         """Return the tensor, computed through all its parametrizations."""
         return getattr(self.module, self.tensor)
 
@@ -78,13 +81,13 @@ class Weight:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return self.places[0].dense().numel()
+        return self.places[0].value().numel()
 
 
 def parametrizations_of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     """Return the parametrizations of a module by the name of the tensor.
 
-    Those of a module inside are not returned: some wrappers forward the attribute ``parametrizations``.
+    A wrapper may forward the attribute ``parametrizations`` of the module inside; that is ignored.
     """
     found = module._modules.get("parametrizations")
     lists: Any = found._modules if isinstance(found, nn.ModuleDict) else {}

@@ -50,7 +50,7 @@ def short(count: int) -> str:
 
 
 def grouped(reasons: Mapping[str, str]) -> list[str]:
-    """Return lines of names with reasons; names that differ only in a running number share a line.
+    """Return lines of names with reasons; names that differ only in a running number are put on one line.
 
     Example:
         >>> grouped({"0.fc": "excluded", "1.fc": "excluded", "2.fc": "excluded", "head": "tied to 0.fc"})
@@ -65,7 +65,7 @@ def grouped(reasons: Mapping[str, str]) -> list[str]:
     ]
 
 
-# A name split at its numbers, which have the odd indices; the reason; the number of names it stands for.
+# A name split at its numbers, which have the odd indices; the reason; the number of names it represents.
 _Line = tuple[list[str], str, int]
 
 

@@ -52,7 +52,7 @@ def test_compress_drops_nothing_that_it_was_not_told_to(run):
     fails(
         run("compress", "run.pt", "out.safetensors"),
         1,
-        "run.pt also holds optimizer, epoch, which a sparse file cannot; to keep the weights alone, say so: --key",
+        "run.pt also holds optimizer, epoch, which a sparse file cannot; to store only the weights, pass --key",
     )
     done(run("compress", "run.pt", "out.safetensors", "--key", "model"))
     torch.save({**TENSORS, "epoch": 3}, "mixed.pt")

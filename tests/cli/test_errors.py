@@ -101,7 +101,10 @@ def test_damaged_files_end_with_one_sentence(kind, run):
         (["compress", "in.pt", "in.pt"], "expected two files, got in.pt twice"),
         (["compress", "in.pt", "link.safetensors"], "expected two files, got link.safetensors twice"),
         (["compress", "in.pt", "hard.safetensors"], "expected two files, got hard.safetensors twice"),
-        (["compress", "in.pt", "out.pt"], "it becomes, got out.pt; call it out.safetensors"),
+        (
+            ["compress", "in.pt", "out.pt"],
+            "expected OUT not to end in .pt, got out.pt; a sparse file is a safetensors file: call it out.s",
+        ),
         (["compress", "in.pt", "nowhere/out.safetensors"], "expected OUT in an existing folder, got nowhere/out"),
         (["expand", "in.pt", "out.onnx"], "expected OUT to end in .pt, .pth, .bin or .safetensors, got out.onnx"),
         (["expand", "sparse.safetensors", "sparse.safetensors"], "expected two files"),

@@ -79,7 +79,7 @@ def test_ties_are_broken_by_position_in_each_memory_format(layout):
     if layout == "channels_last":
         conv.to(memory_format=torch.channels_last)
     sparsify_at_once(conv)
-    with pytest.warns(UserWarning, match="all that is kept of weight equals the threshold"):
+    with pytest.warns(UserWarning, match="all kept elements of weight equal the threshold"):
         feather_param.desparsify(conv)
     assert (conv.weight.flatten()[:72] == 0).all()
     assert (conv.weight.flatten()[72:] != 0).all()

@@ -128,7 +128,7 @@ def test_follow_and_step_are_refused_after_desparsify():
 def test_an_optimizer_of_some_of_the_weights_is_followed_with_a_warning():
     model = random_conv_net()
     controller = feather_param.sparsify(model, final_rate=0.5, total_steps=4)
-    with pytest.warns(UserWarning, match=r"does not train 0.weight, 3.weight, which will be pruned") as caught:
+    with pytest.warns(UserWarning, match=r"does not train 0.weight, 3.weight, and they will be pruned") as caught:
         controller.follow(sgd(model[4]))
     assert [warning.filename for warning in caught] == [__file__]
 

@@ -206,3 +206,17 @@ def test_masks_and_reports_do_not_apply_the_operator(monkeypatch):
     monkeypatch.setattr(feather_param.parametrizations, "feather_threshold", None)
     assert zero_where_masked(weights, controller.masks())
     assert controller.report().zeros == round(0.9 * SIZE)
+
+
+def test_a_shallow_copy_of_a_model_computes_thresholds_for_changed_weights_too():
+    """`nn.DataParallel` makes such copies."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0)
+    model(torch.ones(1, 4))
+    replicas = [layer.parametrizations.weight[0]._replicate_for_data_parallel() for layer in model]
+    with torch.no_grad():
+        for layer in model:
+            layer.parametrizations.weight.original.mul_(3.0)
+    before = model[0].parametrizations.weight[0].threshold.clone()
+    replicas[0](model[0].parametrizations.weight.original)
+    assert torch.allclose(model[0].parametrizations.weight[0].threshold, 3.0 * before)

@@ -21,7 +21,7 @@ def test_weights_clipped_to_one_magnitude_give_one_warning_and_are_reported_as_d
         for _ in range(4):
             controller.step()
 
-    with pytest.warns(UserWarning, match=r"nothing survives in 0\.weight, 2\.weight.* equals the threshold") as caught:
+    with pytest.warns(UserWarning, match=r"nothing survives in 0\.weight, 2\.weight.* equal the threshold") as caught:
         make_steps()
     assert len(caught) == 1
     with pytest.warns(UserWarning, match="nothing survives"):

@@ -42,8 +42,8 @@ class Wrapper(torch.Tensor):
     [
         ({"epoch": 3}, "expected dense tensors of plain dtypes, got int at epoch; leave it out"),
         ({"w": torch.eye(3).to_sparse()}, "plain dtypes, got a torch.sparse_coo tensor of torch.float32 at w; leave"),
-        ({"w": torch.empty(3, device="meta")}, "expected tensors with content, got one on meta without at w; load it"),
-        ({"w": Wrapper()}, "expected tensors with content, got one on cpu without at w; load it first"),
+        ({"w": torch.empty(3, device="meta")}, "expected tensors with content, got one without memory on meta at w"),
+        ({"w": Wrapper()}, "expected tensors with content, got one without memory on cpu at w"),
         (
             {"w": nn.LazyLinear(3).weight},
             "expected tensors with content, got a lazy parameter at w; run the model once",
@@ -98,3 +98,10 @@ def test_the_state_of_a_sparsified_model_is_saved_with_a_warning(tmp_path):
     assert load_sparse(tmp_path / "t").keys() == state.keys()
     save_sparse(model, tmp_path / "t")  # a warning would be an error
     assert load_sparse(tmp_path / "t").keys() == {"weight", "bias"}
+
+
+def test_a_refused_state_of_a_sparsified_model_causes_no_warning(tmp_path):
+    model = nn.Linear(4, 4)
+    feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0)
+    with pytest.raises(TypeError, match="at epoch"):
+        save_sparse({**model.state_dict(), "epoch": 3}, tmp_path / "t")

@@ -172,7 +172,7 @@ REFUSED = {
     "sparsified": (sparsified_model, X, ValueError, r"still sparsified; call desparsify\(model\) first"),
     "training": (lambda: nn.Linear(6, 6), X, ValueError, r"got the model in training mode; call model.eval\(\) first"),
     "partly training": (lambda: nn.Sequential(LINEAR).eval().append(nn.Dropout()), X, ValueError, "got 1 in training"),
-    "compiled": (lambda: torch.compile(LINEAR), X, ValueError, "pass the one that torch.compile was given"),
+    "compiled": (lambda: torch.compile(LINEAR), X, ValueError, "pass the model that you gave to torch.compile"),
     "lazy": (lambda: nn.LazyLinear(6).eval(), X, ValueError, "got a lazy one; call it once first"),
     "no layer": (lambda: nn.ReLU().eval(), X, ValueError, "expected a Linear or Conv layer in float32 on the CPU, got"),
 }

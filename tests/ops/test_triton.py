@@ -38,6 +38,7 @@ def check_histogram() -> None:
 
 
 def check_kth() -> None:
+    from feather_param.ops import kth_triton
     from feather_param.ops.kth_gpu import kth_by_bits, kth_by_digits
 
     torch.manual_seed(0)
@@ -49,9 +50,9 @@ def check_kth() -> None:
         total = sum(tensor.numel() for tensor in group)
         for k in (0, 1, 5, 11, 60, total // 2, total - 1, total):
             expected = kth_by_bits(group, k, lambda n: n)
-            assert torch.equal(kth_by_digits(group, k, lambda n: n), expected), k
+            assert torch.equal(kth_by_digits(group, k, lambda n: n, kth_triton), expected), k
     for bad in (math.nan, math.inf, -math.inf):
-        assert kth_by_digits([*tensors, torch.tensor([bad])], 5, lambda n: n).isnan()
+        assert kth_by_digits([*tensors, torch.tensor([bad])], 5, lambda n: n, kth_triton).isnan()
 
 
 def check_kth_of_shards() -> None:
@@ -77,7 +78,7 @@ def check_kth_of_shards() -> None:
             barrier.wait()
             return total
 
-        return kth_by_digits(parts[rank], k, add_up)
+        return kth_by_digits(parts[rank], k, add_up, kth_triton)
 
     kth_triton.add_histogram = one_at_a_time
     with ThreadPoolExecutor(2) as pool:
@@ -122,7 +123,7 @@ def check_shrink() -> None:
 
 def check_loading() -> None:
     from feather_param.ops import kth_triton, operator_triton
-    from feather_param.ops.triton import kernels
+    from feather_param.ops.gpu_kernels import kernels
 
     assert kernels(torch.device("cpu")) == (kth_triton, operator_triton)
 
@@ -144,7 +145,7 @@ def test_the_kernels_are_exact_in_the_interpreter(check):
 
 
 def test_there_are_no_kernels_for_a_device_that_triton_does_not_support():
-    from feather_param.ops.triton import kernels
+    from feather_param.ops.gpu_kernels import kernels
 
     kernels.cache_clear()
     assert kernels(torch.device("cpu")) is None  # the compiler does not support CPUs

@@ -76,7 +76,7 @@ def test_a_warning_says_that_most_elements_stay_dense_unless_an_argument_asks_fo
         return nn.ModuleDict({"fc": nn.Linear(8, 8), "big": OtherLayer(32, 32)})
 
     with pytest.warns(
-        UserWarning, match=r"takes 64 of the 1,088 elements .* being big\.weight with 1,024; name them in"
+        UserWarning, match=r"prunes only 64 of the 1,088 elements .* being big\.weight with 1,024; name them in"
     ):
         sparsify(model())
     sparsify(model(), include="fc")

@@ -61,7 +61,7 @@ def test_a_layer_that_is_used_twice_is_matched_by_both_names():
 def test_a_weight_tied_to_an_embedding_stays_dense_with_a_warning_and_a_reason():
     model = TiedHead()
     with pytest.warns(
-        UserWarning, match=r"takes 16 of the 56 elements .* the largest being embed\.weight with 40; name"
+        UserWarning, match=r"prunes only 16 of the 56 elements .* the largest being embed\.weight with 40; name"
     ):
         controller = feather_param.sparsify(model, final_rate=0.5, total_steps=2, end_step=0)
     assert controller.report().skipped["head.weight"] == "tied to embed.weight, which is not selected"
@@ -86,7 +86,7 @@ def test_all_places_of_a_tied_weight_are_registered_under_its_name():
     model = TiedLayers()
     feather_param.sparsify(model, final_rate=0.5, total_steps=2)
     (shared,) = states_of(model)
-    assert [(each.weight, each.place.name) for each in shared.registrations.values()] == [
+    assert [(each.name, each.place.name) for each in shared.registrations.values()] == [
         ("a.weight", "a.weight"),
         ("a.weight", "b.weight"),
         ("c.weight", "c.weight"),
