@@ -213,7 +213,7 @@ def attention(_: nn.Sequential) -> nn.Module:
         (
             encoder,
             ValueError,
-            r"got linear1, .* of TransformerEncoderLayer, .* call torch.backends.mha.set_fastpath_enabled\(False\)",
+            r"got linear1: .* TransformerEncoderLayer passes it to a fused kernel .* call torch.backends.mha.set_fastpath_enabled\(False\)",
         ),
         (attention, ValueError, r"got attend\.out_proj, .* kernel of MultiheadAttention"),
         (lambda model: model[4], ValueError, "with dense Linear layers, got Conv1d without"),
