@@ -65,6 +65,8 @@ def load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     tensors = {without_wrappers(name): tensor for name, tensor in tensors.items()}
     if all(name.startswith(_DDP) for name in tensors):
         tensors = {name.removeprefix(_DDP): tensor for name, tensor in tensors.items()}
+    own = {without_wrappers(name): name for name in model.state_dict()}  # a part of the network may be compiled
+    tensors = {own.get(name, name): tensor for name, tensor in tensors.items()}
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -12,7 +12,8 @@ from torch import Tensor
 from feather_param.core.state_dict import of_sparsified
 from feather_param.files.checkpoint import Checkpoint
 from feather_param.files.tied import untied
-from feather_param.reports import Report, Row
+from feather_param.ops.count import PruneCount
+from feather_param.reports.report import Report, rows
 from feather_param.utils.text import aligned, percent
 
 
@@ -32,14 +33,7 @@ def zeros(checkpoint: Checkpoint) -> Report:
         and 1 other tensor (biases, norms, integers)
     """
     weights = {name: tensor for name, tensor in untied(checkpoint.tensors).items() if _is_weight(tensor)}
-    counts = {name: _count(tensor) for name, tensor in weights.items()}
-    survivors = max(1, sum(tensor.numel() - counts[name] for name, tensor in weights.items()))
-    return Report(
-        tuple(
-            Row(name, tuple(tensor.shape), tensor.numel(), counts[name], (tensor.numel() - counts[name]) / survivors)
-            for name, tensor in weights.items()
-        )
-    )
+    return Report(rows(weights, {name: PruneCount(_count(tensor)) for name, tensor in weights.items()}))
 
 
 def _is_weight(tensor: Tensor) -> bool:

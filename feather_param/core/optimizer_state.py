@@ -5,8 +5,8 @@ weight moves behind its bias. The state of an optimizer that was built before `s
 parameters of one that was built after it, and the reverse.
 
 So a followed optimizer adds to its saved state the names that its parameters have in the plain model. It sorts a state
-that it loads by these names. The names are an entry of their own, not part of the parameter groups: an optimizer without
-a controller would load names in the groups and save them again, when they may be wrong. Names that torch saved, in
+that it loads by these names. They are an entry of their own, not part of the parameter groups: an optimizer without a
+controller would load names in the groups and save them again, when they may be wrong. Names that torch saved, in
 "param_names" or as keys (torch.distributed.checkpoint), are used as well. A state without names is refused.
 """
 

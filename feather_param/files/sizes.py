@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from feather_param.files.elements import elements_of
 from feather_param.files.sparse import write_sparse
 from feather_param.files.tied import untied
 
@@ -35,7 +35,7 @@ def file_sizes(tensors: Mapping[str, Tensor], progress: Progress = lambda name, 
         >>> list(sizes), sizes["dense"], sizes["dense + gzip"] > sizes["sparse"] > sizes["sparse + zstd"]
         (['dense', 'dense + gzip', 'sparse', 'sparse + zstd'], 1000000, True)
     """
-    contents = [_bytes(tensor) for tensor in untied(tensors).values()]
+    contents = [elements_of(tensor).view(np.uint8) for tensor in untied(tensors).values()]
     dense = sum(content.size for content in contents)
     sizes = {"dense": dense, "dense + gzip": _gzip_size(contents, dense, progress)}
     with tempfile.TemporaryDirectory() as folder:
@@ -48,12 +48,6 @@ def file_sizes(tensors: Mapping[str, Tensor], progress: Progress = lambda name, 
                 continue
             sizes[name] = path.stat().st_size
     return sizes
-
-
-def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    flat = torch.view_as_real(flat.resolve_conj()).reshape(-1) if flat.is_complex() else flat
-    return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
 
 
 def _gzip_size(contents: list[NDArray[np.uint8]], total: int, progress: Progress) -> int:

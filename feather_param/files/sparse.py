@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from feather_param.files.atomic import atomic_write
 from feather_param.files.codec import MAX_EXPANSION, Bytes, checksum, decode, encode
+from feather_param.files.elements import elements_of
 from feather_param.files.safetensors import open_container, parse_json, write_container
 from feather_param.files.tied import first_names
 from feather_param.ops.distributed import is_sharded
@@ -34,7 +34,6 @@ _DTYPES = {
     for dtype in vars(torch).values()
     if isinstance(dtype, torch.dtype) and not str(dtype).startswith("torch.q")
 }
-_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def write_sparse(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *,
     entries: dict[str, Any] = first_names(state)
     parts: dict[str, Bytes] = {}
     for name in [name for name, first in entries.items() if name == first]:
-        own, compressed = encode(_elements(state[name]), zstd)
+        own, compressed = encode(elements_of(state[name]), zstd)
         dtype, shape = str(state[name].dtype).removeprefix("torch."), list(state[name].shape)
         entries[name] = {"dtype": dtype, "shape": shape, "zstd": compressed, "crc32": checksum(own)}
         parts.update({f"{part}:{name}": content for part, content in own.items()})
@@ -153,15 +152,6 @@ def _has_memory(tensor: Tensor) -> bool:
         return not tensor.is_meta and (not tensor.numel() or tensor.untyped_storage().data_ptr() != 0)
     except RuntimeError:  # torch raises it for a tensor without storage
         return False
-
-
-def _elements(tensor: Tensor) -> NDArray[Any]:
-    """Return the bits of a tensor's elements in row-major order as little-endian unsigned integers."""
-    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    width = tensor.element_size()
-    bits = tensor.view(_SAME_SIZE[width]).contiguous().reshape(-1).numpy()
-    return bits.view(f"u{width}").astype(f"<u{width}", copy=False)
 
 
 def _read(container: Any, tensors: Any) -> dict[str, Tensor]:

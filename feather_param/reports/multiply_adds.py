@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.nn.utils import parametrize
 from feather_param.core.baking import final_masks
 from feather_param.selection.names import names_of
 from feather_param.selection.weights import LAYERS, TRANSPOSED, is_matrix, parametrizations_of
+from feather_param.utils.modes import evaluating
 from feather_param.utils.text import aligned, grouped
 
 
@@ -127,7 +127,7 @@ def multiply_adds(model: nn.Module, example_input: Any) -> MultiplyAdds:
     layers = [module for module in model.modules() if isinstance(module, LAYERS)]
     hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             if isinstance(example_input, Mapping):
                 model(**example_input)
             else:
@@ -167,15 +167,3 @@ def _applications(module: nn.Module, source: Tensor, output: Tensor) -> int:
         return source.numel() // max(1, module.in_channels)
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return output.numel() // max(1, module.out_channels)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; restore the mode of each module afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from feather_param.cli import architecture
 from tests.cli.commands import BENCH, done, fails
@@ -41,3 +42,14 @@ def test_bench_loads_the_weights_of_a_wrapped_network(run):
         network = architecture.build("torch.nn:Linear", BENCH[2:])
         architecture.load(network, {f"{wrappers}weight": weight})
         assert torch.equal(network.weight, weight), wrappers
+
+
+def test_weights_load_into_a_network_of_which_a_part_is_compiled():
+    def network() -> nn.Module:
+        return nn.Sequential(torch.compile(nn.Linear(3, 2)), nn.Linear(2, 2))
+
+    state = network().state_dict()
+    for tensors in (state, {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}):
+        loaded = network()
+        architecture.load(loaded, tensors)
+        assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in state.items())

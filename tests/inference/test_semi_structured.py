@@ -213,9 +213,9 @@ def attention(_: nn.Sequential) -> nn.Module:
         (
             encoder,
             ValueError,
-            r"got linear1: .* TransformerEncoderLayer passes it to a fused kernel .* call torch.backends.mha.set_fastpath_enabled\(False\)",
+            r"got linear1: .* TransformerEncoderLayer passes it .* call torch.*set_fastpath_enabled\(False\)",
         ),
-        (attention, ValueError, r"got attend\.out_proj, .* kernel of MultiheadAttention"),
+        (attention, ValueError, r"got attend\.out_proj: .* MultiheadAttention passes it to a fused kernel"),
         (lambda model: model[4], ValueError, "with dense Linear layers, got Conv1d without"),
     ],
     ids=[
