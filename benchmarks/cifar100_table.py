@@ -1,11 +1,13 @@
 """The paper's CIFAR-100 table, from one command: `python -m benchmarks.cifar100_table --data-dir DATA`.
 
 There is a run for each combination of network, rate, seed and method. Each run has a JSON file in a folder of
-``benchmarks/results``, ``cifar100_paper`` for example, and only the runs without a file are made. Ctrl-C saves the unfinished
-runs, and the next call continues them. The table is written beside the folder at the end, in Markdown and as a picture.
-``--only-table`` writes it at any time. ``--protocol paper`` is that of the paper, with all images and 160 epochs.
-``--protocol short`` does not need a GPU. ``--protocol digits`` needs no data set either: it trains on scikit-learn's
-digits, for a quarter of an hour on two cores. All compute in bfloat16 where that is safe (autocast).
+``benchmarks/results``, for example ``cifar100_paper``. Only the runs without a file are made. Ctrl-C saves the
+unfinished runs, and the next call continues them. The table is written beside the folder at the end, in Markdown and as
+a picture. ``--only-table`` writes it at any time.
+
+``--protocol paper`` is that of the paper, with all images and 160 epochs. ``--protocol short`` does not need a GPU.
+``--protocol digits`` needs no data set either: it trains on scikit-learn's digits, in 15 minutes on two cores.
+All compute in bfloat16 where that is safe (autocast).
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def test_the_report_counts_the_zeros_that_desparsify_writes(rate, values, dtype)
     assert report.rate == sum(expected) / 8
     assert [row.survivors for row in report.rows] == survivors
     if any(survivors):
-        assert sum(row.survivor_share for row in report.rows) == pytest.approx(1.0)
+        assert sum(row.survivor_fraction for row in report.rows) == pytest.approx(1.0)
 
 
 def test_a_report_prints_an_aligned_table_and_the_dense_weights():

@@ -20,7 +20,7 @@ class Row:
         shape: its shape.
         total: number of elements.
         zeros: number of elements that are zero.
-        survivor_share: its survivors as a fraction of the survivors of all weights.
+        survivor_fraction: its survivors as a fraction of the survivors of all weights.
         ties: number of kept elements whose magnitude equals the threshold. `desparsify` stores each as a negligible
             number that is not zero, so that the number of zeros is exact. They do not count as survivors.
     """
@@ -29,7 +29,7 @@ class Row:
     shape: tuple[int, ...]
     total: int
     zeros: int
-    survivor_share: float
+    survivor_fraction: float
     ties: int = 0
 
     @property
@@ -90,7 +90,7 @@ class Report:
         cells = [("weight", "shape", "total", "zeros", "rate", "of all survivors")]
         for row in self.rows:
             shape = "x".join(map(str, row.shape))
-            counts = (f"{row.total:,}", f"{row.zeros:,}", f"{row.rate:.3%}", f"{row.survivor_share:.2%}")
+            counts = (f"{row.total:,}", f"{row.zeros:,}", f"{row.rate:.3%}", f"{row.survivor_fraction:.2%}")
             cells.append((row.name, shape, *counts))
         cells.append(("all", "", f"{self.total:,}", f"{self.zeros:,}", f"{self.rate:.3%}", "100.00%"))
         lines = aligned(cells)

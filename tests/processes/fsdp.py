@@ -50,7 +50,7 @@ def equals_one_process(rank: int, world: int, folder: Path, *, guards: dict) -> 
             both.refresh()
         assert torch.equal(controller.threshold, reference.threshold)
         for a, b in zip(controller.report().rows, reference.report().rows, strict=True):
-            assert (a.name, a.total, a.zeros, a.survivor_share) == (b.name, b.total, b.zeros, b.survivor_share)
+            assert (a.name, a.total, a.zeros, a.survivor_fraction) == (b.name, b.total, b.zeros, b.survivor_fraction)
     x, _ = batch(0)
     torch.testing.assert_close(model(x), alone(x))
     state = feather_param.baked_state_dict(model)
