@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from feather_param import schedules
 from feather_param.controller import Controller
 from feather_param.core.baking import bake, baked
+from feather_param.core.checked_selection import checked_selection
 from feather_param.core.config import Config, Theta
 from feather_param.core.optimizer import checked_optimizer
-from feather_param.core.selection import checked_selection
 from feather_param.core.state_dict import of_sparsified
 from feather_param.files.sparse import write_sparse
 from feather_param.parametrizations import states_of
@@ -49,8 +49,8 @@ def sparsify(
     Args:
         model: any model, unmodified. It may be a single layer.
         final_rate: fraction of zeros among all prunable weights together, in (0, 1).
-        total_steps: number of optimizer steps of the training. It is used only if ``end_step`` is None.
-        start_step: first step at which weights are pruned.
+        total_steps: number of optimizer steps of the training. ``end_step`` is half of it by default, and not larger.
+        start_step: step at which the schedule starts. With `cubic` and `linear` the rate is still 0 there.
         end_step: first step with the rate ``final_rate``; None: ``total_steps // 2`` (0 if ``total_steps`` is 1).
         schedule: maps the progress between these steps, in [0, 1], to a fraction of ``final_rate``, in [0, 1].
         p: exponent of the operator, a number >= 1 (1: soft thresholding) or ``math.inf`` (hard thresholding).

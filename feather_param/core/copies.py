@@ -3,8 +3,7 @@
 Note [Copies]
 
 A deepcopy is a snapshot (the best model, a teacher) or a moving average; torch does not say which. No controller steps
-it, unless the controller was copied as well. The rules are in `SharedSparsity.follow_source` and the `__deepcopy__` of
-`SharedSparsity` and `FeatherParametrization`.
+it, unless the controller was copied as well.
 
 * A copy has thresholds and a position of its own, and refers to the position of the model that it was copied from: its
   *source*.
@@ -18,13 +17,19 @@ it, unless the controller was copied as well. The rules are in `SharedSparsity.f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from feather_param.allocations import Budget, Group
+from feather_param.core.config import Config
 from feather_param.core.position import Position
 from feather_param.core.registration import Registration
 from feather_param.core.versions import checksum_of
+from feather_param.utils.warn import warn
 
 _FOLLOWERS = "feather_param followers"  # key in the memo of a deepcopy: the sources that refer to a position
 
@@ -71,3 +76,89 @@ def source_of_copy(own: Position, source: Source | None, copied: Position, memo:
         follower.position = copied
     memo.setdefault((_FOLLOWERS, id(followed)), []).append(new)
     return new
+
+
+class Copyable(nn.Module):
+    """The state of a sparsified model, which a deepcopy copies and which then follows its source."""
+
+    def __init__(self, config: Config, budget: Budget) -> None:
+        super().__init__()
+        self.config, self.budget = config, budget
+        self.position = Position()
+        self.registrations: dict[nn.Module, Registration] = {}  # by parametrization, in the model's order
+        self.source: Source | None = None  # of a copy
+        # Where theta changes during training: the current gradient scale of pruned elements.
+        self.theta = torch.ones((), dtype=torch.float32, device="cpu") if callable(config.theta) else None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the masks are fixed."""
+        return self.position.frozen_step is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all weights are here. A deepcopy of a part of the model has only some."""
+        return len({each.name for each in self.registrations.values()}) == len(self.budget.sizes)
+
+    def follow_source(self) -> None:
+        """Give a copy whose weights have changed the position of its source. Other models do not change."""
+        own, source = self.position, self.source
+        if source is None or self.frozen:
+            return
+        if not self.complete:
+            # A part of the model cannot break ties: all elements that equal the threshold are pruned.
+            here = {each.name for each in self.registrations.values()}
+            groups = source.position.groups if have_changed(self.registrations.values()) else own.groups
+            own.groups = [
+                Group(tuple(name for name in each.names if name in here), self.budget.total, each.threshold.clone())
+                for each in groups
+            ]
+            return
+        now = self.position_now()
+        if now is own:
+            return
+        if source.trained and now.zeros != own.zeros:
+            warn(
+                f"a copy of a sparsified model is trained, and no controller steps it: it had {own.zeros:,} zeros and "
+                f"takes the {now.zeros:,} of the model that it was copied from, as a moving average does; to give it "
+                "a schedule of its own, copy both: model, controller = copy.deepcopy((model, controller))"
+            )
+        own.zeros, own.step = now.zeros, now.step
+        self.write_theta()
+
+    def position_now(self) -> Position:
+        """Return the own position, or for a copy whose weights have changed, that of its source."""
+        own, source = self.position, self.source
+        if source is None or self.frozen or not self.complete or not have_changed(self.registrations.values()):
+            return own
+        return source.position_for(own)
+
+    def note_gradient(self) -> None:
+        """Note that a gradient has reached a weight. A copy that has a controller stops following its source."""
+        if self.source is not None:
+            self.source.trained = True
+            if self.source.controlled:
+                self.source = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Copyable:
+        """Return the shared state of a copy. The copied parametrizations add their registrations to it."""
+        twin = type(self)(self.config, self.budget)
+        memo[id(self)] = twin
+        twin.position = replace(self.position_now())
+        twin.source = source_of_copy(self.position, self.source, twin.position, memo)
+        if self.theta is not None:
+            with torch.inference_mode(False):
+                twin.theta = torch.empty_like(self.theta)
+            twin.write_theta()
+        return twin.train(self.training)
+
+    def write_theta(self) -> None:
+        """Write theta for the current position where forward passes, and compiled graphs, read it."""
+        if self.theta is not None:
+            self.theta.fill_(self.config.theta_at(self.config.rate(self.position.step)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Copyable:
+        if self.theta is not None and (device := fn(self.theta).device) != self.theta.device:
+            self.theta = torch.empty((), dtype=torch.float32, device=device)
+            self.write_theta()
+        return self

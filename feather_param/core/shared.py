@@ -27,16 +27,15 @@ In the second and the third case, `Controller.refresh` computes them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from feather_param.allocations import Budget, Group, count_zeros, masks
+from feather_param.allocations import Budget, count_zeros, masks
 from feather_param.core.config import Config
-from feather_param.core.copies import Source, have_changed, source_of_copy
+from feather_param.core.copies import Copyable
 from feather_param.core.position import Position, unpack
 from feather_param.core.registration import Registration, first_places, require_values
 from feather_param.core.state_dict import POSITION
@@ -47,11 +46,10 @@ from feather_param.ops.dtypes import rounded_down
 from feather_param.ops.finite import require_finite
 from feather_param.ops.masking import all_kept
 from feather_param.ops.tracing import concrete, eager
-from feather_param.utils.warn import warn
 
 
-class SharedSparsity(nn.Module):
-    """The settings, the position and the registrations of a sparsified model.
+class SharedSparsity(Copyable):
+    """The thresholds and masks of a sparsified model, with its settings, its position and its registrations.
 
     It is a submodule of one parametrization, the first in the model's order, and a plain attribute of the others. So
     ``state_dict``, ``to`` and ``deepcopy`` reach it once. Its position is saved as torch's *extra state*, a small
@@ -59,32 +57,16 @@ class SharedSparsity(nn.Module):
     """
 
     def __init__(self, config: Config, budget: Budget) -> None:
-        super().__init__()
-        self.config, self.budget = config, budget
-        self.position = Position()
-        self.registrations: dict[nn.Module, Registration] = {}  # by parametrization, in the model's order
-        self.source: Source | None = None  # of a copy, see Note [Copies]
-        # Where theta changes during training: the current gradient scale of pruned elements.
-        self.theta = torch.ones((), dtype=torch.float32, device="cpu") if callable(config.theta) else None
+        super().__init__(config, budget)
         self._called: set[Registration] = set()  # those called since all weights were checked
         self._was_sharded = False  # at the last refresh; then each forward pass gets new Parameters
         # While a state_dict is being loaded: the position in it, and the parametrizations whose weights are missing.
         self._loading: tuple[Position, set[nn.Module]] | None = None
 
     @property
-    def frozen(self) -> bool:
-        """Whether the masks are fixed."""
-        return self.position.frozen_step is not None
-
-    @property
     def final_zeros(self) -> int:
         """The number of zeros at the end of the schedule."""
         return self.budget.zeros(self.config.final_rate)
-
-    @property
-    def complete(self) -> bool:
-        """Whether all weights are here. A deepcopy of a part of the model has only some."""
-        return len({each.name for each in self.registrations.values()}) == len(self.budget.sizes)
 
     @property
     def gradient_scale(self) -> float | Tensor:
@@ -126,7 +108,7 @@ class SharedSparsity(nn.Module):
             self.set_masks(self._masks_for(zeros))
             self.position.zeros = zeros
         self.position.step, self.position.frozen_step = step, frozen_step
-        self._write_theta()
+        self.write_theta()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -247,64 +229,6 @@ class SharedSparsity(nn.Module):
         for each in self.registrations.values():
             each.note_written()
 
-    def _write_theta(self) -> None:
-        if self.theta is not None:
-            self.theta.fill_(self.config.theta_at(self.config.rate(self.position.step)))
-
-    # -- copies, see Note [Copies] ----------------------------------------------------------------------------------
-
-    def follow_source(self) -> None:
-        """Give a copy whose weights have changed the position of its source. Other models do not change."""
-        own, source = self.position, self.source
-        if source is None or self.frozen:
-            return
-        if not self.complete:
-            # A part of the model cannot break ties: all elements that equal the threshold are pruned.
-            here = {each.name for each in self.registrations.values()}
-            groups = source.position.groups if have_changed(self.registrations.values()) else own.groups
-            own.groups = [
-                Group(tuple(name for name in each.names if name in here), self.budget.total, each.threshold.clone())
-                for each in groups
-            ]
-            return
-        now = self.position_now()
-        if now is own:
-            return
-        if source.trained and now.zeros != own.zeros:
-            warn(
-                f"a copy of a sparsified model is trained, and no controller steps it: it had {own.zeros:,} zeros and "
-                f"takes the {now.zeros:,} of the model that it was copied from, as a moving average does; to give it "
-                "a schedule of its own, copy both: model, controller = copy.deepcopy((model, controller))"
-            )
-        own.zeros, own.step = now.zeros, now.step
-        self._write_theta()
-
-    def position_now(self) -> Position:
-        """Return the own position, or for a copy whose weights have changed, that of its source."""
-        own, source = self.position, self.source
-        if source is None or self.frozen or not self.complete or not have_changed(self.registrations.values()):
-            return own
-        return source.position_for(own)
-
-    def note_gradient(self) -> None:
-        """Note that a gradient has reached a weight. A copy that has a controller stops following its source."""
-        if self.source is not None:
-            self.source.trained = True
-            if self.source.controlled:
-                self.source = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedSparsity:
-        """Return the shared state of a copy. The copied parametrizations add their registrations to it."""
-        twin = type(self)(self.config, self.budget)
-        memo[id(self)] = twin
-        twin.position = replace(self.position_now())
-        twin.source = source_of_copy(self.position, self.source, twin.position, memo)
-        if self.theta is not None:
-            with torch.inference_mode(False):
-                twin.theta = torch.empty_like(self.theta)
-            twin._write_theta()
-        return twin.train(self.training)
-
     # -- the position in the model's state_dict ---------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
@@ -328,7 +252,7 @@ class SharedSparsity(nn.Module):
                 position = self.position  # changed in place, since copies refer to it
                 position.zeros, position.step, position.frozen_step = loaded.zeros, loaded.step, loaded.frozen_step
                 self._loading = None
-                self._write_theta()
+                self.write_theta()
                 self.set_masks(None)
         if feather is next(reversed(self.registrations), None):
             with contextlib.suppress(ValueError):  # NaN is refused when the weights are used, not when they are loaded
@@ -341,9 +265,3 @@ class SharedSparsity(nn.Module):
         except ValueError as error:  # torch raises all messages together at the end
             errors.append(str(error))
         missing[:] = [name for name in missing if name != f"{prefix}_extra_state"]  # a plain model's state has none
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedSparsity:
-        if self.theta is not None and (device := fn(self.theta).device) != self.theta.device:
-            self.theta = torch.empty((), dtype=torch.float32, device=device)
-            self._write_theta()
-        return self

@@ -38,5 +38,5 @@ def warn_of_dead(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]
             f"; all kept elements of {', '.join(ties)} equal the threshold (weights clipped to one magnitude?), and "
             "the operator makes them zero: clip to a wider range"
         )
-    warn(f"nothing survives in {', '.join(dead)}: the layers after it get a constant input; {hint}")
+    warn(f"nothing survives in {', '.join(dead)}: the layers that follow get a constant input; {hint}")
     return True

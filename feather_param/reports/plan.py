@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from feather_param.allocations import count_zeros
+from feather_param.core.checked_selection import checked_selection
 from feather_param.core.config import Config
-from feather_param.core.selection import checked_selection
 from feather_param.selection.globs import Filter
 from feather_param.utils.text import aligned, grouped
 
