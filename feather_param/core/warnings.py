@@ -32,7 +32,7 @@ def warn_of_dead(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]
     ]
     if not dead:
         return False
-    hint = "lower final_rate, or leave these dense with exclude"
+    hint = "lower final_rate, p or the learning rate, or leave these dense with exclude"
     if ties := [name for name in dead if counts[name].ties]:
         hint += (
             f"; all kept elements of {', '.join(ties)} equal the threshold (weights clipped to one magnitude?), and "

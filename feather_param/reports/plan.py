@@ -73,7 +73,7 @@ class Plan:
         lines += [f"dense: {line}" for line in grouped(self.skipped)]
         verdict = "can be reached" if self.reachable else "CANNOT be reached"
         most = f"{self.most:,} zeros ({math.floor(1e6 * self.most / self.total) / 1e4:.4f} %)"  # rounded down
-        lines.append(f"{self.zeros:,} of {self.total:,} zeros {verdict}; at most {most}")
+        lines.append(f"{self.zeros:,} zeros of {self.total:,} elements {verdict}; at most {most}")
         return "\n".join(lines)
 
 
