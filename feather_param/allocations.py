@@ -2,7 +2,7 @@
 
 An allocation is a function from the weights and a number of zeros to groups of weights. The weights of a group are
 ranked together, and the smallest magnitudes of the group are pruned. `global_magnitude` puts all weights into one
-group. An allocation that chooses the zeros of each weight makes one group a weight.
+group. An allocation that chooses the zeros of each weight makes one group for each weight.
 
 To add an allocation, write one function:
 
