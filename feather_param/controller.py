@@ -159,8 +159,8 @@ class Controller:
         """Fix the masks: the schedule stops, and the zeros stay where they are while training continues.
 
         The dense weights are overwritten with the pruned ones, so the network does not change. From then on, pruned
-        weights get no gradient, and momentum and weight decay cannot change them. The masks take one byte for each element and
-        no entry in the ``state_dict``: its weights hold the zeros. Copies made before are not frozen.
+        weights get no gradient, and momentum and weight decay cannot change them. The masks take one byte for each
+        element, and no entry in the ``state_dict``: its weights hold the zeros. Copies made before are not frozen.
 
         Loading a state that was saved before the freeze, of the model or of the controller, ends it. Loading a plain
         model's state_dict keeps the masks. Warns if there are no zeros yet.
