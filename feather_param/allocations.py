@@ -36,7 +36,7 @@ It must return a list of `Group`:
 `held_here` returns the two arguments that `kth_magnitude` needs: the elements that this process counts, and the sum
 over the processes.
 
-`sparsify` has no argument for it yet.
+`sparsify` has no argument for it yet; `core.config.Config` takes it as ``allocation``.
 
 The library calls the allocation at each step and when it refreshes the thresholds. `masks` prunes exactly the zeros of
 each group. If several magnitudes equal the threshold, the first ones are pruned. More elements are zero only if they

@@ -108,7 +108,7 @@ def as_text(
 def as_json(
     path: Path, nbytes: int, checkpoint: Checkpoint, report: Report, sizes: Mapping[str, int], notes: Sequence[str]
 ) -> str:
-    """Return the report and the notes as JSON. `docs/command-line.md` describes the fields."""
+    """Return the report and the notes as JSON. `docs/feather-param-command.md` describes the fields."""
     counts = {row.name: row.zeros for row in report.rows}
     content: dict[str, Any] = {
         "file": str(path),

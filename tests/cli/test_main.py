@@ -9,7 +9,7 @@ import shlex
 from feather_param.cli import main as cli
 from tests.cli.commands import ROOT, done
 
-DOCS = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "feather-param-command.md").read_text(encoding="utf-8")
 
 
 def test_the_command_is_installed():
@@ -30,7 +30,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_documented_session_runs_as_shown(run):
     (code,) = blocks("python")
-    exec(compile(code, "command-line.md", "exec"), {})
+    exec(compile(code, "feather-param-command.md", "exec"), {})
     shown = 0
     for session in blocks("console"):
         for part in re.split(r"^\$ ", session, flags=re.MULTILINE)[1:]:
