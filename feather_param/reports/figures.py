@@ -68,8 +68,8 @@ def draw(
         >>> [axes.get_xlabel() for axes in figure.axes]
         ['optimizer step', 'survivors of each layer (dashed: all layers, 25.0%)']
     """
-    curves = check_arguments(report, history, multiply_adds, accuracy)
-    records = history.records if history is not None and len(history.records) > 1 else []
+    curves = _checked_curves(report, history, multiply_adds, accuracy)
+    records = records_to_show(history)
     columns = bool(curves) + 3 * bool(records)
     bars = (report is not None) + (multiply_adds is not None)
     rows = max(_FEWEST_ROWS, len(report.rows) if report else 0, len(multiply_adds.rows) if multiply_adds else 0)
@@ -114,7 +114,12 @@ def svg(figure: Figure) -> str:
     return file.getvalue()[file.getvalue().index("<svg") :]
 
 
-def check_arguments(report: Any, history: Any, multiply_adds: Any, accuracy: Any) -> dict[str, list[tuple[int, float]]]:
+def records_to_show(history: History | None) -> list[Record]:
+    """Return the records of a history if there are two or more: one alone shows no change."""
+    return history.records if history is not None and len(history.records) > 1 else []
+
+
+def _checked_curves(report: Any, history: Any, multiply_adds: Any, accuracy: Any) -> dict[str, list[tuple[int, float]]]:
     """Check the arguments of `draw`, and return the curves of the accuracy as lists by name."""
     if report is None and accuracy is None:
         raise ValueError("expected a report or an accuracy to draw, got neither; pass controller.report()")

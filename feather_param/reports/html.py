@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from feather_param.reports.figures import Accuracy, check_arguments, draw, svg
+from feather_param.reports.figures import Accuracy, draw, records_to_show, svg
 from feather_param.reports.history import History, Record
 from feather_param.reports.multiply_adds import MultiplyAdds
 from feather_param.reports.report import Report
@@ -59,15 +59,13 @@ def page(
         ('<!doctype html>', True, True)
     """
     instance(report, Report, "controller.report()")
-    check_arguments(report, history, multiply_adds, accuracy)
-    records = history.records if history is not None and len(history.records) > 1 else []
     figure = draw(report, history=history, multiply_adds=multiply_adds, accuracy=accuracy)
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{_summary(report, multiply_adds)}</p>"]
     parts.append(f'<div class="figure">{svg(figure)}</div>')
     if sizes:
         parts += ["<h2>File size</h2>", _sizes(sizes)]
     if report.rows:
-        parts += ["<h2>Layers</h2>", _layers(report, records, multiply_adds)]
+        parts += ["<h2>Layers</h2>", _layers(report, records_to_show(history), multiply_adds)]
     if multiply_adds is not None and multiply_adds.uncounted:
         parts += ["<h2>Multiply-adds not counted</h2>", _reasons(multiply_adds.uncounted)]
     if report.skipped:
