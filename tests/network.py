@@ -10,9 +10,14 @@ WEIGHTS = 2328
 """Number of prunable elements of the network."""
 
 
-def net(seed: int = 0) -> nn.Sequential:
-    """Return a network with prunable weights 0.weight (216 elements), 3.weight (2048) and 4.weight (64)."""
-    torch.manual_seed(seed)
+def net(seed: int | None = 0) -> nn.Sequential:
+    """Return a network with prunable weights 0.weight (216 elements), 3.weight (2048) and 4.weight (64).
+
+    Args:
+        seed: seed of its weights; None: use torch's generator in its current state.
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 16), nn.Linear(16, 4))
 
 

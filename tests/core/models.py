@@ -10,23 +10,11 @@ from torch import Tensor, nn
 import feather_param
 from tests.training import dense_weights, zeros_in
 
-CONV_SIZE = 2328  # number of prunable elements of `conv_net`
-IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))  # inputs of `conv_net`
-
-
-def conv_net(seed: int | None = 0) -> nn.Sequential:
-    """Return a network with prunable weights in layers 0, 3 and 4.
-
-    Args:
-        seed: seed of its weights; None: use torch's generator in its current state.
-    """
-    if seed is not None:
-        torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 16), nn.Linear(16, 4))
+IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))  # inputs of `tests.network.net`
 
 
 def image_loss(model: nn.Module, step: int) -> Tensor:
-    """Return a loss of `conv_net` on random images, which depend on the step only."""
+    """Return a loss of `tests.network.net` on random images, which depend on the step only."""
     return model(torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))).square().mean()
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import feather_param
-from tests.core.models import conv_net
+from tests.network import net
 
-random_conv_net = functools.partial(conv_net, seed=None)
-"""Return a `conv_net` with other weights at each call."""
+random_conv_net = functools.partial(net, seed=None)
+"""Return a `net` with other weights at each call."""
 
 
 class Run:
@@ -86,7 +86,7 @@ def equal_states(one: dict, other: dict) -> bool:
 
 
 def make_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Make one optimizer step of a `conv_net`."""
+    """Make one optimizer step of a `net`."""
     optimizer.zero_grad()
     model(torch.ones(2, 3, 6, 6)).sum().backward()
     optimizer.step()

@@ -6,14 +6,14 @@ from torch import nn
 
 import feather_param
 from feather_param import schedules
-from tests.core.models import CONV_SIZE, conv_net
+from tests.network import WEIGHTS, net
 
-FINAL_ZEROS = round(0.9 * CONV_SIZE)
+FINAL_ZEROS = round(0.9 * WEIGHTS)
 
 
 def sparsified(seed: int = 0, **arguments) -> tuple[nn.Sequential, feather_param.Controller]:
     """Return a network before its first step, with a rate of zero, and its controller."""
-    model = conv_net(seed)
+    model = net(seed)
     return model, feather_param.sparsify(model, **{"final_rate": 0.9, "total_steps": 4, **arguments})
 
 

@@ -13,13 +13,14 @@ from torch.nn.utils import parametrizations as torch_parametrizations
 from torch.nn.utils import parametrize
 
 import feather_param
-from tests.core.models import Doubled, conv_net, sparsify_at_once
+from tests.core.models import Doubled, sparsify_at_once
+from tests.network import net
 from tests.training import same_state
 
 
 @pytest.mark.parametrize("call", ["function", "controller"])
 def test_the_baked_state_is_the_one_that_desparsify_leaves(call):
-    model = conv_net()
+    model = net()
     controller = sparsify_at_once(model, 0.75)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = feather_param.baked_state_dict(model)
@@ -30,7 +31,7 @@ def test_the_baked_state_is_the_one_that_desparsify_leaves(call):
         controller.desparsify()
     assert same_state(model.state_dict(), state)
     assert model.state_dict()._metadata == state._metadata
-    conv_net().load_state_dict(state)
+    net().load_state_dict(state)
 
 
 class WithOwnStateDict(nn.Module):
@@ -38,7 +39,7 @@ class WithOwnStateDict(nn.Module):
 
     def __init__(self, make_state: Callable) -> None:
         super().__init__()
-        self.net, self.make_state = conv_net(), make_state
+        self.net, self.make_state = net(), make_state
 
     def state_dict(self, *args, **kwargs):
         return self.make_state(self)
@@ -63,7 +64,7 @@ def test_a_model_with_its_own_state_dict_under_other_names_is_refused_but_its_co
 
 def test_wrapped_layers_are_baked_under_the_names_of_the_wrapper():
     for wrap in (checkpoint_wrapper, lambda layer: torch.compile(layer, backend="eager")):
-        model = conv_net()
+        model = net()
         for i in (0, 4):
             model[i] = wrap(model[i])
         sparsify_at_once(model, 0.75)
@@ -108,7 +109,7 @@ def test_a_model_whose_hook_renames_entries_is_refused():
 
 
 def test_a_model_whose_hook_casts_entries_is_baked_in_their_dtype():
-    model = conv_net()
+    model = net()
     model.register_state_dict_post_hook(cast_to_half)
     sparsify_at_once(model, 0.75)
     state = feather_param.baked_state_dict(model)
@@ -118,7 +119,7 @@ def test_a_model_whose_hook_casts_entries_is_baked_in_their_dtype():
 
 
 def test_a_dense_layer_with_weight_norm_keeps_its_entries():
-    model = conv_net()
+    model = net()
     torch_parametrizations.weight_norm(model[4])
     sparsify_at_once(model, 0.75, exclude="4.*")
     state = feather_param.baked_state_dict(model)

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 
 import feather_param
 from tests import twins
-from tests.core.models import CONV_SIZE, IMAGES, conv_net, sparsify_at_once, weights_by_name
+from tests.core.models import IMAGES, sparsify_at_once, weights_by_name
+from tests.network import WEIGHTS, net
 from tests.training import zero_where_masked, zeros_in
 
 
@@ -26,7 +27,7 @@ def identity(model: nn.Module) -> tuple:
 
 
 def test_desparsify_restores_the_classes_the_parameters_and_the_names_of_a_model():
-    model = conv_net()
+    model = net()
     model[3].weight.requires_grad_(False)
     before = identity(model)
     sparsify_at_once(model)
@@ -35,7 +36,7 @@ def test_desparsify_restores_the_classes_the_parameters_and_the_names_of_a_model
 
 
 def test_reports_forward_passes_and_bakes_agree_after_a_write_that_torch_does_not_count():
-    model = conv_net()
+    model = net()
     controller = sparsify_at_once(model, 0.75)
     model.eval()(IMAGES)
     model[0].parametrizations.weight.original.data.mul_(torch.rand(8, 3, 3, 3))
@@ -47,12 +48,12 @@ def test_reports_forward_passes_and_bakes_agree_after_a_write_that_torch_does_no
 
 
 def test_a_baked_model_can_be_sparsified_again():
-    model = conv_net()
+    model = net()
     sparsify_at_once(model, 0.75)
     feather_param.desparsify(model)
     sparsify_at_once(model, 0.9)
     feather_param.desparsify(model)
-    assert zeros_in(model) == round(0.9 * CONV_SIZE)
+    assert zeros_in(model) == round(0.9 * WEIGHTS)
 
 
 @pytest.mark.parametrize("rates", [(0.5, 0.75), (0.75, 0.5)])
@@ -72,7 +73,7 @@ def test_two_parts_that_were_sparsified_separately_are_baked_with_their_own_rate
 
 
 def test_a_part_of_a_sparsified_model_is_refused():
-    model = conv_net()
+    model = net()
     sparsify_at_once(model)
     with pytest.raises(ValueError, match=r"whole model that was sparsified, 2328 prunable weights, got a part"):
         feather_param.desparsify(model[3])
@@ -82,7 +83,7 @@ def test_a_part_of_a_sparsified_model_is_refused():
 def test_a_plain_model_is_refused():
     for call in (feather_param.desparsify, feather_param.baked_state_dict):
         with pytest.raises(ValueError, match="expected a sparsified model, got a plain Sequential; call sparsify"):
-            call(conv_net())
+            call(net())
 
 
 def test_weight_norm_stays_on_a_baked_layer_and_computes_the_same_zeros():

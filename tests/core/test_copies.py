@@ -14,23 +14,22 @@ import feather_param
 from tests import twins
 from tests.core.classifier import INPUTS, make_step, require_agreement, trained_classifier
 from tests.core.models import (
-    CONV_SIZE,
     IMAGES,
     average_parameters,
-    conv_net,
     linear_net,
     scale_weights,
     sparsify_at_once,
     train_on_noise,
     zeros_in_pass,
 )
+from tests.network import WEIGHTS, net
 from tests.training import dense_weights, zero_where_masked, zeros_in
 
 # -- the weights of the copy do not change
 
 
 def test_a_snapshot_keeps_its_outputs_and_zeros_while_the_model_is_pruned_further():
-    model = conv_net()
+    model = net()
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=8, end_step=8)
     for _ in range(2):
         controller.step()
@@ -41,11 +40,11 @@ def test_a_snapshot_keeps_its_outputs_and_zeros_while_the_model_is_pruned_furthe
     assert torch.equal(snapshot(IMAGES), output)
     feather_param.desparsify(snapshot)
     assert torch.equal(snapshot(IMAGES), output)
-    assert zeros_in(snapshot) == round(rate * CONV_SIZE)
+    assert zeros_in(snapshot) == round(rate * WEIGHTS)
 
 
 def test_a_snapshot_keeps_its_zeros_after_a_cast():
-    model = conv_net()
+    model = net()
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=8, end_step=8)
     controller.step()
     zeros = controller.report().zeros
@@ -59,7 +58,7 @@ def test_a_snapshot_keeps_its_zeros_after_a_cast():
 
 
 def test_a_teacher_copied_before_the_first_step_stays_dense():
-    model = conv_net()
+    model = net()
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4)
     teacher = copy.deepcopy(model).eval()
     output = teacher(IMAGES)
@@ -69,7 +68,7 @@ def test_a_teacher_copied_before_the_first_step_stays_dense():
 
 
 def test_a_copy_made_in_inference_mode_computes_the_same():
-    model = conv_net()
+    model = net()
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4, end_step=0)
     with torch.inference_mode():
         copied = copy.deepcopy(model).eval()
@@ -79,7 +78,7 @@ def test_a_copy_made_in_inference_mode_computes_the_same():
 
 
 def test_a_copy_does_not_keep_the_original_alive():
-    model = conv_net()
+    model = net()
     controller = sparsify_at_once(model, 0.75)
     copied = copy.deepcopy(model)
     reference = weakref.ref(model)  # not to a layer: torch keeps layers alive in the class that their copies share
@@ -104,7 +103,7 @@ def test_copies_can_be_stacked_and_called_with_vmap():
 
 
 def test_a_copy_is_baked_from_its_own_weights_and_the_model_does_not_change():
-    model = conv_net()
+    model = net()
     sparsify_at_once(model, 0.9)
     copied = copy.deepcopy(model)
     with torch.no_grad():
@@ -112,7 +111,7 @@ def test_a_copy_is_baked_from_its_own_weights_and_the_model_does_not_change():
             weight.mul_(torch.rand_like(weight) + 0.5)
     output = model.eval()(IMAGES)
     feather_param.desparsify(copied)
-    assert zeros_in(copied) == round(0.9 * CONV_SIZE)
+    assert zeros_in(copied) == round(0.9 * WEIGHTS)
     assert torch.equal(model(IMAGES), output)
     assert isinstance(model[0], nn.Conv2d)
     assert type(copied[0]) is nn.Conv2d
@@ -152,9 +151,9 @@ def test_a_write_to_one_layer_of_a_copy_changes_the_zeros_of_all_layers_in_the_n
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("copied_first", [False, True])
 def test_a_changed_copy_takes_the_number_of_zeros_that_was_loaded_into_its_model(assign, copied_first):
-    source = conv_net()
+    source = net()
     sparsify_at_once(source)
-    model = conv_net()
+    model = net()
     feather_param.sparsify(model, final_rate=0.9, total_steps=4)  # no step yet: the rate is 0
     copied = copy.deepcopy(model) if copied_first else None
     model.load_state_dict(source.state_dict(), assign=assign)
@@ -162,7 +161,7 @@ def test_a_changed_copy_takes_the_number_of_zeros_that_was_loaded_into_its_model
     scale_weights(copied, 1.01)
     zeros = zeros_in(copied)
     feather_param.desparsify(copied)
-    assert zeros == zeros_in(copied) == round(0.5 * CONV_SIZE)
+    assert zeros == zeros_in(copied) == round(0.5 * WEIGHTS)
 
 
 def test_a_copy_that_is_trained_without_a_controller_takes_the_zeros_of_the_model_and_warns():
@@ -186,7 +185,7 @@ def test_a_copy_that_is_trained_without_a_controller_takes_the_zeros_of_the_mode
 
 
 def test_a_model_that_is_copied_with_its_controller_has_a_schedule_of_its_own():
-    model = conv_net()
+    model = net()
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4)
     other_model, other_controller = copy.deepcopy((model, controller))
     other_controller.step()
@@ -228,7 +227,7 @@ def test_copies_that_are_copied_together_with_their_model_follow_the_new_model()
 
 
 def test_a_changed_copy_of_a_layer_takes_the_threshold_of_the_model():
-    model = conv_net()
+    model = net()
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4)
     part = copy.deepcopy(model[3])
     for _ in range(4):

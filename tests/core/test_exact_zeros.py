@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 import feather_param
 from archs import densenet, mobilenet_v1, resnet20
 from tests import twins
-from tests.core.models import conv_net, sparsify_at_once
+from tests.core.models import sparsify_at_once
+from tests.network import net
 from tests.training import zeros_in
 
 RATES = [0.5, 0.9, 0.95, 0.98, 0.99, 0.995]
@@ -150,7 +151,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.parametrize("call", ["desparsify", "baked_state_dict"])
 def test_guards_hold_when_a_model_is_baked_inside_a_wrapper(wrap, call):
-    model = conv_net()
+    model = net()
     with torch.no_grad():
         model[4].weight.mul_(0.01)
     controller = sparsify_at_once(model, max_rate_per_layer=0.6)

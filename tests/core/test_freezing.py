@@ -13,15 +13,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import feather_param
 from tests import twins
 from tests.core.classifier import SIZE, make_step, require_agreement, trained_classifier
-from tests.core.models import CONV_SIZE, IMAGES, conv_net, image_loss, sparsify_at_once
+from tests.core.models import IMAGES, image_loss, sparsify_at_once
+from tests.network import WEIGHTS, net
 from tests.training import all_equal, dense_weights, train, zeros_in
 
-FINAL_ZEROS = round(0.9 * CONV_SIZE)
+FINAL_ZEROS = round(0.9 * WEIGHTS)
 
 
 def trained(**arguments):
     """Return a model at its final rate after four steps, its optimizer with momentum, and its controller."""
-    model = conv_net()
+    model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
     controller = feather_param.sparsify(model, **{"final_rate": 0.9, "total_steps": 6, "end_step": 3, **arguments})
     train(model, image_loss, controller, range(4), optimizer)
@@ -50,7 +51,7 @@ def test_frozen_zeros_stay_and_the_kept_elements_train(arguments):
     frozen, values = nonzero(model), [weight.detach().clone() for weight in weights(model)]
     assert all_equal(before, frozen)
     zeros, rate = controller.report().zeros, controller.rate
-    assert zeros == round(arguments.get("final_rate", 0.9) * CONV_SIZE)
+    assert zeros == round(arguments.get("final_rate", 0.9) * WEIGHTS)
     train(model.train(), image_loss, controller, range(4, 12), optimizer)
     assert all_equal(nonzero(model), frozen)
     assert not any(torch.equal(a, b) and a.any() for a, b in zip(weights(model), values, strict=True))
@@ -81,7 +82,7 @@ def test_a_kept_element_that_becomes_zero_is_baked_as_kept():
 
 
 def test_elements_that_are_zero_before_the_pruning_begins_are_not_masked():
-    model = conv_net()
+    model = net()
     with torch.no_grad():
         model[4].weight.zero_()  # as new heads often are
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=8, start_step=4)
@@ -92,7 +93,7 @@ def test_elements_that_are_zero_before_the_pruning_begins_are_not_masked():
 
 
 def test_freezing_before_the_end_of_the_schedule_keeps_the_rate_and_may_be_repeated():
-    model = conv_net()
+    model = net()
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=8, end_step=8)
     train(model, image_loss, controller, range(2))
     rate = controller.rate
@@ -101,7 +102,7 @@ def test_freezing_before_the_end_of_the_schedule_keeps_the_rate_and_may_be_repea
     train(model, image_loss, controller, range(2, 8))
     assert controller.rate == rate == twins.rate(2, 0.9, 0, 8)
     feather_param.desparsify(model)
-    assert zeros_in(model) == round(rate * CONV_SIZE)
+    assert zeros_in(model) == round(rate * WEIGHTS)
 
 
 def test_tied_weights_and_weights_with_weight_norm_can_be_frozen():
@@ -237,7 +238,7 @@ def test_a_plain_state_loads_into_a_frozen_model_under_its_masks():
     model, _, controller = trained()
     controller.freeze()
     frozen = nonzero(model)
-    model.load_state_dict(conv_net(5).state_dict())
+    model.load_state_dict(net(5).state_dict())
     assert all_equal(nonzero(model), frozen)
 
 

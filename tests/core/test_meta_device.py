@@ -11,16 +11,17 @@ from torch import nn
 import feather_param
 from feather_param import schedules
 from tests import twins
-from tests.core.models import IMAGES, conv_net, sparsify_at_once, weights_by_name
+from tests.core.models import IMAGES, sparsify_at_once, weights_by_name
 from tests.core.sparsified import FINAL_ZEROS, at_final_rate
+from tests.network import net
 from tests.training import dense_weights, zero_where_masked, zeros_in
 
 
 @pytest.mark.parametrize("kind", ["plain", "sparsified"])
 def test_a_model_built_on_the_meta_device_loads_a_state_with_assign(kind):
-    source = conv_net(1) if kind == "plain" else at_final_rate(1)[0]
+    source = net(1) if kind == "plain" else at_final_rate(1)[0]
     with torch.device("meta"):
-        model = conv_net()
+        model = net()
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4, schedule=schedules.constant)
     model.load_state_dict(source.state_dict(), assign=True)
     if kind == "sparsified":
@@ -34,7 +35,7 @@ def test_a_model_built_on_the_meta_device_loads_a_state_with_assign(kind):
 def test_a_model_built_on_the_meta_device_loads_a_state_after_to_empty():
     source, _ = at_final_rate(1)
     with torch.device("meta"):
-        model = conv_net()
+        model = net()
     feather_param.sparsify(model, final_rate=0.9, total_steps=4, schedule=schedules.constant)
     model.to_empty(device="cpu").load_state_dict(source.state_dict())
     assert torch.equal(model.eval()(IMAGES), source.eval()(IMAGES))

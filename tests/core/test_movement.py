@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import feather_param
-from tests.core.models import conv_net, image_loss
+from tests.core.models import image_loss
+from tests.network import net
 from tests.training import train
 
 
 def test_an_optimizer_without_the_dense_weights_gives_one_warning_after_ten_steps():
-    model = conv_net()
+    model = net()
     controller = feather_param.sparsify(model, final_rate=0.5, total_steps=40)
     found = [m.weight for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
     found += [m.bias for m in model.modules() if isinstance(getattr(m, "bias", None), nn.Parameter)]
@@ -27,7 +28,7 @@ def test_an_optimizer_without_the_dense_weights_gives_one_warning_after_ten_step
 
 @pytest.mark.parametrize("case", ["fused", ".data", "frozen weights", "one of the weights"])
 def test_training_that_changes_a_weight_or_has_no_weight_to_change_gives_no_warning(case):
-    model = conv_net()
+    model = net()
     if case == "frozen weights":
         for layer in (model[0], model[3], model[4]):
             layer.weight.requires_grad_(False)

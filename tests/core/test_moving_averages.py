@@ -12,15 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 import feather_param
 from tests.core.classifier import INPUTS, SIZE, make_step, require_agreement, trained_classifier
-from tests.core.models import (
-    CONV_SIZE,
-    IMAGES,
-    average_parameters,
-    conv_net,
-    linear_net,
-    train_on_noise,
-    zeros_in_pass,
-)
+from tests.core.models import IMAGES, average_parameters, linear_net, train_on_noise, zeros_in_pass
+from tests.network import WEIGHTS, net
 from tests.training import zeros_in
 
 
@@ -64,7 +57,7 @@ AVERAGES = {
 @pytest.mark.parametrize("first_step", [0, 2, 5])
 @pytest.mark.parametrize("model_first", [True, False])
 def test_a_moving_average_is_evaluated_and_baked_with_the_final_number_of_zeros(make, first_step, model_first):
-    model = conv_net()
+    model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=8, end_step=5)
     update = lambda: None  # noqa: E731
@@ -76,7 +69,7 @@ def test_a_moving_average_is_evaluated_and_baked_with_the_final_number_of_zeros(
         optimizer.zero_grad()
         controller.step()
         update()
-    zeros = round(0.9 * CONV_SIZE)
+    zeros = round(0.9 * WEIGHTS)
     output, output_of_average = model.eval()(IMAGES), average.eval()(IMAGES)
     assert zeros_in(average) == zeros
     for each in (model, average) if model_first else (average, model):

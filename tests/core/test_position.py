@@ -12,8 +12,9 @@ from torch import nn
 import feather_param
 from tests import twins
 from tests.core.classifier import SIZE, make_step, require_agreement, trained_classifier
-from tests.core.models import CONV_SIZE, image_loss, linear_net, train_on_noise, zeros_in_pass
+from tests.core.models import image_loss, linear_net, train_on_noise, zeros_in_pass
 from tests.core.sparsified import FINAL_ZEROS, sparsified
+from tests.network import WEIGHTS
 from tests.training import same_state, train, zeros_in
 
 
@@ -57,7 +58,7 @@ def test_a_run_resumed_at_any_step_equals_the_uninterrupted_run(guards, freeze_a
     assert controller.state_dict() == uninterrupted[2].state_dict()
     assert same_state(model.state_dict(), uninterrupted[0].state_dict())
     feather_param.desparsify(model)
-    assert zeros_in(model) == round(controller.rate * CONV_SIZE)
+    assert zeros_in(model) == round(controller.rate * WEIGHTS)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

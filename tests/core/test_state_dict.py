@@ -11,14 +11,15 @@ from torch.nn.utils import parametrizations as torch_parametrizations
 
 import feather_param
 from tests import twins
-from tests.core.models import IMAGES, conv_net, sparsify_at_once
+from tests.core.models import IMAGES, sparsify_at_once
 from tests.core.sparsified import FINAL_ZEROS, at_final_rate, sparsified
+from tests.network import net
 from tests.training import all_equal, dense_weights, same_state, zeros_in
 
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_plain_state_loads_into_a_sparsified_model(assign):
-    pretrained = conv_net(1)
+    pretrained = net(1)
     model, controller = at_final_rate()
     result = model.load_state_dict(pretrained.state_dict(), assign=assign)
     assert not result.missing_keys
@@ -33,14 +34,14 @@ def test_a_plain_state_loads_into_a_sparsified_model(assign):
 
 def test_a_plain_state_with_missing_unexpected_or_misshapen_entries_is_refused():
     model, _ = sparsified()
-    state = conv_net(1).state_dict()
+    state = net(1).state_dict()
     del state["3.weight"]
     with pytest.raises(RuntimeError, match=r"Missing key.*3\.parametrizations\.weight\.original"):
         model.load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*\"9.weight\""):
-        model.load_state_dict({**conv_net(1).state_dict(), "9.weight": torch.ones(1)})
+        model.load_state_dict({**net(1).state_dict(), "9.weight": torch.ones(1)})
     with pytest.raises(RuntimeError, match="size mismatch"):
-        model.load_state_dict({**conv_net(1).state_dict(), "3.weight": torch.ones(1, 1)})
+        model.load_state_dict({**net(1).state_dict(), "3.weight": torch.ones(1, 1)})
 
 
 def test_a_sparsified_state_loads_into_a_sparsified_model_but_not_into_a_plain_one():
@@ -54,13 +55,13 @@ def test_a_sparsified_state_loads_into_a_sparsified_model_but_not_into_a_plain_o
     feather_param.desparsify(model)
     assert same_state(other.state_dict(), model.state_dict())
     with pytest.raises(RuntimeError, match=r"Missing key.*0\.weight"):
-        conv_net().load_state_dict(sparsified()[0].state_dict())
+        net().load_state_dict(sparsified()[0].state_dict())
 
 
 def test_a_baked_state_loads_into_a_plain_model_and_into_a_sparsified_one():
     model, _ = at_final_rate()
     state = feather_param.baked_state_dict(model)
-    plain = conv_net(1)
+    plain = net(1)
     plain.load_state_dict(state)
     # A kept tie is baked as the smallest number of its dtype, which is too small to change a sum.
     torch.testing.assert_close(plain.eval()(IMAGES), model.eval()(IMAGES), rtol=0, atol=1e-30)
@@ -73,7 +74,7 @@ def test_a_baked_model_loads_plain_states_only():
     model, _ = at_final_rate()
     state = model.state_dict()
     feather_param.desparsify(model)
-    model.load_state_dict(conv_net(1).state_dict())
+    model.load_state_dict(net(1).state_dict())
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict(state)
     assert not model[0]._load_state_dict_pre_hooks
@@ -83,7 +84,7 @@ def test_plain_sparsified_and_frozen_models_are_saved_and_loaded_by_safetensors(
     safetensors = pytest.importorskip("safetensors.torch")
     frozen, controller = at_final_rate()
     controller.freeze()
-    for name, source in {"plain": conv_net(1), "sparsified": at_final_rate(1)[0], "frozen": frozen}.items():
+    for name, source in {"plain": net(1), "sparsified": at_final_rate(1)[0], "frozen": frozen}.items():
         safetensors.save_model(source, tmp_path / name)
         target, _ = at_final_rate(2)
         safetensors.load_model(target, tmp_path / name)
@@ -107,8 +108,8 @@ def test_a_model_loads_a_plain_state_after_its_copy_was_baked():
     model, _ = at_final_rate()
     copied = copy.deepcopy(model)
     feather_param.desparsify(copied)
-    model.load_state_dict(conv_net(1).state_dict())
-    assert torch.equal(dense_weights(model)[0], conv_net(1)[0].weight)
+    model.load_state_dict(net(1).state_dict())
+    assert torch.equal(dense_weights(model)[0], net(1)[0].weight)
 
 
 def test_a_model_with_guards_loads_states_and_keeps_its_number_of_zeros():
@@ -117,7 +118,7 @@ def test_a_model_with_guards_loads_states_and_keeps_its_number_of_zeros():
     other, _ = at_final_rate(2, **arguments)
     other.load_state_dict(source.state_dict())
     assert torch.equal(other.eval()(IMAGES), source.eval()(IMAGES))
-    other.load_state_dict(conv_net(3).state_dict())
+    other.load_state_dict(net(3).state_dict())
     other(IMAGES)
     assert zeros_in(other) == FINAL_ZEROS
     other.load_state_dict(at_final_rate(1)[0].state_dict())  # of a model without guards
@@ -140,7 +141,7 @@ def test_weights_untied_by_a_load_with_assign_are_refused_until_they_are_tied_ag
 
 
 def test_a_plain_state_changes_the_threshold_and_the_compiled_model_at_once():
-    pretrained = conv_net(1)
+    pretrained = net(1)
     with torch.no_grad():
         for weight in twins.prunable(pretrained):
             weight.mul_(10)
@@ -157,13 +158,13 @@ def test_a_plain_state_changes_the_threshold_and_the_compiled_model_at_once():
 
 def test_one_entry_of_a_plain_state_changes_the_threshold():
     model, controller = at_final_rate()
-    model.load_state_dict({"3.weight": 10 * conv_net(1)[3].weight.detach()}, strict=False)
+    model.load_state_dict({"3.weight": 10 * net(1)[3].weight.detach()}, strict=False)
     assert float(controller.threshold) == twins.threshold(dense_weights(model), FINAL_ZEROS)
 
 
 def test_a_state_with_nan_loads_and_the_next_step_refuses_it():
     model, controller = at_final_rate()
-    broken = conv_net(1).state_dict()
+    broken = net(1).state_dict()
     broken["3.weight"][0, 0] = float("nan")
     model.load_state_dict(broken)
     with pytest.raises(ValueError, match=r"NaN or infinity in 3\.weight"):
