@@ -53,7 +53,8 @@ def sparsify(
         start_step: step at which the schedule starts. With `cubic` and `linear` the rate is still 0 there.
         end_step: first step with the rate ``final_rate``; None: ``total_steps // 2`` (0 if ``total_steps`` is 1).
         schedule: maps the progress between these steps, in [0, 1], to a fraction of ``final_rate``, in [0, 1].
-        p: exponent of the operator, a number >= 1 (1: soft thresholding) or ``math.inf`` (hard thresholding).
+        p: exponent of the operator, a number > 0 (1: soft thresholding) or ``math.inf`` (hard thresholding). The
+            smaller, the more weights near the threshold shrink.
         theta: scale of the gradient of pruned weights: a number >= 0, or a function of the current rate
             (``lambda rate: 1.0 if rate < 0.9 else 0.5``); None: 0.5 if ``final_rate`` is above 0.95, else 1.
         include: prune only these weights: globs on names, or a predicate ``(name, module) -> bool``. A glob matches

@@ -9,6 +9,7 @@ from torch import nn
 
 import feather_param
 from feather_param.ops.kth import kth_magnitude
+from tests import twins
 from tests.training import zeros_in
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -27,7 +28,19 @@ def test_the_kth_magnitude_equals_that_of_a_cpu(dtype, k):
     assert torch.equal(kth_magnitude(on_gpu, k).cpu(), kth_magnitude(weights, k))
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 5.0, float("inf")])
+@pytest.mark.parametrize("p", [0.25, 0.5, 1.0, 2.0, 3.0, 5.0, float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_operator_equals_the_equation_within_rounding(dtype, p):
+    weight = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[:64] = (0.5 * (1 + torch.arange(64) * 2.0**-23)).to(dtype)
+    got = feather_param.parametrizations.feather_threshold(weight.cuda(), torch.tensor(0.5, device="cuda"), p=p)
+    exact = twins.operator(weight, 0.5, p)
+    info = torch.finfo(dtype)
+    assert got.dtype == dtype
+    assert ((got.cpu().double() - exact).abs() <= 8 * info.eps * exact.abs() + info.smallest_normal * info.eps).all()
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5, 1.0, 2.0, 3.0, 5.0, float("inf")])
 def test_a_zero_threshold_returns_subnormal_numbers_unchanged(p):
     weight = torch.tensor([1e-40, -1e-45, 2e-38, 0.0, 3.0], device="cuda")
     for threshold in (torch.zeros((), device="cuda"), torch.zeros(())):

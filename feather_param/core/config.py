@@ -66,8 +66,8 @@ class Config:
         for progress in (0.0, 0.5, 1.0):
             self._fraction(progress)
         p = real("p", self.p)
-        if not p >= 1.0:
-            raise ValueError(f"expected p >= 1 or math.inf, got {p}")
+        if not p > 0.0:
+            raise ValueError(f"expected p > 0 or math.inf, got {p}")
         theta = (0.5 if final_rate > 0.95 else 1.0) if self.theta is None else self.theta
         if callable(theta):
             for rate in (0.0, final_rate):

@@ -21,15 +21,18 @@ from feather_param.ops.tracing import concrete, transformed
 
 # Note [Factor]
 # Where |w| > t, the operator multiplies w by a factor:
-#     sign(w) (|w|^p - t^p)^(1/p) = w (1 - (t / |w|)^p)^(1/p) = w (1 - (1 - u)^p)^(1/p)   with u = (|w| - t) / |w|
+#     sign(w) (|w|^p - t^p)^(1/p) = w (1 - q^p)^(1/p)   with q = t / |w| = 1 - u and u = (|w| - t) / |w|
 # The equation on the left cancels near the threshold. u does not: for t <= |w| <= 2 t the difference |w| - t is exact
 # in floating-point arithmetic. u lies in (0, 1], and for a few exponents the factor is simple:
+#     p = 1/2       (u / (1 + q^(1/2)))^2
 #     p = 1         u
 #     p = 2         ((2 - u) u)^(1/2)
 #     p = 3         (u (3 - u (3 - u)))^(1/3)
 #     p = infinity  1
-#     other p       (-expm1(p log1p(-u)))^(1/p)
-# A factor of exactly 1 for u = 1 makes a zero threshold the identity.
+#     other p       (-expm1(p log(q)))^(1/p)   with log(q) = log1p(-u) for u < 1/2
+# A factor of exactly 1 for u = 1 makes a zero threshold the identity. The last line is computed in float64, because the
+# power 1/p multiplies the relative error of its argument by 1/p. For a small p the factor may underflow to 0 near the
+# threshold, where it is about (p u)^(1/p).
 # It is computed in `_factor` (torch), in `operator_cpu` (numpy) and in `operator_triton` (Triton).
 
 
@@ -39,7 +42,8 @@ def feather_threshold(weight: Tensor, threshold: Tensor, theta: float | Tensor =
     .. math::
         P(w) = \operatorname{sign}(w) \, (|w|^p - t^p)^{1/p} \text{ where } |w| > t, \text{ else } 0
 
-    ``p = 1`` is soft thresholding, ``p = math.inf`` hard thresholding. A zero threshold is the identity.
+    ``p = 1`` is soft thresholding, ``p = math.inf`` hard thresholding. The smaller ``p`` is, the more an element near
+    the threshold shrinks. A zero threshold is the identity.
     Magnitudes are compared in float32, those of a float64 weight in float64. Arithmetic has at least this precision.
 
     The gradient of the weight is straight-through: 1 where :math:`|w| > t`, ``theta`` elsewhere. ``threshold`` gets no
@@ -50,7 +54,7 @@ def feather_threshold(weight: Tensor, threshold: Tensor, theta: float | Tensor =
         threshold: the threshold t >= 0, a 0-dim tensor; float32, or float64 if the weight is.
         theta: scale of the gradient of the pruned elements. A 0-dim tensor may change between steps without a
             recompilation.
-        p: exponent, a number >= 1 or ``math.inf``.
+        p: exponent, a number > 0 or ``math.inf``.
 
     Returns:
         A tensor of the shape, dtype and memory format of ``weight``.
@@ -138,7 +142,7 @@ def _compute(weight: Tensor, threshold: Tensor, p: float, with_mask: bool) -> tu
     if concrete(weight):
         if weight.device.type == "cpu" and operator_cpu.supports(weight):
             return _shrink_on_cpu(weight, threshold, p, with_mask)
-        if weight.device.type == "cuda" and (found := kernels(weight.device)) and found.operator.supports(weight, p):
+        if weight.device.type == "cuda" and (found := kernels(weight.device)) and found.operator.supports(weight):
             return _shrink_on_gpu(weight, threshold, p, with_mask, found.operator)
     out, pruned = _shrink(weight, threshold, p)
     # `.to` with the same dtype returns the same tensor. torch.compile of torch 2.11 treats it as another output, and
@@ -179,12 +183,20 @@ def _shrink(weight: Tensor, threshold: Tensor, p: float) -> tuple[Tensor, Tensor
     pruned = magnitude <= threshold  # False for a NaN, which must stay visible
     if p == math.inf:
         return torch.where(pruned, 0.0, weight), pruned
+    if p not in _SIMPLE and magnitude.device.type != "mps":  # which has no float64
+        magnitude = magnitude.double()
+    return torch.where(pruned, 0.0, _factor(magnitude, threshold, p).mul_(weight)), pruned
+
+
+# The exponents for which the factor needs no power with a varying exponent.
+_SIMPLE = (0.5, 1.0, 2.0, 3.0)
+
+
+def _factor(magnitude: Tensor, threshold: Tensor, p: float) -> Tensor:
+    """Return P(w) / w, see Note [Factor]; elements of at most the threshold give undefined values."""
     u = (magnitude - threshold).div_(magnitude)
-    return torch.where(pruned, 0.0, _factor(u, p).mul_(weight)), pruned
-
-
-def _factor(u: Tensor, p: float) -> Tensor:
-    """Return (1 - (1 - u)^p)^(1/p), see Note [Factor]; elements of `u` outside of (0, 1] give undefined values."""
+    if p == 0.5:
+        return u.div_((threshold / magnitude).sqrt_().add_(1.0)).square_()
     if p == 1.0:
         return u
     if p == 2.0:
@@ -193,7 +205,8 @@ def _factor(u: Tensor, p: float) -> Tensor:
         cube = torch.sub(u, 3.0).mul_(u).add_(3.0).mul_(u)
         fused = torch.compiler.is_dynamo_compiling() and cube.dtype == torch.float32 and _bits_allowed()
         return _cube_root(cube) if fused else cube.pow_(1.0 / 3.0)
-    return u.neg_().log1p_().mul_(p).expm1_().neg_().pow_(1.0 / p)
+    logarithm = torch.where(u < 0.5, u.neg().log1p_(), (threshold / magnitude).log_())
+    return logarithm.mul_(p).expm1_().neg_().pow_(1.0 / p)
 
 
 def _bits_allowed() -> bool:

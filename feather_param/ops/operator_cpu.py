@@ -22,6 +22,9 @@ from feather_param.ops.threads import in_threads
 # (`benchmarks.operator`).
 _CHUNK = 1 << 17
 
+# The exponents for which the factor is exact enough in float32, see Note [Factor] in `operator`.
+_SIMPLE = (0.5, 1.0, 2.0, 3.0)
+
 Floats = NDArray[np.floating[Any]]
 
 
@@ -95,16 +98,22 @@ def _move(bits: Bits, t: np.floating[Any], p: float, dtype: torch.dtype, pruned:
 
 def _moved(kept: Floats, t: np.floating[Any], p: float) -> Floats:
     """Return P(w) of kept elements."""
-    magnitude = np.abs(kept)
+    magnitude = np.abs(kept, dtype=kept.dtype if p in _SIMPLE else np.float64)
+    factor = _factor(magnitude, t, p)
+    factor *= kept
+    return factor.astype(kept.dtype, copy=False)
+
+
+def _factor(magnitude: Floats, t: np.floating[Any], p: float) -> Floats:
+    """Return P(w) / w of kept elements, see Note [Factor] in `operator`."""
     u = magnitude - t
     u /= magnitude
-    factor = _factor(u, p)
-    factor *= kept
-    return factor
-
-
-def _factor(u: Floats, p: float) -> Floats:
-    """Return (1 - (1 - u)^p)^(1/p) for u in (0, 1], see Note [Factor] in `operator`."""
+    if p == 0.5:
+        factor = t / magnitude
+        np.sqrt(factor, out=factor)
+        factor += 1.0
+        np.divide(u, factor, out=factor)
+        return np.square(factor, out=factor)
     if p == 1.0:
         return u
     if p == 2.0:
@@ -117,7 +126,7 @@ def _factor(u: Floats, p: float) -> Floats:
         factor += 3.0
         factor *= u
         return np.cbrt(factor, out=factor)
-    factor = np.log1p(-u)
+    factor = np.where(u < 0.5, np.log1p(-u), np.log(t / magnitude))
     factor *= p
     np.expm1(factor, out=factor)
     np.negative(factor, out=factor)

@@ -19,9 +19,9 @@ from torch import Tensor
 _BLOCK = 1024
 
 
-def supports(weight: Tensor, p: float) -> bool:
-    """Return whether `shrink` supports the dtype of the weight and the exponent."""
-    return weight.dtype in (torch.float32, torch.float16, torch.bfloat16) and p in (1.0, 2.0, 3.0, math.inf)
+def supports(weight: Tensor) -> bool:
+    """Return whether `shrink` supports the dtype of the weight."""
+    return weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
@@ -38,14 +38,23 @@ def _shrink_kernel(weight, threshold, out, pruned, n, P: tl.constexpr, MASKED: t
         # u and the factor are explained in `operator`, Note [Factor].
         # Up to triton 3.4, division treats subnormal numbers as 0, and 0 / 0 is NaN. u = 1 keeps them.
         u = tl.where(magnitude < 1.1754943508222875e-38, 1.0, tl.div_rn(magnitude - t, magnitude))
-        if P == 1:
+        if P == 0.5:
+            quotient = tl.where(magnitude < 1.1754943508222875e-38, 0.0, tl.div_rn(t, magnitude))
+            root = tl.div_rn(u, 1.0 + tl.sqrt_rn(quotient))
+            factor = root * root
+        elif P == 1:
             factor = u
         elif P == 2:
             factor = tl.sqrt_rn((2.0 - u) * u)
-        else:
+        elif P == 3:
             cube = u * (3.0 - u * (3.0 - u))
             root = tl.exp2(tl.log2(cube) * 0.3333333333333333)
             factor = root - (root - tl.div_rn(cube, root * root)) * 0.3333333333333333  # one Newton step
+        else:  # in float64, since the power 1 / P multiplies the error
+            quotient = t.to(tl.float64) / tl.where(gone, 1.0, magnitude).to(tl.float64)
+            whole = quotient == 0.0
+            power = tl.exp(P * tl.log(tl.where(gone | whole, 0.5, quotient)))  # (t / |w|)^P
+            factor = tl.where(whole, 1.0, tl.exp(tl.log(1.0 - power) / P)).to(tl.float32)
         value = factor * w
     tl.store(out + at, tl.where(gone, 0.0, value), mask=there)  # rounded to the dtype of `out`
     if MASKED:
@@ -67,7 +76,7 @@ def shrink(weight: Tensor, threshold: Tensor, p: float, out: Tensor, pruned: Ten
                 out,
                 out if pruned is None else pruned,
                 n,
-                P=0 if p == math.inf else int(p),
+                P=0 if p == math.inf else p,
                 MASKED=pruned is not None,
                 BLOCK=_BLOCK,
             )

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-POWERS = [1.0, 1.5, 2.0, 3.0, 4.0, 7.3, 50.0, math.inf]
+POWERS = [0.25, 0.5, 0.8, 1.0, 1.5, 2.0, 3.0, 4.0, 7.3, 50.0, math.inf]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 

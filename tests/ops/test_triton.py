@@ -97,8 +97,8 @@ def check_shrink() -> None:
         near = 0.5 * (1.0 + torch.tensor([-1.0, 0.0, 1.0, 2.0, 50.0, 1e5]) * 2.0**-23)
         weight = torch.cat([torch.randn(3000), near, -near, torch.zeros(3)]).to(dtype)
         shapes = (weight, weight[:3000].view(10, 20, 3, 5).to(memory_format=torch.channels_last), weight[::2])
-        for p in (1.0, 2.0, 3.0, math.inf):
-            assert operator_triton.supports(weight, p)
+        assert operator_triton.supports(weight)
+        for p in (0.25, 0.5, 0.8, 1.0, 2.0, 3.0, 7.3, math.inf):
             for shaped in shapes:
                 out, pruned = operator._shrink_on_gpu(shaped, threshold, p, True, operator_triton)
                 assert torch.equal(pruned, shaped.abs().float() <= 0.5)
@@ -113,8 +113,13 @@ def check_shrink() -> None:
             assert pruned is None
         lost, _ = operator._shrink_on_gpu(torch.tensor([math.nan, 1.0]), threshold, 3.0, False, operator_triton)
         assert lost.isnan().tolist() == [True, False]
+    far = torch.cat([torch.randn(100), 0.5 + torch.rand(100)])  # far above a threshold, a small p still shrinks
+    for p in (0.25, 0.5, 0.8, 3.0):
+        out, _ = operator._shrink_on_gpu(far, torch.tensor(1e-12), p, False, operator_triton)
+        exact = twins.operator(far, float(torch.tensor(1e-12)), p)
+        assert ((out.double() - exact).abs() <= 8 * 2.0**-23 * exact.abs()).all(), p
     tiny = torch.tensor([1e-40, -1e-45, 2e-38, 0.0])
-    for p in (1.0, 2.0, 3.0, math.inf):
+    for p in (0.25, 0.5, 0.8, 1.0, 2.0, 3.0, 7.3, math.inf):
         same, _ = operator._shrink_on_gpu(tiny, torch.tensor(0.0), p, False, operator_triton)
         assert torch.equal(same, tiny)
         double, _ = operator._shrink_on_gpu(weight, threshold.double(), p, False, operator_triton)
