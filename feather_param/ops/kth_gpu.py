@@ -20,7 +20,7 @@ from feather_param.ops.dtypes import INFINITY_BITS, INTEGER, common_dtype, flat
 _DIGITS = ((8, 23), (8, 15), (8, 7), (7, 0))
 
 
-def kth_by_digits(tensors: Sequence[Tensor], k: int, add_up: Sum, gpu: ModuleType) -> Tensor:
+def kth_by_digits(tensors: Sequence[Tensor], k: int | Tensor, add_up: Sum, gpu: ModuleType) -> Tensor:
     """Return the k-th smallest magnitude as a 0-dim float32 tensor; NaN if an element is not finite.
 
     A histogram of the first digit of all magnitudes gives the first digit of the result. A histogram of the second
@@ -31,9 +31,9 @@ def kth_by_digits(tensors: Sequence[Tensor], k: int, add_up: Sum, gpu: ModuleTyp
     dtype = common_dtype(tensors)
     values = torch.cat([flat(tensor.to(device, dtype)) for tensor in tensors])
     prefix = torch.zeros((), dtype=torch.int32, device=device)
-    rank = torch.full((), k, dtype=torch.int64, device=device)  # among the magnitudes that begin with the prefix
+    rank = k if isinstance(k, Tensor) else torch.full((), k, dtype=torch.int64, device=device)  # among the magnitudes that begin with the prefix
     finite = torch.ones((), dtype=torch.bool, device=device)
-    for width, shift in _DIGITS if k else _DIGITS[:1]:  # k = 0: only to check that all are finite
+    for width, shift in _DIGITS if isinstance(k, Tensor) or k else _DIGITS[:1]:  # k = 0: only to check that all are finite
         histogram = torch.zeros(256, dtype=torch.int64, device=device)
         gpu.add_histogram(histogram, values, prefix, shift, width)
         histogram = add_up(histogram)
@@ -46,7 +46,7 @@ def kth_by_digits(tensors: Sequence[Tensor], k: int, add_up: Sum, gpu: ModuleTyp
     return torch.where(finite, prefix.view(torch.float32), math.nan)
 
 
-def kth_by_bits(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
+def kth_by_bits(tensors: Sequence[Tensor], k: int | Tensor, add_up: Sum) -> Tensor:
     """Return the k-th smallest magnitude as a 0-dim tensor, float64 or float32; NaN if an element is not finite.
 
     The result is the largest number that has fewer than k magnitudes below it. It is built from its highest bit down.
@@ -55,7 +55,7 @@ def kth_by_bits(tensors: Sequence[Tensor], k: int, add_up: Sum) -> Tensor:
     dtype = torch.float64 if common_dtype(tensors) == torch.float64 else torch.float32
     bits = torch.cat([flat(tensor.to(device, dtype)) for tensor in tensors]).abs_().view(INTEGER[dtype])
     kth = torch.zeros((), dtype=INTEGER[dtype], device=device)
-    for bit in reversed(range(8 * kth.element_size() - 1 if k else 0)):
+    for bit in reversed(range(8 * kth.element_size() - 1 if isinstance(k, Tensor) or k else 0)):
         candidate = kth + (1 << bit)
         kth = torch.where(add_up((bits < candidate).sum()) < k, candidate, kth)
     finite = add_up((bits >= INFINITY_BITS[dtype]).sum()) == 0
