@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from benchmarks import cifar100_results, cifar100_table, timing
 from benchmarks.cifar100_run import Run, execute
@@ -21,7 +22,7 @@ from benchmarks.methods import DENSE, METHODS
 from examples.data import ImageData, Split
 
 CPU = torch.device("cpu")
-TINY = Protocol(("resnet20",), (0.5, 0.9), ("feather", "hard"), seeds=2, epochs=1, train_size=200, width=2)
+TINY = Protocol({"resnet20": 2}, (0.5, 0.9), ("feather", "hard"), seeds=2, epochs=1, train_size=100, dataset="ten")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,18 @@ def data() -> ImageData:
         return Split(images, torch.arange(count) % 4)
 
     return ImageData(split(300), split(50), 4, padding=1, flip=True, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def runnable(name: str) -> bool:
+    """Return whether this version of the library takes the settings of a method."""
+    try:
+        METHODS[name].apply(nn.Linear(4, 4), 0.5, 10)
+    except ValueError:
+        return False
+    return True
+
+
+RUNNABLE = [name for name in METHODS if runnable(name)]
 
 
 def a_run(method: str, rate: float = 0.8, seed: int = 0) -> Run:
@@ -53,7 +66,7 @@ def uninterrupted(run: Run, data: ImageData, folder: Path) -> dict[str, Any]:
     return result(run, folder)
 
 
-@pytest.mark.parametrize("method", [DENSE, *METHODS])
+@pytest.mark.parametrize("method", [DENSE, *RUNNABLE])
 def test_an_interrupted_run_continues_to_the_same_result(method, data, tmp_path):
     run = a_run(method)
     whole = uninterrupted(run, data, tmp_path / "whole")
@@ -72,7 +85,7 @@ def test_an_interrupted_run_continues_to_the_same_result(method, data, tmp_path)
 
 
 def test_methods_differ_where_they_should(data, tmp_path):
-    losses = {method: uninterrupted(a_run(method), data, tmp_path / method)["loss"] for method in METHODS}
+    losses = {method: uninterrupted(a_run(method), data, tmp_path / method)["loss"] for method in RUNNABLE}
     same = {frozenset({"feather", "theta_1"})}  # theta is 1 up to a rate of 0.95
     for one in losses:
         for other in losses:
@@ -99,19 +112,19 @@ def write_cifar(folder: Path) -> None:
     generator = np.random.default_rng(0)
     for name, count in (("train", 400), ("test", 40)):
         records = generator.integers(0, 256, (count, 2 + 3072), dtype=np.uint8)
-        records[:, 1] = np.arange(count) % 100
+        records[:, 1] = np.arange(count) % 20
         path = folder / "cifar-100-binary" / f"{name}.bin"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(records.tobytes())
 
 
 def test_only_missing_runs_are_made(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(PROTOCOLS, "short", TINY)
+    monkeypatch.setitem(PROTOCOLS, "ten", TINY)
     write_cifar(tmp_path / "data")
-    command = ["--protocol", "short", "--data-dir", str(tmp_path / "data"), "--results", str(tmp_path), "--jobs", "2"]
+    command = ["--protocol", "ten", "--data-dir", str(tmp_path / "data"), "--results", str(tmp_path), "--jobs", "2"]
     assert cifar100_table.main(command) == 0
     first = capsys.readouterr().out
-    folder = tmp_path / "cifar100_short"
+    folder = tmp_path / "ten"
     files = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(files) == 2 + 2 * 2 * 2
     gone = folder / "resnet20_hard_0.9_seed1.json"
@@ -122,29 +135,29 @@ def test_only_missing_runs_are_made(tmp_path, monkeypatch, capsys):
     assert {name for name in after if after[name] != files[name]} == {gone.name}
     assert json.loads(gone.read_text())["accuracy"] == before["accuracy"]
     assert "exactly the promised one in each of the 10 runs" in first
-    assert (tmp_path / "cifar100_short.md").read_text() + "\n" == capsys.readouterr().out
-    assert (tmp_path / "cifar100_short.png").stat().st_size > 10_000
-    monkeypatch.setitem(PROTOCOLS, "short", replace(TINY, epochs=3))
+    assert (tmp_path / "ten.md").read_text() + "\n" == capsys.readouterr().out
+    assert (tmp_path / "ten.png").stat().st_size > 10_000
+    monkeypatch.setitem(PROTOCOLS, "ten", replace(TINY, epochs=3))
     assert cifar100_table.main(command) == 2
     assert "expected the settings" in capsys.readouterr().err
     assert cifar100_table.main([*command, "--only-table"]) == 0
 
 
 def test_another_number_of_epochs_has_another_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(PROTOCOLS, "short", replace(TINY, seeds=1, rates=(0.5,), methods=("feather",)))
+    monkeypatch.setitem(PROTOCOLS, "ten", replace(TINY, seeds=1, rates=(0.5,), methods=("feather",)))
     write_cifar(tmp_path / "data")
-    command = ["--protocol", "short", "--data-dir", str(tmp_path / "data"), "--results", str(tmp_path), "--jobs", "1"]
+    command = ["--protocol", "ten", "--data-dir", str(tmp_path / "data"), "--results", str(tmp_path), "--jobs", "1"]
     assert cifar100_table.main([*command, "--epochs", "2"]) == 0
     assert "# CIFAR-100, 2 epochs" in capsys.readouterr().out
-    assert len(list((tmp_path / "cifar100_short_2_epochs").iterdir())) == 2
-    assert not (tmp_path / "cifar100_short").exists()
+    assert len(list((tmp_path / "ten_2_epochs").iterdir())) == 2
+    assert not (tmp_path / "ten").exists()
     assert cifar100_table.main([*command, "--epochs", "1", "--only-table"]) == 1
 
 
 def test_ctrl_c_saves_and_says_how_to_continue(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(PROTOCOLS, "short", replace(TINY, epochs=200))
+    monkeypatch.setitem(PROTOCOLS, "ten", replace(TINY, epochs=200))
     write_cifar(tmp_path / "data")
-    command = ["--protocol", "short", "--data-dir", str(tmp_path / "data"), "--results", str(tmp_path), "--jobs", "1"]
+    command = ["--protocol", "ten", "--data-dir", str(tmp_path / "data"), "--results", str(tmp_path), "--jobs", "1"]
     update = cifar100_table.tqdm.update
 
     def interrupt(bar, n=1):
@@ -155,7 +168,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cifar100_table.tqdm, "update", interrupt)
     assert cifar100_table.main(command) == 130
     assert "the same command continues" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "cifar100_short").iterdir()] == ["resnet20_dense_0.0_seed0.checkpoint.pt"]
+    assert [path.name for path in (tmp_path / "ten").iterdir()] == ["resnet20_dense_0.0_seed0.checkpoint.pt"]
 
 
 def test_missing_data_are_reported_in_one_sentence(tmp_path, monkeypatch, capsys):
@@ -165,14 +178,14 @@ def test_missing_data_are_reported_in_one_sentence(tmp_path, monkeypatch, capsys
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", no_network)
-    command = ["--protocol", "short", "--data-dir", str(tmp_path), "--results", str(tmp_path)]
+    command = ["--protocol", "ten", "--data-dir", str(tmp_path), "--results", str(tmp_path)]
     assert cifar100_table.main(command) == 2
     assert "cifar100_table: error: expected CIFAR100 in" in capsys.readouterr().err
 
 
 def test_without_results_there_is_no_table(tmp_path, capsys):
-    assert cifar100_table.main(["--protocol", "short", "--results", str(tmp_path), "--only-table"]) == 1
-    assert capsys.readouterr().err == f"cifar100_table: no results in {tmp_path / 'cifar100_short'}\n"
+    assert cifar100_table.main(["--protocol", "ten", "--results", str(tmp_path), "--only-table"]) == 1
+    assert capsys.readouterr().err == f"cifar100_table: no results in {tmp_path / 'ten'}\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -181,10 +194,10 @@ def test_without_results_there_is_no_table(tmp_path, capsys):
     ("content", "got"), [(b'{"run": ', "a damaged file"), (b"\xff", "a damaged file"), (b"[]", "another")]
 )
 def test_the_error_names_a_damaged_result(content, got, only_table, tmp_path, capsys):
-    path = tmp_path / "cifar100_short" / f"{PROTOCOLS['short'].runs()[0].name}.json"
+    path = tmp_path / "ten" / f"{PROTOCOLS['ten'].runs()[0].name}.json"
     path.parent.mkdir()
     path.write_bytes(content)
-    assert cifar100_table.main(["--protocol", "short", "--results", str(tmp_path), *only_table]) == 2
+    assert cifar100_table.main(["--protocol", "ten", "--results", str(tmp_path), *only_table]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"cifar100_table: error: expected the JSON of a run in {path}, got {got}")
     assert said.endswith("; move it away\n")
