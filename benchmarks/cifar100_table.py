@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import cifar100_results, timing
+from benchmarks import cifar100_pictures, cifar100_results, timing
 from benchmarks.cifar100_run import Run, execute
 from benchmarks.methods import DENSE, METHODS
 from examples.data import ImageData, load_data
@@ -53,6 +53,7 @@ class Protocol:
         title: its name in the table.
         first: the methods whose runs are made before all others, at the rates `first_rates`.
         first_rates: see `first`.
+        drawn: the methods in the picture of the accuracies; all of them if there are none.
     """
 
     widths: Mapping[str, float]
@@ -65,6 +66,7 @@ class Protocol:
     title: str = "CIFAR-100"
     first: tuple[str, ...] = ()
     first_rates: tuple[float, ...] = ()
+    drawn: tuple[str, ...] = ()
 
     def runs(self) -> list[Run]:
         """Return the runs in their order: for each network, the dense runs, then those of each method.
@@ -91,6 +93,7 @@ class Protocol:
 
 
 PAPERS_RATES = (0.90, 0.95, 0.98, 0.99, 0.995)
+CORE = ("feather", "soft", "p_0.5", "gradual", "one_shot")
 ALLOCATIONS = ("erk", "lamp", "square_root", "normalised", "uniform", "guard", "p_0.5_square_root")
 VARIANTS = ("late_freeze", "late_end", "warm_up", "ema", "ham")
 
@@ -105,18 +108,14 @@ PROTOCOLS = {
     "ten": Protocol(
         widths={"mobilenet_v1": 0.5, "resnet20": 16},
         rates=PAPERS_RATES[::-1],  # the methods differ most at the largest rates, which are therefore the first
-        methods=(
-            *("feather", "soft", "p_0.5", "gradual", "one_shot"),
-            *ALLOCATIONS,
-            *VARIANTS,
-            *(f"p_0.5_{name}" for name in VARIANTS),
-        ),
+        methods=(*CORE, *ALLOCATIONS, *VARIANTS, *(f"p_0.5_{name}" for name in VARIANTS)),
         seeds=3,
         epochs=20,
         dataset="ten",
         title="Ten classes of CIFAR-100",
         first=("feather", "soft", "p_0.5", "gradual"),
         first_rates=(0.995, 0.98, 0.90),
+        drawn=(*CORE, *ALLOCATIONS),
     ),
     "digits": Protocol(
         widths={"resnet20": 0},
@@ -137,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     protocol = PROTOCOLS[arguments.protocol]
     if unknown := set(arguments.networks or ()) - protocol.widths.keys():
         known = ", ".join(protocol.widths)
-        parser.error(f"argument --networks: expected {known} in protocol {arguments.protocol}, got {', '.join(unknown)}")
+        parser.error(
+            f"argument --networks: expected {known} in protocol {arguments.protocol}, got {', '.join(unknown)}"
+        )
     overrides = {key: getattr(arguments, key) for key in ("rates", "methods", "seeds", "epochs")}
     chosen = replace(protocol, **{key: value for key, value in overrides.items() if value is not None})
     networks = arguments.networks or protocol.widths
@@ -160,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if found:
         about = {DENSE: "the same recipe without zeros", **{name: method.about for name, method in METHODS.items()}}
-        print(cifar100_results.write(found, about, folder, chosen.title))
+        pictures = cifar100_pictures.write(found, chosen.drawn or list(about), folder, chosen.title)
+        print(cifar100_results.write(found, about, folder, chosen.title, pictures))
     elif arguments.only_table:
         print(f"cifar100_table: no results in {folder}", file=sys.stderr)
         return 1
