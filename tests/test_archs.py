@@ -36,7 +36,9 @@ def test_a_mobilenet_of_half_the_width_has_half_the_channels() -> None:
 
 
 def test_a_mobilenet_without_channels_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected width \* 32 channels to be 1 or more, got width=0.01; take a larger"):
+    with pytest.raises(
+        ValueError, match=r"expected width \* 32 channels to be 1 or more, got width=0.01; take a larger"
+    ):
         archs.mobilenet_v1(width=0.01)
 
 
