@@ -6,26 +6,28 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import archs
 import feather_param
 from benchmarks import timing
-from benchmarks.methods import DENSE, METHODS
-from examples.cifar100 import Training, bake, parse
+from benchmarks.methods import DENSE, METHODS, mirror_step
+from examples.cifar100 import NETWORKS, Training, bake, parse
 from examples.data import ImageData, TrainBatches
 from examples.resumable import save
 
-__all__ = ["Run", "RunTraining", "execute", "read"]
+__all__ = ["Run", "RunTraining", "build", "content", "execute", "read"]
 
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
-_KEYS = {"run", "accuracy", "loss", "zeros", "total", "promised", "dead", "seconds", "machine"}  # of a JSON file
+# The keys of a JSON file. Files of 2026-11-27 and before do not have "layers".
+_KEYS = {"run", "accuracy", "loss", "zeros", "total", "promised", "dead", "seconds", "machine"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Run:
 
     Attributes:
         network: a network of `archs`.
-        width: number of channels of the first stage of ResNet-20; 0 for the default of the network.
+        width: number of channels of the first stage of ResNet-20, or multiplier of the channels of MobileNetV1; 0 for
+            the default of the network.
         method: a key of `METHODS`, or ``dense``.
         rate: the final rate; 0 for a dense network.
         seed: seed of the initialisation and of the data.
@@ -43,7 +46,7 @@ class Run:
     """
 
     network: str
-    width: int
+    width: float
     method: str
     rate: float
     seed: int
@@ -85,6 +88,60 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
+def build(run: Run, classes: int, channels: int) -> nn.Module:
+    """Return a new network of a run, for images with this number of channels and classes.
+
+    The global seed of PyTorch determines its initialisation.
+
+    Raises:
+        ValueError: the run gives a width to a network that has no such argument.
+
+    Example:
+        >>> build(Run("mobilenet_v1", 0.5, "feather", 0.995, 0, 20, None), 10, 3).fc
+        Linear(in_features=512, out_features=10, bias=True)
+    """
+    if not run.width:
+        return NETWORKS[run.network](classes, channels)
+    if run.network == "mobilenet_v1":
+        return archs.mobilenet_v1(classes, channels, run.width)
+    if run.network == "resnet20":
+        return archs.resnet20(classes, channels, round(run.width))
+    raise ValueError(f"expected width 0 for {run.network}, got {run.width}; only resnet20 and mobilenet_v1 have widths")
+
+
+def content(
+    run: Run, model: nn.Module, accuracy: float, loss: float, seconds: float, machine: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the content of the JSON file of a run.
+
+    Args:
+        run: the settings.
+        model: the plain network after the training, with its zeros baked in.
+        accuracy: its test accuracy, a fraction.
+        loss: its mean loss on the test images.
+        seconds: time of the training.
+        machine: what `timing.machine` returned when the training started.
+    """
+    layers = []
+    for row in feather_param.plan(model, final_rate=0.5).rows:  # the prunable weights are the same for any rate
+        weight = model.get_parameter(row.name)
+        survivors = int(torch.count_nonzero(weight))
+        layers.append({"name": row.name, "size": row.total, "survivors": survivors, "outputs": len(weight)})
+    total = sum(layer["size"] for layer in layers)
+    return {
+        "run": asdict(run),
+        "accuracy": accuracy,
+        "loss": loss,
+        "zeros": total - sum(layer["survivors"] for layer in layers),
+        "total": total,
+        "promised": round(run.rate * total),
+        "dead": [layer["name"] for layer in layers if not layer["survivors"]],
+        "layers": layers,
+        "seconds": round(seconds, 1),
+        "machine": dict(machine),
+    }
+
+
 class RunTraining(Training):
     """The training of a run: that of the example, with another method or width.
 
@@ -95,6 +152,7 @@ class RunTraining(Training):
 
     Attributes:
         method: the method of the run; None for a dense network.
+        average: the moving average of the network, where the method has one; else None.
     """
 
     def __init__(self, run: Run, data: ImageData, device: torch.device) -> None:
@@ -103,23 +161,35 @@ class RunTraining(Training):
         options = f"--model={run.network} --epochs={run.epochs} --ptarget={run.rate} --seed={run.seed} --amp"
         batches = TrainBatches(data, batch_size=128, epochs=run.epochs, seed=run.seed)
         super().__init__(parse(options.split()), batches, device)
+        decay = self.method and self.method.average
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+        if self.method and self.method.mirror:
+            self.optimizer.register_step_post_hook(lambda optimizer, *_: mirror_step(optimizer))
 
     def network(self) -> nn.Module:
         """Return a new network of the width of the run."""
-        if not self.run.width:
-            return super().network()
         data = self.batches.data
-        return archs.resnet20(num_classes=data.classes, in_channels=data.channels, width=self.run.width)
+        return build(self.run, data.classes, data.channels)
 
     def sparsify(self) -> feather_param.Controller | None:
         """Sparsify the model with the method of the run."""
         return self.method and self.method.apply(self.model, self.run.rate, len(self.batches))
 
     def next_step(self) -> None:
-        """Train on the next batch, and freeze the mask where the method does."""
+        """Train on the next batch, freeze the mask where the method does, and update the moving average."""
         self.step(*self.batches[self.step_count])
         if self.method and self.controller and self.method.freezes_after(self.step_count, len(self.batches)):
             self.controller.freeze()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def finish(self) -> None:
+        """Replace the network by its moving average, where the method has one. The training is over then."""
+        if self.average is not None:
+            self.model = self.average.module
+
+    def _parts(self) -> dict[str, Any]:
+        return super()._parts() | ({} if self.average is None else {"average": self.average})
 
 
 def execute(
@@ -174,19 +244,10 @@ def execute(
                 save_checkpoint()
                 return False
         with tempfile.TemporaryDirectory() as scratch:
-            report = None if training.controller is None else training.controller.report()
+            training.finish()
             baked = bake(training, Path(scratch) / "model.pt")
-    content = {
-        "run": asdict(run),
-        "accuracy": baked["accuracy"],
-        "loss": baked["test_loss"],
-        "zeros": baked["zeros"],
-        "total": baked["total"],
-        "promised": round(run.rate * baked["total"]),
-        "dead": [] if report is None else list(report.dead),
-        "seconds": round(seconds + time.monotonic() - start, 1),
-        "machine": machine,
-    }
-    timing.write_whole(folder / f"{run.name}.json", json.dumps(content, indent=1) + "\n")
+    elapsed = seconds + time.monotonic() - start
+    result = content(run, training.model, baked["accuracy"], baked["test_loss"], elapsed, machine)
+    timing.write_whole(folder / f"{run.name}.json", json.dumps(result, indent=1) + "\n")
     checkpoint.unlink(missing_ok=True)
     return True

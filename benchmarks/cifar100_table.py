@@ -5,8 +5,9 @@ There is a run for each combination of network, rate, seed and method. Each run 
 unfinished runs, and the next call continues them. The table is written beside the folder at the end, in Markdown and as
 a picture. ``--only-table`` writes it at any time.
 
-``--protocol paper`` is that of the paper, with all images and 160 epochs. ``--protocol short`` does not need a GPU.
-``--protocol digits`` needs no data set either: it trains on scikit-learn's digits, in 15 minutes on two cores.
+``--protocol paper`` is that of the paper, with all images and 160 epochs. ``--protocol ten`` does not need a GPU: it
+trains small networks on the first ten classes for 20 epochs. ``--protocol digits`` needs no data set either: it trains
+on scikit-learn's digits, in 15 minutes on two cores.
 All compute in bfloat16 where that is safe (autocast).
 """
 
@@ -19,7 +20,7 @@ import os
 import queue
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import cifar100_results, timing
+from benchmarks import cifar100_pictures, cifar100_results, timing
 from benchmarks.cifar100_run import Run, execute
 from benchmarks.methods import DENSE, METHODS
 from examples.data import ImageData, load_data
@@ -39,72 +40,109 @@ __all__ = ["PROTOCOLS", "Protocol", "main"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """The runs of a table."""
+    """The runs of a table.
 
-    networks: tuple[str, ...]
+    Attributes:
+        widths: the networks, each with its width; 0 for its default.
+        rates: the final rates.
+        methods: the methods, in addition to the dense network.
+        seeds: the number of seeds.
+        epochs: the number of epochs.
+        train_size: the number of training images; None for all.
+        dataset: the data set.
+        title: its name in the table.
+        first: the methods whose runs are made before all others, at the rates `first_rates`.
+        first_rates: see `first`.
+        drawn: the methods in the picture of the accuracies; all of them if there are none.
+    """
+
+    widths: Mapping[str, float]
     rates: tuple[float, ...]
     methods: tuple[str, ...]
     seeds: int
     epochs: int
-    train_size: int | None
-    width: int  # of ResNet-20; 0 for its default
+    train_size: int | None = None
     dataset: str = "cifar100"
+    title: str = "CIFAR-100"
+    first: tuple[str, ...] = ()
+    first_rates: tuple[float, ...] = ()
+    drawn: tuple[str, ...] = ()
 
     def runs(self) -> list[Run]:
-        """Return the runs in their order: for each network, the dense runs, then those of each method."""
+        """Return the runs in their order: for each network, the dense runs, then those of each method.
+
+        The runs of `first` are made before the others, one seed after the other.
+        """
 
         def run(network: str, method: str, rate: float, seed: int) -> Run:
-            return Run(network, self.width, method, rate, seed, self.epochs, self.train_size)
+            return Run(network, self.widths[network], method, rate, seed, self.epochs, self.train_size)
 
         runs = []
-        for network in self.networks:
+        for network in self.widths:
             for seed in range(self.seeds):
                 runs.append(run(network, DENSE, 0.0, seed))
             for method in self.methods:
                 runs += [run(network, method, rate, seed) for seed in range(self.seeds) for rate in self.rates]
-        return runs
+        return sorted(runs, key=self._turn)  # stable: the order above is kept within a turn
 
+    def _turn(self, run: Run) -> tuple[bool, int]:
+        if not self.first:
+            return False, 0
+        early = run.method == DENSE or (run.method in self.first and run.rate in self.first_rates)
+        return not early, run.seed
+
+
+PAPERS_RATES = (0.90, 0.95, 0.98, 0.99, 0.995)
+CORE = ("feather", "soft", "p_0.5", "gradual", "one_shot")
+ALLOCATIONS = ("erk", "lamp", "square_root", "normalised", "uniform", "guard", "p_0.5_square_root")
+VARIANTS = ("late_freeze", "late_end", "warm_up", "ema", "ham")
 
 PROTOCOLS = {
     "paper": Protocol(
-        networks=("resnet20", "mobilenet_v1", "densenet"),
-        rates=(0.90, 0.95, 0.98, 0.99, 0.995),
+        widths={"resnet20": 0, "mobilenet_v1": 0, "densenet": 0},
+        rates=PAPERS_RATES,
         methods=("feather", "hard", "soft", "theta_1", "theta_0.5", "one_shot", "gradual"),
         seeds=3,
         epochs=160,
-        train_size=None,
-        width=0,
     ),
-    "short": Protocol(
-        networks=("resnet20",),
-        rates=(0.90, 0.98, 0.995),
-        methods=("feather", "hard", "soft", "one_shot"),
-        seeds=2,
-        epochs=12,
-        train_size=10_000,
-        width=16,
+    "ten": Protocol(
+        widths={"mobilenet_v1": 0.5, "resnet20": 16},
+        rates=PAPERS_RATES[::-1],  # the methods differ most at the largest rates, which are therefore the first
+        methods=(*CORE, *ALLOCATIONS, *VARIANTS, *(f"p_0.5_{name}" for name in VARIANTS)),
+        seeds=3,
+        epochs=20,
+        dataset="ten",
+        title="Ten classes of CIFAR-100",
+        first=("feather", "soft", "p_0.5", "gradual"),
+        first_rates=(0.995, 0.98, 0.90),
+        drawn=(*CORE, *ALLOCATIONS),
     ),
     "digits": Protocol(
-        networks=("resnet20",),
-        rates=(0.90, 0.95, 0.98, 0.99, 0.995, 0.998),
+        widths={"resnet20": 0},
+        rates=(*PAPERS_RATES, 0.998),
         methods=("feather", "soft", "one_shot", "gradual"),
         seeds=3,
         epochs=24,
-        train_size=None,
-        width=0,
         dataset="digits",
+        title="scikit-learn's digits",
     ),
 }
-
-TITLES = {"cifar100": "CIFAR-100", "digits": "scikit-learn's digits"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the missing runs, write the table and the picture, and return the exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     protocol = PROTOCOLS[arguments.protocol]
-    overrides = {key: getattr(arguments, key) for key in ("networks", "rates", "methods", "seeds", "epochs")}
+    if unknown := set(arguments.networks or ()) - protocol.widths.keys():
+        known = ", ".join(protocol.widths)
+        parser.error(
+            f"argument --networks: expected {known} in protocol {arguments.protocol}, got {', '.join(unknown)}"
+        )
+    overrides = {key: getattr(arguments, key) for key in ("rates", "methods", "seeds", "epochs")}
     chosen = replace(protocol, **{key: value for key, value in overrides.items() if value is not None})
+    networks = arguments.networks or protocol.widths
+    chosen = replace(chosen, widths={name: width for name, width in protocol.widths.items() if name in networks})
     longer = f"_{chosen.epochs}_epochs" if chosen.epochs != protocol.epochs else ""
     name = arguments.protocol if chosen.dataset == arguments.protocol else f"{chosen.dataset}_{arguments.protocol}"
     folder = arguments.results / f"{name}{longer}"
@@ -123,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if found:
         about = {DENSE: "the same recipe without zeros", **{name: method.about for name, method in METHODS.items()}}
-        print(cifar100_results.write(found, about, folder, TITLES[chosen.dataset]))
+        pictures = cifar100_pictures.write(found, chosen.drawn or list(about), folder, chosen.title)
+        print(cifar100_results.write(found, about, folder, chosen.title, pictures))
     elif arguments.only_table:
         print(f"cifar100_table: no results in {folder}", file=sys.stderr)
         return 1
@@ -138,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=_count, help="number of parallel runs (4 on a GPU, one a core on a CPU)")
-    parser.add_argument("--networks", nargs="+", choices=PROTOCOLS["paper"].networks, help="only these")
+    parser.add_argument("--networks", nargs="+", choices=PROTOCOLS["paper"].widths, help="only these")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these, in addition to the dense network")
     parser.add_argument("--rates", nargs="+", type=_rate, help="only these")
     parser.add_argument("--seeds", type=_count, help="only this number of seeds, from 0 on")

@@ -74,7 +74,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     option("--pthres", 0.0, "accepted for old command lines; only 0 is supported")
     option("--t1", 0, "epoch at which pruning starts; the rate is final at half of the training", {"at least": 0})
     option("--sname", "run", "name of the run")
-    option("--dataset", "cifar100", "data set; digits needs no download", choices=("cifar100", "cifar10", "digits"))
+    help = "data set; ten has the first ten classes of CIFAR-100, digits needs no download"
+    option("--dataset", "cifar100", help, choices=("cifar100", "cifar10", "ten", "digits"))
     option("--data-dir", "data", "folder of the data sets; a missing one is downloaded to it")
     option("--train-size", None, "train on this many images, class-balanced (all)", {"at least": 2}, type=int)
     help = "seed of the initialisation, the order of the images and their augmentation"

@@ -8,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import pickle
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,72 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from examples.images import Batch, ImageData, Split, balanced_subset, first_classes
 from examples.resumable import UserError
-
-Batch = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images, uint8 [number, channels, height, width], and their labels, int64 [number]."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device) -> Split:
-        """Return the split on a device."""
-        return Split(self.images.to(device), self.labels.to(device))
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        """Return the images and labels in batches, in their order; the last batch may be smaller."""
-        return zip(self.images.split(size), self.labels.split(size), strict=True)
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """A data set.
-
-    Attributes:
-        train: the images to train on.
-        test: the images to test on.
-        classes: number of classes.
-        padding: black pixels added on each side of an image before a random crop of its original size.
-        flip: whether the augmentation mirrors images.
-        mean: mean of each channel over the training images, in [0, 1].
-        std: standard deviation of each channel over the training images.
-    """
-
-    train: Split
-    test: Split
-    classes: int
-    padding: int
-    flip: bool
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def channels(self) -> int:
-        """Number of channels of an image."""
-        return self.train.images.shape[1]
-
-    def to(self, device: torch.device) -> ImageData:
-        """Return the data set on a device."""
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Return byte images as floats with mean 0 and deviation 1 in each channel, channels last in memory."""
-        mean, std = (_per_channel(values, images.device) for values in (self.mean, self.std))
-        return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-@lru_cache(maxsize=8)
-def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return numbers in the shape [1, channels, 1, 1]. They are cached, because a copy to a GPU blocks."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -180,36 +115,24 @@ def crop_and_flip(images: Tensor, padding: int, shifts: Tensor, flips: Tensor) -
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def balanced_subset(split: Split, size: int) -> Split:
-    """Return a fixed subset in which the numbers of images of the classes differ by as little as possible.
-
-    Raises:
-        UserError: the split has fewer images.
-    """
-    if size > len(split):
-        raise UserError(f"expected --train-size to be at most the {len(split)} images of the data set, got {size}")
-    order = np.random.default_rng(0).permutation(len(split))
-    labels = split.labels.numpy()[order]
-    rank = np.empty(len(split), dtype=np.int64)  # position of each image among those of its class
-    for label in np.unique(labels):
-        indices = np.flatnonzero(labels == label)
-        rank[indices] = np.arange(len(indices))
-    chosen = torch.from_numpy(np.sort(order[np.lexsort((labels, rank))[:size]]))
-    return Split(split.images[chosen], split.labels[chosen])
-
-
 def load_data(name: str, folder: Path, train_size: int | None = None) -> ImageData:
     """Load a data set.
 
     Args:
-        name: ``cifar100``, ``cifar10`` or ``digits``.
+        name: ``cifar100``, ``cifar10``, ``digits``, or ``ten`` for the first ten classes of CIFAR-100: 5,000 training
+            and 1,000 test images, normalised as all of CIFAR-100.
         folder: parent of torchvision's folder or of the official binary version; a missing set is downloaded to it.
         train_size: number of training images to keep; None for all.
 
     Raises:
         UserError: the download failed, or a file is damaged.
     """
-    data = _digits() if name == "digits" else _cifar(_CIFAR[name], folder)
+    if name == "digits":
+        data = _digits()
+    elif name == "ten":
+        data = first_classes(_cifar(_CIFAR["cifar100"], folder), 10)
+    else:
+        data = _cifar(_CIFAR[name], folder)
     return data if train_size is None else replace(data, train=balanced_subset(data.train, train_size))
 
 

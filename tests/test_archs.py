@@ -26,6 +26,22 @@ def test_parameter_counts(build: Callable[..., nn.Module], total: int, prunable:
     assert sum(layer.weight.numel() for layer in layers) == prunable
 
 
+def test_a_mobilenet_of_half_the_width_has_half_the_channels() -> None:
+    model = archs.mobilenet_v1(num_classes=10, width=0.5)
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    whole = [module for module in archs.mobilenet_v1().modules() if isinstance(module, nn.Conv2d)]
+    assert [2 * layer.weight.shape[0] for layer in layers[:-1]] == [layer.weight.shape[0] for layer in whole]
+    assert round(0.995 * sum(layer.weight.numel() for layer in layers)) == 808_704  # counted with the paper's code
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_a_mobilenet_without_channels_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"expected width \* 32 channels to be 1 or more, got width=0.01; take a larger"
+    ):
+        archs.mobilenet_v1(width=0.01)
+
+
 @pytest.mark.parametrize("build", BUILDERS)
 @pytest.mark.parametrize(("classes", "shape"), [(100, (2, 3, 32, 32)), (10, (2, 1, 8, 8))])
 def test_output_shape_and_gradients(build: Callable[..., nn.Module], classes: int, shape: tuple[int, ...]) -> None:

@@ -92,3 +92,15 @@ def greedy(weights: dict[str, Tensor], k: int, guards: dict[str, int]) -> dict[s
         if sum(zeros.values()) < k and (magnitude == 0 or zeros[name] < guards.get(name, weights[name].numel())):
             zeros[name] += 1
     return zeros
+
+
+def ham_step(
+    weights: list[list[float]], gradients: list[list[float]], lr: float, alpha: float, beta: float
+) -> list[list[float]]:
+    """Return w * exp(lr * (-alpha * sign(w) * g - beta)) of each weight (HAM's mirror step, arXiv 2506.02630)."""
+
+    def step(w: float, g: float) -> float:
+        sign = (w > 0) - (w < 0)
+        return w * math.exp(lr * (-alpha * sign * g - beta))
+
+    return [[step(w, g) for w, g in zip(*rows, strict=True)] for rows in zip(weights, gradients, strict=True)]

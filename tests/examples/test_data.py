@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from examples.data import ImageData, Split, TrainBatches, balanced_subset, crop_and_flip, load_data
+from examples.data import TrainBatches, crop_and_flip, load_data
+from examples.images import ImageData, Split, balanced_subset
 from examples.resumable import UserError
 
 # data set: classes, label bytes, folder and files of the binary version, folder and files of torchvision's, key
@@ -64,6 +65,24 @@ def test_every_folder_layout_is_read(name: str, layout: str, tmp_path: Path) -> 
     assert (data.classes, data.channels, data.padding, data.flip) == (classes, 3, 4, True)
 
 
+@pytest.mark.parametrize("layout", ["binary", "python"])
+def test_ten_has_the_first_ten_classes_of_cifar100_and_its_normalisation(layout: str, tmp_path: Path) -> None:
+    written = {}
+    for seed, name in enumerate(("train", "test")):
+        pixels, labels = pixels_and_labels(500, 100, seed)
+        written[name] = pixels[labels < 10].tolist(), labels[labels < 10].tolist()
+        if layout == "binary":
+            write_binary(tmp_path / "cifar-100-binary" / f"{name}.bin", pixels, labels, 2)
+        else:
+            write_python(tmp_path / "cifar-100-python" / name, pixels, labels, "fine_labels")
+    data, whole = load_data("ten", tmp_path), load_data("cifar100", tmp_path)
+    for split, (pixels, labels) in zip((data.train, data.test), written.values(), strict=True):
+        assert split.images.flatten(1).tolist() == pixels
+        assert split.labels.tolist() == labels
+    assert data.classes == 10
+    assert (data.mean, data.std, data.padding, data.flip) == (whole.mean, whole.std, whole.padding, whole.flip)
+
+
 def test_the_python_folder_is_preferred_to_the_binary_one(tmp_path: Path) -> None:
     for name in ("train", "test"):
         write_python(tmp_path / "cifar-100-python" / name, *pixels_and_labels(3, 100, 0), "fine_labels")
@@ -71,18 +90,21 @@ def test_the_python_folder_is_preferred_to_the_binary_one(tmp_path: Path) -> Non
     assert len(load_data("cifar100", tmp_path).train) == 3
 
 
+@pytest.mark.parametrize("dataset", ["cifar100", "ten"])
 @pytest.mark.parametrize("content", [b"", b"12345", bytes([0, 100]) + bytes(3072)])
-def test_a_damaged_file_is_named(content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_file_is_named(content: bytes, dataset: str, tmp_path: Path) -> None:
     for name in ("train", "test"):
         path = tmp_path / "cifar-100-binary" / f"{name}.bin"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"expected CIFAR100 in .*train\.bin"):
-        load_data("cifar100", tmp_path)
+        load_data(dataset, tmp_path)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_failing_download_says_what_would_help(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dataset", "name"), [("cifar100", "cifar100"), ("cifar10", "cifar10"), ("ten", "cifar100")])
+def test_a_failing_download_says_what_would_help(
+    dataset: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torchvision
 
     def no_network(*args: object, **keywords: object) -> None:
@@ -90,7 +112,7 @@ def test_a_failing_download_says_what_would_help(name: str, tmp_path: Path, monk
 
     monkeypatch.setattr(torchvision.datasets, name.upper(), no_network)
     with pytest.raises(UserError) as caught:
-        load_data(name, tmp_path)
+        load_data(dataset, tmp_path)
     for help in ("no network", f"{LAYOUTS[name][5]} there", f"{LAYOUTS[name][2]} there", "--dataset digits"):
         assert help in str(caught.value)
 
