@@ -49,10 +49,13 @@ def check_kth() -> None:
     for group in (tensors, mixed, halves):
         total = sum(tensor.numel() for tensor in group)
         for k in (0, 1, 5, 11, 60, total // 2, total - 1, total):
-            expected = kth_by_bits(group, k, lambda n: n)
-            assert torch.equal(kth_by_digits(group, k, lambda n: n, kth_triton), expected), k
+            expected = kth_by_bits([group], [k], lambda n: n)
+            assert torch.equal(kth_by_digits([group], [k], lambda n: n, kth_triton), expected), k
     for bad in (math.nan, math.inf, -math.inf):
-        assert kth_by_digits([*tensors, torch.tensor([bad])], 5, lambda n: n, kth_triton).isnan()
+        found = kth_by_digits([[torch.tensor([bad])], tensors], [1, 5], lambda n: n, kth_triton)
+        assert found.isnan().tolist() == [True, False]
+    sets, ks = [tensors, halves, [torch.ones(3)]], [70, 0, 3]  # a prefix of its own for each set
+    assert torch.equal(kth_by_digits(sets, ks, lambda n: n, kth_triton), kth_by_bits(sets, ks, lambda n: n))
 
 
 def check_kth_of_shards() -> None:
@@ -78,12 +81,12 @@ def check_kth_of_shards() -> None:
             barrier.wait()
             return total
 
-        return kth_by_digits(parts[rank], k, add_up, kth_triton)
+        return kth_by_digits([parts[rank]], [k], add_up, kth_triton)
 
     kth_triton.add_histogram = one_at_a_time
     with ThreadPoolExecutor(2) as pool:
         for k in (0, 1, 7, 8, 700, 1547):
-            expected = kth_by_bits(weights, k, lambda n: n)
+            expected = kth_by_bits([weights], [k], lambda n: n)
             assert all(torch.equal(kth, expected) for kth in pool.map(run, (0, 1), (k, k))), k
 
 
