@@ -2,22 +2,21 @@
 
 An allocation is a function from the weights and a number of zeros to groups of weights. The weights of a group are
 ranked together, and the smallest magnitudes of the group are pruned. `global_magnitude` puts all weights into one
-group. An allocation that chooses the zeros of each weight makes one group for each weight.
+group. The others choose the zeros of each weight, and make one group for each weight.
 
-To add an allocation, write one function:
+To make an allocation from a formula, write one line:
 
->>> from itertools import accumulate
->>> def uniform(weights, zeros, guards):  # an example that ignores the guards
-...     parts, add_up = held_here(weights)
-...     ends = [*accumulate(weight.numel() for weight in weights.values())]
-...     zeros_up_to = [0, *(round(zeros * end / ends[-1]) for end in ends)]
-...     groups = []
-...     for name, first, last in zip(weights, zeros_up_to, zeros_up_to[1:]):
-...         threshold = kth_magnitude({name: parts[name]}, last - first, add_up)
-...         groups.append(Group((name,), last - first, threshold))
-...     return groups
->>> uniform({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}, 2, {})
-[Group(names=('a',), zeros=1, threshold=tensor(1.)), Group(names=('b',), zeros=1, threshold=tensor(3.))]
+>>> square_root = in_proportion(lambda name, weight: weight.numel() ** 0.5)  # the survivors of a weight
+
+Any other allocation is a function that ends with `group_each`:
+
+>>> def by_order(weights, zeros, guards):  # prunes whole weights, one after the other; it ignores the guards
+...     given = {}
+...     for name, weight in weights.items():
+...         given[name] = min(weight.numel(), zeros - sum(given.values()))
+...     return group_each(weights, given)
+>>> by_order({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0, 3.0])}, 3, {})
+[Group(names=('a',), zeros=2, threshold=tensor(2.)), Group(names=('b',), zeros=1, threshold=tensor(3.))]
 
 Its arguments:
 
@@ -32,49 +31,44 @@ It must return a list of `Group`:
 * The threshold of a group is the ``zeros``-th smallest magnitude of its weights, or 0 if it gets no zeros.
 * No weight gets more zeros than its guard, except for elements that are zero anyway.
 
-`kth_magnitude` computes such a threshold. It finds NaN and infinity, and works on the meta device. For sharded weights,
-`held_here` returns the two arguments that `kth_magnitude` needs: the elements that this process counts, and the sum
-over the processes.
-
-`sparsify` has no argument for it yet; `core.config.Config` takes it as ``allocation``.
-
-The library calls the allocation at each step and when it refreshes the thresholds. `masks` prunes exactly the zeros of
-each group. If several magnitudes equal the threshold, the first ones are pruned. More elements are zero only if they
-were zero before. `count_zeros` counts the same for reports. Both work with sharded weights. `Budget` computes the
-guards, and refuses a rate for which they leave no room.
+`sparsify` checks this once, for the final number of zeros. The library calls the allocation at each step and when it
+computes the thresholds again. It prunes exactly the zeros of each group. If several magnitudes equal the threshold,
+the first ones are pruned. More elements are zero only if they were zero before.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from feather_param.ops.count import PruneCount, count_pruned
-from feather_param.ops.distributed import held_here, whole
+from feather_param.ops.count import count_pruned
+from feather_param.ops.distributed import held_here, is_sharded
+from feather_param.ops.dtypes import as_threshold
+from feather_param.ops.groups import Group, count_zeros, group_each
 from feather_param.ops.kth import kth_magnitude
+from feather_param.ops.proportions import survivors_in_proportion, zeros_in_proportion
+from feather_param.ops.scores import deviations, lamp_scores
+from feather_param.utils.by_name import checked_rates, listed_zeros, rates_by_name
+from feather_param.utils.text import name_of
 
-__all__ = ["Allocation", "Budget", "Group", "count_zeros", "global_magnitude", "masks"]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Weights that are ranked together.
-
-    Attributes:
-        names: the names of the weights.
-        zeros: the number of zeros in all these weights together.
-        threshold: the largest magnitude that is pruned; a 0-dim tensor, float64 if one of the weights is, else float32.
-    """
-
-    names: tuple[str, ...]
-    zeros: int
-    threshold: Tensor
-
+__all__ = [
+    "Allocation",
+    "Group",
+    "erk",
+    "from_plan",
+    "global_magnitude",
+    "group_each",
+    "in_proportion",
+    "lamp",
+    "normalised",
+    "per_layer",
+    "square_root",
+    "uniform",
+]
 
 Allocation = Callable[[Mapping[str, Tensor], int, Mapping[str, int]], list[Group]]
 """Divides zeros among weights: maps (weights by name, number of zeros, guards by name) to groups.
@@ -126,113 +120,219 @@ def global_magnitude(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[
             return [Group(names, zeros, threshold), *guarded]
 
 
-def count_zeros(weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, PruneCount]:
-    """Count the zeros that each weight gets, in the order of the mapping.
+def uniform(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]) -> list[Group]:
+    """Prune the same fraction of each weight: zeros in proportion to the sizes.
 
-    If the weights are sharded, all processes must call this.
-    """
-    parts, add_up = held_here(weights)
-    counts: dict[str, PruneCount] = {}
-    for group in groups:
-        if group.names:
-            own = {name: parts[name] for name in group.names}
-            counts.update(count_pruned(own, group.threshold, group.zeros, add_up))
-    return {name: counts[name] for name in weights}
-
-
-def masks(weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, Tensor]:
-    """Return the mask of each weight: bool tensors, True for elements that are kept.
-
-    Magnitudes above the threshold are kept, those below are pruned. Of those that equal the threshold, the first ones
-    are pruned until the group has its zeros, in the order of the weights and of their elements. An element that is zero
-    is never kept.
-
-    The mask of a sharded weight is a whole tensor. All processes must call this if weights are sharded.
+    ``zeros_i = rate * numel_i``
 
     Example:
-        >>> weights = {"a": torch.tensor([1.0, 1.0, 3.0])}
-        >>> masks(weights, [Group(("a",), 1, torch.tensor(1.0))])
-        {'a': tensor([False,  True,  True])}
+        >>> weights = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([4.0, 5.0, 6.0])}
+        >>> [group.zeros for group in uniform(weights, 4, {})]
+        [2, 2]
     """
-    found: dict[str, Tensor] = {}
-    for group in groups:
-        kept_ties = -group.zeros  # number of elements that equal the threshold and are kept
-        for name in group.names:
-            weight = whole(weights[name].detach())
-            threshold = group.threshold.to(weight.device)
-            if weight.dtype == threshold.dtype:  # needs less memory: no tensor of magnitudes
-                found[name] = (weight > threshold).logical_or_(weight < -threshold)
-            else:
-                found[name] = weight.abs().to(threshold.dtype) > threshold
-            kept_ties += weight.numel() - int(torch.count_nonzero(found[name]))
-        if kept_ties <= 0 or group.threshold == 0:
-            continue
-        for name in reversed(group.names):
-            magnitude = whole(weights[name].detach()).abs().to(group.threshold.dtype)
-            tied = magnitude == group.threshold.to(magnitude.device)
-            count = int(torch.count_nonzero(tied))
-            if count:  # `cumsum` counts in the order of the elements, for any memory format
-                rank = tied.flatten().cumsum(0).view(tied.shape)
-                found[name] |= tied & (rank > count - kept_ties)
-                kept_ties -= min(count, kept_ties)
-    return {name: found[name] for name in weights}
+    return zeros_in_proportion(weights, zeros, guards, {name: weight.numel() for name, weight in weights.items()})
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The most zeros of a set of weights: in no weight more than its guard, and in all weights together
-    at least one element is kept.
+def erk(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]) -> list[Group]:
+    """Keep survivors in proportion to the sum of the dimensions of each weight (Erdős-Rényi-Kernel).
 
-    Attributes:
-        sizes: number of elements, by name.
-        max_rate: largest fraction of zeros in each weight.
-        min_nonzero: smallest number of elements that are not zero in each weight.
+    ``survivors_i = c * sum(shape_i)``, which is ``c * (n_out + n_in + height + width)`` for a convolution. A weight
+    that would get more survivors than it has elements is dense, and c is larger for the others.
+
+    Source: RigL (https://arxiv.org/abs/1911.11134), after SET (https://arxiv.org/abs/1707.04780).
 
     Example:
-        >>> budget = Budget({"a": 100, "b": 8}, max_rate=0.99, min_nonzero=5)
-        >>> budget.guards, budget.most, budget.zeros(0.9)
-        ({'a': 95, 'b': 3}, 98, 97)
+        >>> weights = {"conv": torch.ones(8, 4, 3, 3), "fc": torch.ones(10, 8)}
+        >>> {group.names[0]: group.zeros / weights[group.names[0]].numel() for group in erk(weights, 332, {})}
+        {'conv': 0.9375, 'fc': 0.775}
     """
+    return survivors_in_proportion(weights, zeros, guards, lambda name, weight: sum(weight.shape))
 
-    sizes: Mapping[str, int]
-    max_rate: float = 1.0
-    min_nonzero: int = 0
 
-    @property
-    def total(self) -> int:
-        """The number of elements of all weights."""
-        return sum(self.sizes.values())
+def square_root(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]) -> list[Group]:
+    """Keep survivors in proportion to the square root of the size of each weight.
 
-    @cached_property
-    def guards(self) -> dict[str, int]:
-        """The most zeros of each weight, by name. Weights without a guard are left out."""
-        guards: dict[str, int] = {}
-        for name, size in self.sizes.items():
-            by_rate = math.floor(self.max_rate * size + 1e-12 * size)  # 0.29 * 100 is 28.99...
-            most = max(0, min(by_rate, size - self.min_nonzero))
-            if most < size:
-                guards[name] = most
-        return guards
+    ``survivors_i = c * sqrt(numel_i)``. As in `erk`, a weight with more survivors than elements is dense.
 
-    @property
-    def most(self) -> int:
-        """The most zeros of all weights together."""
-        return min(self.total - 1, sum(self.guards.get(name, size) for name, size in self.sizes.items()))
+    Example:
+        >>> weights = {"a": torch.ones(4, 4), "b": torch.ones(8, 8)}
+        >>> [group.zeros for group in square_root(weights, 68, {})]
+        [12, 56]
+    """
+    return survivors_in_proportion(weights, zeros, guards, lambda name, weight: math.sqrt(weight.numel()))
 
-    def zeros(self, rate: float) -> int:
-        """Return the number of zeros at a rate."""
-        return round(rate * self.total)
 
-    def require(self, final_rate: float) -> None:
-        """Raise a ValueError if a rate cannot be reached."""
-        if self.zeros(final_rate) <= self.most:
-            return
-        if not self.guards:
+def lamp(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]) -> list[Group]:
+    """Rank all elements together by the square over the sum of the squares in the same weight that are not smaller.
+
+    ``score(w_u) = w_u^2 / sum of w_v^2 over the elements v of the weight with |w_v| >= |w_u|``. The largest element of
+    each weight has the score 1. So no weight is pruned as a whole before all weights have one survivor.
+
+    This sorts each weight, needs about 24 bytes of memory for each element, and waits for the device.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity, or is sharded over processes.
+
+    Source: Lee et al. 2021 (https://arxiv.org/abs/2010.07611).
+
+    Example:
+        >>> weights = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([40.0, 50.0, 60.0])}
+        >>> [group.zeros for group in lamp(weights, 3, {})]
+        [2, 1]
+    """
+    for name, weight in weights.items():
+        if is_sharded(weight):
             raise ValueError(
-                f"expected a final_rate that leaves a weight, got {final_rate} of {self.total} weights in all"
+                f"expected whole weights, got {name} sharded over processes: lamp sorts each weight; use DDP, or "
+                "another allocation, for example allocations.normalised"
             )
-        raise ValueError(
-            f"expected a final_rate of at most {math.floor(1e6 * self.most / self.total) / 1e6}, the limit set by "
-            f"max_rate_per_layer and min_nonzero_per_layer ({self.most} of {self.total} weights), "
-            f"got {final_rate}; loosen them, or prune more layers"
-        )
+    if _scores_are_needless(weights, zeros):
+        return global_magnitude(weights, zeros, guards)
+    return _ranked(weights, {name: lamp_scores(weight) for name, weight in weights.items()}, zeros, guards)
+
+
+def normalised(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]) -> list[Group]:
+    """Rank all elements together by the magnitude over the standard deviation of the weight.
+
+    ``score(w) = |w| / sigma_i`` with ``sigma_i^2 = mean of w^2`` over the weight: the standard deviation about zero,
+    with four significant digits. (Sums over processes then give the same number as sums in one process.)
+
+    This waits for the device.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity.
+
+    Source: ST-3-sigma (https://arxiv.org/abs/2212.01076). Its code takes ``1 / sqrt(sum(shape))`` for sigma, about the
+    standard deviation of the initialisation. Here it is measured.
+
+    Example:
+        >>> weights = {"a": torch.tensor([0.1, 0.2, 0.3]), "b": torch.tensor([4.0, 5.0, 6.0])}
+        >>> [group.zeros for group in normalised(weights, 2, {})]
+        [1, 1]
+    """
+    spreads = {} if _scores_are_needless(weights, zeros) else deviations(weights)
+    if not spreads or not all(map(math.isfinite, spreads.values())):
+        return global_magnitude(weights, zeros, guards)  # without values, or it finds NaN and infinity
+    largest = max(spreads.values())  # factors of at least 1: no magnitude becomes zero
+    factors = {name: largest / spread if spread else 1.0 for name, spread in spreads.items()}
+    scores = {name: as_threshold(weight.detach().abs()) * factors[name] for name, weight in weights.items()}
+    return _ranked(weights, scores, zeros, guards)
+
+
+def in_proportion(number: Callable[[str, Tensor], float]) -> Allocation:
+    """Return an allocation that keeps survivors in proportion to a number for each weight.
+
+    ``survivors_i = c * number(name_i, weight_i)``. A weight that would get more survivors than it has elements is
+    dense, and c is larger for the others.
+
+    Args:
+        number: function of the name and the weight, which returns a finite number > 0. It should depend on the name and
+            the shape only: a number that depends on the values waits for the device, and the weight may be sharded over
+            processes or on the meta device.
+
+    Raises:
+        TypeError: `number` is not callable. The allocation raises it if the function returns no number.
+        ValueError: raised by the allocation if the number is not > 0 and finite.
+
+    Example:
+        >>> outputs = in_proportion(lambda name, weight: weight.shape[0])  # survivors of an output
+        >>> [group.zeros for group in outputs({"a": torch.ones(4, 4), "b": torch.ones(8, 8)}, 68, {})]
+        [12, 56]
+    """
+    if not callable(number):
+        raise TypeError(f"expected a function (name, weight) -> number, got {type(number).__name__}")
+
+    def allocation(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]) -> list[Group]:
+        return survivors_in_proportion(weights, zeros, guards, number)
+
+    return _named(allocation, f"in_proportion({name_of(number)})")
+
+
+def per_layer(rates: Mapping[str, float]) -> Allocation:
+    """Return an allocation with a rate for each weight: zeros in proportion to rate and size.
+
+    ``zeros_i = c * rate_i * numel_i``, so that all zeros together are those of ``final_rate`` and of the schedule. The
+    rates are relative: c is 1 at the end if they give ``final_rate`` together. A weight with the rate 0 is dense.
+
+    Args:
+        rates: maps globs on names to rates in [0, 1). A glob matches the name of a weight or of its module. The first
+            glob that matches a weight determines its rate.
+
+    Raises:
+        TypeError: `rates` is no mapping, a glob is no string, or a rate is no number.
+        ValueError: there are no rates, or a rate is not in [0, 1). The allocation raises it if a glob determines no
+            weight, no glob matches a weight, or the weights with a rate above 0 have too few elements.
+
+    Example:
+        >>> weights = {"first.weight": torch.ones(4, 5), "last.weight": torch.ones(4, 5)}
+        >>> [group.zeros for group in per_layer({"first": 0.4, "*": 0.8})(weights, 24, {})]
+        [8, 16]
+    """
+    checked = checked_rates(rates)
+
+    def allocation(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]) -> list[Group]:
+        own = rates_by_name(checked, weights)
+        numbers = {name: own[name] * weight.numel() for name, weight in weights.items()}
+        return zeros_in_proportion(weights, zeros, guards, numbers)
+
+    return _named(allocation, f"per_layer({checked})")
+
+
+def from_plan(plan: Any) -> Allocation:
+    """Return an allocation with the zeros that a report, a plan or a mapping lists.
+
+    ``zeros_i = c * listed_i``, so that all zeros together are those of ``final_rate`` and of the schedule. If
+    ``final_rate`` gives as many zeros as are listed, c is 1 at the end, and each weight has the listed zeros. A weight
+    for which no zeros are listed is dense.
+
+    Args:
+        plan: a `Report`, a `Plan`, or a mapping from the name of a weight to its number of zeros.
+
+    Raises:
+        TypeError: it is something else, or a number of zeros is no int.
+        ValueError: the plan has no zeros for each weight. The allocation raises it if the names are not those of the
+            weights, or more zeros are needed than the weights with listed zeros have elements.
+
+    Example:
+        >>> weights = {"a": torch.ones(4, 4), "b": torch.ones(8, 8)}
+        >>> [group.zeros for group in from_plan({"a": 10, "b": 50})(weights, 30, {})]
+        [5, 25]
+    """
+    listed = listed_zeros(plan)
+
+    def allocation(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]) -> list[Group]:
+        if wrong := sorted(listed.keys() ^ weights.keys()):
+            where = "weights of the model" if wrong[0] in listed else "plan"
+            raise ValueError(
+                f"expected the plan to list the zeros of each weight of this model, got {wrong[0]}, which is not in "
+                f"the {where}; make the plan with the same include and exclude"
+            )
+        return zeros_in_proportion(weights, zeros, guards, listed)
+
+    checksum = zlib.crc32(repr(sorted(listed.items())).encode())
+    return _named(allocation, f"from_plan({len(listed)} weights, {sum(listed.values())} zeros, {checksum:08x})")
+
+
+def _scores_are_needless(weights: Mapping[str, Tensor], zeros: int) -> bool:
+    """Return whether scores of the weights would change nothing, or cannot be computed."""
+    return not zeros or any(weight.is_meta for weight in weights.values())
+
+
+def _ranked(
+    weights: Mapping[str, Tensor], scores: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]
+) -> list[Group]:
+    """Give each weight the zeros that the smallest of all scores give it.
+
+    In each weight, larger magnitudes must have larger scores, and 0 the score 0.
+    """
+    counts = count_zeros(scores, global_magnitude(scores, zeros, guards))
+    given: dict[str, int] = {}
+    for name in weights:  # more elements than `zeros` may have the score 0
+        given[name] = min(counts[name].zeros, zeros - sum(given.values()))
+    return group_each(weights, given)
+
+
+def _named(allocation: Allocation, name: str) -> Allocation:
+    """Give an allocation the name that a saved state shows."""
+    allocation.__name__ = name  # type: ignore[attr-defined]
+    return allocation

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from feather_param import schedules
+from feather_param.allocations import Allocation, global_magnitude
 from feather_param.controller import Controller
 from feather_param.core.baking import bake, baked
 from feather_param.core.checked_selection import checked_selection
 from feather_param.core.config import Config, Theta
+from feather_param.core.final_groups import final_groups
 from feather_param.core.optimizer import checked_optimizer
 from feather_param.core.state_dict import of_sparsified
 from feather_param.files.sparse import write_sparse
@@ -31,6 +33,7 @@ def sparsify(
     start_step: int = 0,
     end_step: int | None = None,
     schedule: Schedule = schedules.cubic,
+    allocation: Allocation = global_magnitude,
     p: float = 3.0,
     theta: float | Theta | None = None,
     include: Filter | None = None,
@@ -53,6 +56,9 @@ def sparsify(
         start_step: step at which the schedule starts. With `cubic` and `linear` the rate is still 0 there.
         end_step: first step with the rate ``final_rate``; None: ``total_steps // 2`` (0 if ``total_steps`` is 1).
         schedule: maps the progress between these steps, in [0, 1], to a fraction of ``final_rate``, in [0, 1].
+        allocation: how many zeros each weight gets: one of `feather_param.allocations`, or a function
+            ``(weights, zeros, guards) -> groups``. By default all weights have one threshold. The total is the same for
+            all allocations.
         p: exponent of the operator, a number > 0 (1: soft thresholding) or ``math.inf`` (hard thresholding). The
             smaller, the more weights near the threshold shrink.
         theta: scale of the gradient of pruned weights: a number >= 0, or a function of the current rate
@@ -98,12 +104,14 @@ def sparsify(
         start_step=start_step,
         end_step=end_step,
         schedule=schedule,
+        allocation=allocation,
         p=p,
         theta=theta,
         max_rate_per_layer=max_rate_per_layer,
         min_nonzero_per_layer=min_nonzero_per_layer,
     )
     config.budget(selection.sizes).require(config.final_rate)
+    final_groups(config, selection.dense())
     followed = (
         None
         if optimizer is None

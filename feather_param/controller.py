@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import reduce
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from feather_param.core.optimizer import Follower, checked_optimizer
 from feather_param.core.shared import SharedSparsity
 from feather_param.core.warnings import warn_of_dead, warn_of_early
 from feather_param.ops.finite import LateNaN
+from feather_param.ops.groups import have_grown_at_same_threshold
 from feather_param.ops.tracing import eager
 from feather_param.parametrizations import states_of
 from feather_param.reports.report import Report, rows
@@ -69,12 +69,11 @@ class Controller:
     def threshold(self) -> Tensor:
         """The current threshold: a 0-dim tensor, float64 if a weight is, else float32.
 
-        Weights at their guard (``max_rate_per_layer``, ``min_nonzero_per_layer``) have smaller thresholds. The
-        threshold of a frozen model does not change.
+        It is the largest one if weights have different thresholds: by the allocation, or because a weight is at its
+        guard (``max_rate_per_layer``, ``min_nonzero_per_layer``). The threshold of a frozen model does not change.
         """
         self._shared.refresh_if_changed()
-        first, *others = (group.threshold for group in self._shared.position.groups if group.names)
-        return reduce(torch.maximum, (threshold.to(first.device) for threshold in others), first).detach().clone()
+        return self._shared.position.largest_threshold.detach().clone()
 
     @eager
     def step(self) -> None:
@@ -292,18 +291,17 @@ class Controller:
         shared = self._without_source()
         self._late_nan.refuse(shared.weights)
         self._movement.check(shared)
-        zeros, before = shared.position.zeros, shared.position.groups[0].threshold
+        before = shared.position.groups
         if shared.frozen:
             threshold = restore_zeros(shared)
             shared.position.step += 1
         else:
             shared.move_to(shared.position.step + 1)
-            threshold = shared.position.groups[0].threshold
+            threshold = shared.position.largest_threshold
         self._late_nan.watch(threshold, sharded=shared.sharded)
         if threshold.device.type == "cpu" and not shared.frozen:
             now = shared.position.zeros
-            # More zeros at the same threshold: many elements equal it, and the operator makes all of them zero.
-            tied = zeros < now and bool(threshold) and torch.equal(threshold, before)
+            tied = have_grown_at_same_threshold(shared.position.groups, before)
             if self.step_count == shared.config.end_step or (
                 tied and now - self._zeros_checked >= shared.final_zeros // 16
             ):

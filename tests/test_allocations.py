@@ -12,7 +12,9 @@ from torch import nn
 
 import feather_param
 from feather_param import schedules
-from feather_param.allocations import Budget, count_zeros, global_magnitude
+from feather_param.allocations import global_magnitude
+from feather_param.core.budget import Budget
+from feather_param.ops.groups import count_zeros
 from tests import twins
 from tests.training import train
 

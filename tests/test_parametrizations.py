@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import feather_param
-from feather_param.allocations import Budget
+from feather_param.core.budget import Budget
 from feather_param.core.config import Config
 from feather_param.core.shared import SharedSparsity
 from feather_param.parametrizations import FeatherParametrization

@@ -10,15 +10,19 @@ from numbers import Real
 from typing import Any
 
 from feather_param import schedules
-from feather_param.allocations import Allocation, Budget, global_magnitude
+from feather_param.allocations import Allocation, global_magnitude
+from feather_param.core.budget import Budget
 from feather_param.schedules import Schedule
 from feather_param.utils.checks import integer, real
+from feather_param.utils.text import name_of
 
 Theta = Callable[[float], float]
 """Maps the current rate to the gradient scale of pruned elements."""
 
 # Functions cannot be saved. Two schedules, or two functions theta, are compared by their values at these points.
 _PROBES = (0.0, 0.25, 0.5, 0.75, 1.0)
+# The settings that older states do not hold, with the values that they had.
+_BEFORE = {"allocation": "global_magnitude"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class Config:
             )
         if not callable(self.schedule):
             raise TypeError(f"expected schedule to be a callable of progress, got {type(self.schedule).__name__}")
+        if not callable(self.allocation):
+            raise TypeError(
+                "expected allocation to be a function (weights, zeros, guards) -> groups, got "
+                f"{type(self.allocation).__name__}; use one of feather_param.allocations, for example allocations.erk"
+            )
         for progress in (0.0, 0.5, 1.0):
             self._fraction(progress)
         p = real("p", self.p)
@@ -115,7 +124,8 @@ class Config:
     @cached_property
     def saved(self) -> dict[str, Any]:
         """The settings in plain Python values, to be saved and compared with those of another run."""
-        saved = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "allocation"}
+        saved = {each.name: getattr(self, each.name) for each in fields(self)}
+        saved["allocation"] = name_of(self.allocation)
         saved["schedule"] = [self._fraction(progress) for progress in _PROBES]
         if callable(self.theta):
             saved["theta"] = [self.theta_at(at * self.final_rate) for at in _PROBES]
@@ -130,7 +140,7 @@ class Config:
             ValueError: another setting differs.
         """
         for key, ours in self.saved.items():
-            theirs = state.get(key)
+            theirs = state.get(key, _BEFORE.get(key))
             if theirs == ours or key == "total_steps":
                 continue
             what = f"{key}={ours}, got {theirs}"

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feather_param.allocations import Budget, Group
+from feather_param.core.budget import Budget
 from feather_param.core.config import Config
 from feather_param.core.position import Position
 from feather_param.core.registration import Registration
 from feather_param.core.versions import checksum_of
+from feather_param.ops.groups import Group
 from feather_param.utils.warn import warn
 
 _FOLLOWERS = "feather_param followers"  # key in the memo of a deepcopy: the sources that refer to a position

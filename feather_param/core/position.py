@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feather_param.allocations import Group
+from feather_param.ops.groups import Group
 
 _VERSION = 1  # of the saved tensor
 
@@ -27,6 +27,14 @@ class Position:
     def thresholds(self) -> dict[str, Tensor]:
         """The threshold of each weight, by name."""
         return {name: group.threshold for group in self.groups for name in group.names}
+
+    @property
+    def largest_threshold(self) -> Tensor:
+        """The largest threshold, on the device of the first one; NaN if one of them is. It does not wait for a GPU."""
+        first, *others = (group.threshold for group in self.groups if group.names)
+        if not others:
+            return first
+        return torch.stack([first, *(threshold.to(first.device) for threshold in others)]).amax()
 
     def pack(self) -> Tensor:
         """Return the position as int64 [4]: version, zeros, step, and frozen step or -1. Thresholds are not saved."""

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feather_param.allocations import Budget, count_zeros, masks
+from feather_param.core.budget import Budget
 from feather_param.core.config import Config
 from feather_param.core.copies import Copyable
 from feather_param.core.position import Position, unpack
@@ -44,6 +44,8 @@ from feather_param.ops.count import PruneCount
 from feather_param.ops.distributed import held_here, is_sharded
 from feather_param.ops.dtypes import rounded_down
 from feather_param.ops.finite import require_finite
+from feather_param.ops.groups import Group, count_zeros, masks
+from feather_param.ops.kth import kth_magnitude
 from feather_param.ops.masking import all_kept
 from feather_param.ops.tracing import concrete, eager
 
@@ -197,6 +199,10 @@ class SharedSparsity(Copyable):
         with torch.inference_mode(False):  # inference tensors could not be part of a later backward pass
             if not zeros:
                 return all_kept(weights)
+            parts, add_up = held_here(weights)
+            kth = kth_magnitude(parts, zeros, add_up)
+            if kth == 0:  # the allocation could divide them otherwise: its numbers may follow from the dense weights
+                return masks(weights, [Group(tuple(weights), zeros, kth)])
             return masks(weights, self.config.allocation(weights, zeros, self.budget.guards))
 
     def _compute_thresholds(self, zeros: int) -> None:

@@ -29,8 +29,9 @@ def kernels(device: torch.device) -> Kernels | None:
         kth = importlib.import_module("feather_param.ops.kth_triton")
         operator = importlib.import_module("feather_param.ops.operator_triton")
         one = torch.ones(1, dtype=torch.bfloat16, device=device)
-        histogram = torch.zeros(256, dtype=torch.int64, device=device)
-        kth.add_histogram(histogram, one, one.new_zeros((), dtype=torch.int32), 23, 8)
+        histograms = torch.zeros(1, 256, dtype=torch.int64, device=device)
+        programs = torch.tensor([[0, 1, 1024, 0]], device=device)
+        kth.add_histograms(histograms, one, programs, one.new_zeros(1, dtype=torch.int32), 23, 8)
         operator.shrink(one, one[0].float(), math.inf, one, None)
     except Exception:
         return None

@@ -6,7 +6,7 @@ exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,19 +42,60 @@ def kth_magnitude(weights: Mapping[str, Tensor], k: int, add_up: Sum | None = No
         >>> kth_magnitude({"a": torch.tensor([3.0, -1.0]), "b": torch.tensor([[-2.0]])}, 2)
         tensor(2.)
     """
-    tensors = [weight.detach() for weight in weights.values()]
-    total = sum(tensor.numel() for tensor in tensors)
-    if not 0 <= k <= total and add_up is None:
-        raise ValueError(f"expected k between 0 and the number of weights, {total}, got {k}")
-    on_cpu = tensors[0].device.type == "cpu"
-    if on_cpu and add_up is None:
-        kth, finite = kth_by_bracket(tensors, k)
-    else:
-        total_of = add_up or (lambda counts: counts)
-        by_digits = tensors[0].is_cuda and common_dtype(tensors) != torch.float64
-        found = kernels(tensors[0].device) if by_digits else None
-        kth = kth_by_digits(tensors, k, total_of, found.kth) if found else kth_by_bits(tensors, k, total_of)
-        finite = not on_cpu or not kth.isnan()
+    return _kth([weights], [k], add_up)[0]
+
+
+def kth_magnitudes(
+    weights: Mapping[str, Tensor], ks: Mapping[str, int], add_up: Sum | None = None
+) -> dict[str, Tensor]:
+    """Return the exact k-th smallest magnitude of each weight, as `kth_magnitude` does for one.
+
+    The weights are searched side by side, so `add_up` is called as often as for one weight.
+
+    Args:
+        weights: as in `kth_magnitude`.
+        ks: k for each weight, by name.
+        add_up: as in `kth_magnitude`; it is called with a row of numbers for each weight.
+
+    Returns:
+        0-dim tensors on the devices of the weights, by name; float64 for float64 weights, else float32.
+
+    Raises:
+        ValueError: as in `kth_magnitude`.
+
+    Example:
+        >>> kth_magnitudes({"a": torch.tensor([3.0, -1.0]), "b": torch.tensor([-2.0])}, {"a": 2, "b": 0})
+        {'a': tensor(3.), 'b': tensor(0.)}
+    """
+    found = _kth([{name: weight} for name, weight in weights.items()], [ks[name] for name in weights], add_up)
+    return dict(zip(weights, found, strict=True))
+
+
+def _kth(sets: Sequence[Mapping[str, Tensor]], ks: Sequence[int], add_up: Sum | None) -> list[Tensor]:
+    """Return the k-th smallest magnitude of each set of weights; a set is not empty."""
+    tensors = [[weight.detach() for weight in weights.values()] for weights in sets]
+    for own, k in zip(tensors, ks, strict=True):
+        total = sum(tensor.numel() for tensor in own)
+        if not 0 <= k <= total and add_up is None:
+            raise ValueError(f"expected k between 0 and the number of weights, {total}, got {k}")
+    batches: dict[tuple[torch.device, bool], list[int]] = {}  # sets that are searched side by side
+    for index, own in enumerate(tensors):
+        batches.setdefault((own[0].device, common_dtype(own) == torch.float64), []).append(index)
+    found: dict[int, Tensor] = {}
+    finite = True
+    for (device, double), indices in batches.items():
+        batch, own_ks = [tensors[index] for index in indices], [ks[index] for index in indices]
+        if device.type == "cpu" and add_up is None:
+            results = [kth_by_bracket(own, k) for own, k in zip(batch, own_ks, strict=True)]
+            finite = finite and all(ok for _, ok in results)
+            values = [kth for kth, _ in results]
+        else:
+            gpu = kernels(device) if device.type == "cuda" and not double else None
+            total_of = add_up or (lambda counts: counts)
+            both = kth_by_digits(batch, own_ks, total_of, gpu.kth) if gpu else kth_by_bits(batch, own_ks, total_of)
+            finite = finite and (device.type != "cpu" or not both.isnan().any())
+            values = [*both.unbind()]
+        found.update(zip(indices, values, strict=True))
     if not finite:
-        refuse_non_finite(weights, elsewhere=add_up is not None)
-    return kth
+        refuse_non_finite({name: each for own in sets for name, each in own.items()}, elsewhere=add_up is not None)
+    return [found[index] for index in range(len(sets))]

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from feather_param.allocations import count_zeros
+from feather_param.allocations import Allocation, global_magnitude
 from feather_param.core.checked_selection import checked_selection
 from feather_param.core.config import Config
+from feather_param.core.final_groups import final_groups
+from feather_param.ops.groups import count_zeros
 from feather_param.selection.globs import Filter
 from feather_param.utils.text import aligned, grouped
 
@@ -23,8 +25,8 @@ class PlannedWeight:
         shape: its shape.
         total: number of elements.
         most: the most zeros that its guard allows.
-        zeros: number of zeros by its current magnitudes. None if the rate cannot be reached or the model is on the
-            meta device.
+        zeros: number of zeros. None if the rate cannot be reached, or if it depends on magnitudes and the model is on
+            the meta device.
     """
 
     name: str
@@ -81,6 +83,7 @@ def plan(
     model: nn.Module,
     *,
     final_rate: float,
+    allocation: Allocation = global_magnitude,
     include: Filter | None = None,
     exclude: Filter | None = None,
     min_params: int = 0,
@@ -89,8 +92,9 @@ def plan(
 ) -> Plan:
     """Return the zeros that `sparsify` would make with these arguments. The model stays as it is.
 
-    The zeros of each weight follow from the current magnitudes. They are a good forecast for a pretrained model, but
-    not for a new one. The totals are exact.
+    If the allocation depends on magnitudes, as `global_magnitude` does, the zeros of each weight follow from the
+    current ones. They are a good forecast for a pretrained model, but not for a new one. If it depends on names and
+    shapes only, they are exact, also on the meta device. The totals are always exact.
 
     The arguments are those of `sparsify`. ``str(plan)`` is a readable table.
 
@@ -104,15 +108,23 @@ def plan(
         >>> found.zeros, found.most, found.reachable, found.largest_rate
         (152, 143, False, 0.89375)
     """
-    config = Config(final_rate, max_rate_per_layer=max_rate_per_layer, min_nonzero_per_layer=min_nonzero_per_layer)
+    config = Config(
+        final_rate,
+        allocation=allocation,
+        max_rate_per_layer=max_rate_per_layer,
+        min_nonzero_per_layer=min_nonzero_per_layer,
+    )
     selection = checked_selection(model, include, exclude, min_params)
     budget = config.budget(selection.sizes)
     k = budget.zeros(config.final_rate)
     weights = selection.dense()
     zeros: dict[str, int | None] = dict.fromkeys(weights)
-    if k <= budget.most and not any(weight.is_meta for weight in weights.values()):
-        counts = count_zeros(weights, config.allocation(weights, k, budget.guards))
-        zeros = {name: count.zeros for name, count in counts.items()}
+    if k <= budget.most:
+        groups = final_groups(config, weights)
+        if any(group.threshold.is_meta for group in groups):
+            zeros |= {group.names[0]: group.zeros for group in groups if len(group.names) == 1}
+        else:
+            zeros |= {name: count.zeros for name, count in count_zeros(weights, groups).items()}
     rows = tuple(
         PlannedWeight(name, tuple(weight.shape), weight.numel(), budget.guards.get(name, weight.numel()), zeros[name])
         for name, weight in weights.items()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -87,3 +88,14 @@ def _merged(lines: Sequence[_Line], index: int) -> list[_Line]:
         else:
             merged += group
     return merged
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return the name of a function, or of the class of another callable object.
+
+    Example:
+        >>> from functools import partial
+        >>> name_of(short), name_of(partial(short, 1))
+        ('short', 'partial')
+    """
+    return getattr(function, "__name__", type(function).__name__)

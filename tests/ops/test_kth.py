@@ -89,11 +89,11 @@ def test_counting_bit_by_bit_gives_the_same_as_the_bracket(dtype):
     """The method for other devices, run on a CPU."""
     tensors = [torch.randn(40, 5).to(dtype), torch.zeros(7, dtype=dtype), torch.empty(0, dtype=dtype)]
     for k in (0, 1, 7, 8, 100, 206, 207):
-        kth = kth_by_bits(tensors, k, torch.clone)
+        (kth,) = kth_by_bits([tensors], [k], torch.clone)
         assert kth.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert float(kth) == twins.threshold(tensors, k)
     tensors[0][0, 0] = math.inf
-    assert kth_by_bits(tensors, 100, torch.clone).isnan()
+    assert kth_by_bits([tensors], [100], torch.clone).isnan()
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 499, 500, 998, 999])

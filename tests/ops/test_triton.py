@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def check_histogram() -> None:
-    from feather_param.ops.kth_triton import add_histogram
+    from feather_param.ops.kth_gpu import _programs
+    from feather_param.ops.kth_triton import BLOCK, add_histograms
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         torch.manual_seed(0)
@@ -30,11 +31,14 @@ def check_histogram() -> None:
         bits = values.float().abs().view(torch.int32)
         for width, shift in ((8, 23), (8, 15), (7, 0)):
             for prefix in (0, int(bits[7]) >> (shift + width)):
-                histogram = torch.ones(256, dtype=torch.int64)
-                add_histogram(histogram, values, torch.tensor(prefix, dtype=torch.int32), shift, width)
-                chosen = bits[bits >> (shift + width) == prefix]
-                expected = torch.bincount((chosen >> shift) & ((1 << width) - 1), minlength=256)
-                assert torch.equal(histogram, expected + 1), (dtype, width, shift, prefix)
+                histograms = torch.ones(3, 256, dtype=torch.int64)
+                sizes = (4100, 0, len(values) - 4100)  # the sets lie one after the other
+                programs = _programs(sizes, BLOCK, torch.device("cpu"))
+                add_histograms(histograms, values, programs, torch.full((3,), prefix, dtype=torch.int32), shift, width)
+                for histogram, part in zip(histograms, bits.split(sizes), strict=True):
+                    chosen = part[part >> (shift + width) == prefix]
+                    expected = torch.bincount((chosen >> shift) & ((1 << width) - 1), minlength=256)
+                    assert torch.equal(histogram, expected + 1), (dtype, width, shift, prefix)
 
 
 def check_kth() -> None:
@@ -49,10 +53,16 @@ def check_kth() -> None:
     for group in (tensors, mixed, halves):
         total = sum(tensor.numel() for tensor in group)
         for k in (0, 1, 5, 11, 60, total // 2, total - 1, total):
-            expected = kth_by_bits(group, k, lambda n: n)
-            assert torch.equal(kth_by_digits(group, k, lambda n: n, kth_triton), expected), k
+            expected = kth_by_bits([group], [k], lambda n: n)
+            assert torch.equal(kth_by_digits([group], [k], lambda n: n, kth_triton), expected), k
     for bad in (math.nan, math.inf, -math.inf):
-        assert kth_by_digits([*tensors, torch.tensor([bad])], 5, lambda n: n, kth_triton).isnan()
+        found = kth_by_digits([[torch.tensor([bad])], tensors], [1, 5], lambda n: n, kth_triton)
+        assert found.isnan().tolist() == [True, False]
+    sets, ks = [tensors, halves, [torch.ones(3)]], [70, 0, 3]  # a prefix of its own for each set
+    expected = kth_by_bits(sets, ks, lambda n: n)
+    for given in (ks, torch.tensor(ks)):  # a tensor that a CUDA graph reads may change between its replays
+        assert torch.equal(kth_by_digits(sets, given, lambda n: n, kth_triton), expected)
+        assert torch.equal(kth_by_bits(sets, given, lambda n: n), expected)
 
 
 def check_kth_of_shards() -> None:
@@ -64,11 +74,11 @@ def check_kth_of_shards() -> None:
     weights = [torch.randn(300), torch.randn(1200), torch.zeros(7), torch.full((40,), 0.25)]
     parts = weights[:1] + weights[2:3], weights[1:2] + weights[3:]
     barrier, counts = threading.Barrier(2, timeout=60), {}
-    lock, add_histogram = threading.Lock(), kth_triton.add_histogram
+    lock, add_histograms = threading.Lock(), kth_triton.add_histograms
 
     def one_at_a_time(*arguments) -> None:  # the interpreter does not support threads
         with lock:
-            add_histogram(*arguments)
+            add_histograms(*arguments)
 
     def run(rank: int, k: int) -> torch.Tensor:
         def add_up(histogram: torch.Tensor) -> torch.Tensor:
@@ -78,12 +88,12 @@ def check_kth_of_shards() -> None:
             barrier.wait()
             return total
 
-        return kth_by_digits(parts[rank], k, add_up, kth_triton)
+        return kth_by_digits([parts[rank]], [k], add_up, kth_triton)
 
-    kth_triton.add_histogram = one_at_a_time
+    kth_triton.add_histograms = one_at_a_time
     with ThreadPoolExecutor(2) as pool:
         for k in (0, 1, 7, 8, 700, 1547):
-            expected = kth_by_bits(weights, k, lambda n: n)
+            expected = kth_by_bits([weights], [k], lambda n: n)
             assert all(torch.equal(kth, expected) for kth in pool.map(run, (0, 1), (k, k))), k
 
 

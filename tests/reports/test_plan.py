@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import feather_param
-from feather_param import schedules
+from feather_param import allocations, schedules
 
 
 def net() -> nn.Sequential:
@@ -52,9 +52,20 @@ def test_a_plan_does_not_round_up_the_most_zeros():
 
 def test_a_model_on_the_meta_device_can_be_planned():
     with torch.device("meta"):
-        model = nn.Linear(1000, 1000)
+        model = nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 10))
     plan = feather_param.plan(model, final_rate=0.9)
-    assert (plan.zeros, plan.rows[0].zeros) == (900_000, None)
+    assert (plan.zeros, [row.zeros for row in plan.rows]) == (909_000, [None, None])
+    assert feather_param.plan(model[0], final_rate=0.9).rows[0].zeros == 900_000  # it follows from the total
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_plan_shows_the_zeros_that_follow_from_shapes(device):
+    with torch.device(device):
+        model = net()
+    plan = feather_param.plan(model, final_rate=0.9, allocation=allocations.erk, max_rate_per_layer=0.92)
+    survivors = [row.total - row.zeros for row in plan.rows]
+    assert sum(survivors) == 364
+    assert survivors == [192, 132, 40]  # the guard keeps 8 % of 40 x 60; the last weight, 20 x 2, is dense
 
 
 @pytest.mark.parametrize(

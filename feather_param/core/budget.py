@@ -1,0 +1,68 @@
+"""The budget of zeros: the guard of each weight, and the largest rate that the guards allow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most zeros of a set of weights: in no weight more than its guard, and in all weights together
+    at least one element is kept.
+
+    Attributes:
+        sizes: number of elements, by name.
+        max_rate: largest fraction of zeros in each weight.
+        min_nonzero: smallest number of elements that are not zero in each weight.
+
+    Example:
+        >>> budget = Budget({"a": 100, "b": 8}, max_rate=0.99, min_nonzero=5)
+        >>> budget.guards, budget.most, budget.zeros(0.9)
+        ({'a': 95, 'b': 3}, 98, 97)
+    """
+
+    sizes: Mapping[str, int]
+    max_rate: float = 1.0
+    min_nonzero: int = 0
+
+    @property
+    def total(self) -> int:
+        """The number of elements of all weights."""
+        return sum(self.sizes.values())
+
+    @cached_property
+    def guards(self) -> dict[str, int]:
+        """The most zeros of each weight, by name. Weights without a guard are left out."""
+        guards: dict[str, int] = {}
+        for name, size in self.sizes.items():
+            by_rate = math.floor(self.max_rate * size + 1e-12 * size)  # 0.29 * 100 is 28.99...
+            most = max(0, min(by_rate, size - self.min_nonzero))
+            if most < size:
+                guards[name] = most
+        return guards
+
+    @property
+    def most(self) -> int:
+        """The most zeros of all weights together."""
+        return min(self.total - 1, sum(self.guards.get(name, size) for name, size in self.sizes.items()))
+
+    def zeros(self, rate: float) -> int:
+        """Return the number of zeros at a rate."""
+        return round(rate * self.total)
+
+    def require(self, final_rate: float) -> None:
+        """Raise a ValueError if a rate cannot be reached."""
+        if self.zeros(final_rate) <= self.most:
+            return
+        if not self.guards:
+            raise ValueError(
+                f"expected a final_rate that leaves a weight, got {final_rate} of {self.total} weights in all"
+            )
+        raise ValueError(
+            f"expected a final_rate of at most {math.floor(1e6 * self.most / self.total) / 1e6}, the limit set by "
+            f"max_rate_per_layer and min_nonzero_per_layer ({self.most} of {self.total} weights), "
+            f"got {final_rate}; loosen them, or prune more layers"
+        )

@@ -1,0 +1,52 @@
+"""Numbers for each of some names, given by globs, a mapping, or an object with rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from feather_param.utils.checks import integer, real
+
+
+def checked_rates(rates: object) -> dict[str, float]:
+    """Return a mapping from globs to rates, with the rates as floats. Refuse anything else."""
+    if not isinstance(rates, Mapping) or not all(isinstance(glob, str) for glob in rates):
+        raise TypeError(f"expected a mapping from globs to rates, got {rates!r}")
+    checked = {glob: real(f"the rate of {glob!r}", rate) for glob, rate in rates.items()}
+    if not checked:
+        raise ValueError('expected at least one rate, got none; "*" matches all weights')
+    for glob, rate in checked.items():
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"expected a rate, the fraction of zeros, in [0, 1), got {rate} for {glob!r}")
+    return checked
+
+
+def rates_by_name(rates: Mapping[str, float], weights: Iterable[str]) -> dict[str, float]:
+    """Return the rate of each weight: that of the first glob that matches its name or the name of its module."""
+    found: dict[str, str] = {}
+    for name in weights:
+        names = (name, name.rpartition(".")[0])
+        globs = [glob for glob in rates if any(fnmatchcase(each, glob) for each in names)]
+        if not globs:
+            raise ValueError(f'expected a rate for each weight, got none for {name}; add "*" as the last glob')
+        found[name] = globs[0]
+    if unused := [glob for glob in rates if glob not in found.values()]:
+        raise ValueError(
+            f"expected each glob of per_layer to determine the rate of a weight, got {unused[0]!r}, which matches "
+            f"none, or only weights that an earlier glob matches; some names: {', '.join([*found][:3])}"
+        )
+    return {name: rates[glob] for name, glob in found.items()}
+
+
+def listed_zeros(plan: Any) -> dict[str, int]:
+    """Return the number of zeros by name, as a mapping or the rows of an object list it. Refuse anything else."""
+    if isinstance(plan, Mapping):
+        listed = dict(plan)
+    elif isinstance(getattr(plan, "rows", None), tuple):
+        listed = {row.name: row.zeros for row in plan.rows}
+    else:
+        raise TypeError(f"expected a Report, a Plan or a mapping from names to zeros, got {type(plan).__name__}")
+    if missing := [name for name, zeros in listed.items() if zeros is None]:
+        raise ValueError(f"expected a plan with the zeros of each weight, got none for {missing[0]}")
+    return {name: integer(f"the zeros of {name}", zeros, 0) for name, zeros in listed.items()}
