@@ -17,6 +17,7 @@ from feather_param.core.freezing import freeze, restore_zeros
 from feather_param.core.movement import Movement
 from feather_param.core.optimizer import Follower, checked_optimizer
 from feather_param.core.shared import SharedSparsity
+from feather_param.core.starvation import Starvation
 from feather_param.core.warnings import warn_of_dead, warn_of_early
 from feather_param.ops.finite import LateNaN
 from feather_param.ops.tracing import eager
@@ -45,7 +46,7 @@ class Controller:
         self._late_nan = LateNaN()
         self._movement = Movement()
         self._warned_after_desparsify = False
-        self._zeros_checked = 0  # number of zeros at the last check for weights without survivors
+        self._starvation = Starvation()
         attach(model, self._shared, selection.weights)
         try:
             self._shared.move_to(0)
@@ -188,7 +189,8 @@ class Controller:
     def report(self) -> Report:
         """Return the zeros of each weight and of all, as `desparsify` would leave them now.
 
-        Warns of weights with no survivors. If the weights are sharded, call this on all processes.
+        Warns of weights with no survivors, and of layers that starve if no step has warned of them. If the weights are
+        sharded, call this on all processes.
 
         Raises:
             RuntimeError: the model has been desparsified, or a layer of it was replaced.
@@ -198,7 +200,9 @@ class Controller:
         self._shared.refresh_checked()
         weights, counts = self._shared.weights(), self._shared.counts()
         warn_of_dead(weights, counts)
-        return Report(rows(weights, counts), dict(self._skipped))
+        found = Report(rows(weights, counts, outputs := self._shared.outputs()), dict(self._skipped))
+        self._starvation.warn({row.name: row.survivors for row in found.rows}, outputs, self._shared.config.p)
+        return found
 
     def masks(self) -> dict[str, Tensor]:
         """Return the mask of each weight by name, as `desparsify` would use it now.
@@ -292,7 +296,6 @@ class Controller:
         shared = self._without_source()
         self._late_nan.refuse(shared.weights)
         self._movement.check(shared)
-        zeros, before = shared.position.zeros, shared.position.groups[0].threshold
         if shared.frozen:
             threshold = restore_zeros(shared)
             shared.position.step += 1
@@ -300,15 +303,7 @@ class Controller:
             shared.move_to(shared.position.step + 1)
             threshold = shared.position.groups[0].threshold
         self._late_nan.watch(threshold, sharded=shared.sharded)
-        if threshold.device.type == "cpu" and not shared.frozen:
-            now = shared.position.zeros
-            # More zeros at the same threshold: many elements equal it, and the operator makes all of them zero.
-            tied = zeros < now and bool(threshold) and torch.equal(threshold, before)
-            if self.step_count == shared.config.end_step or (
-                tied and now - self._zeros_checked >= shared.final_zeros // 16
-            ):
-                dead = warn_of_dead(shared.weights(), shared.counts())
-                self._zeros_checked = shared.budget.total if dead else now  # after a warning, no more checks
+        self._starvation.check(shared)
 
     def _require(self, call: str) -> None:
         self._links = require_attached(call, self._model, self._shared, self._links)
