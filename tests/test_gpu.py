@@ -105,3 +105,25 @@ def test_a_step_of_the_example_does_not_wait_for_the_device():
             training.step(*batches[step])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_layer_that_starves_is_named_without_waiting_for_the_device():
+    model = net().requires_grad_(False)
+    with torch.no_grad():
+        model[4].weight.mul_(1e-3)
+        model[4].weight[0, :2] = 10.0
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=40)
+
+    def make_steps():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(40):
+                controller.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        controller.step()
+
+    with pytest.warns(UserWarning, match=r"in 4\.weight \(2 survivors for 4 outputs\)") as caught:
+        make_steps()
+    assert len(caught) == 1

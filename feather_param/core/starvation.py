@@ -17,19 +17,24 @@ from feather_param.ops.tracing import concrete
 from feather_param.utils.text import listed
 from feather_param.utils.warn import warn
 
-_FALL = 0.9  # the survivors are counted when their scheduled number has fallen to this fraction of the last one,
-_STEPS = 10  # but at most at every tenth step,
-_LATER = 20  # and also after this fraction of the training: 1 / 20
-_NAMED = 5  # number of layers that a warning names
+# When the survivors are counted: if their scheduled number has fallen by this fraction since the last count,
+_FALL = 0.1
+# and the schedule has made this fraction of its steps since then, or this number of steps,
+_SCHEDULE, _STEPS = 0.1, 100
+# or the training has made this fraction of its steps since then.
+_TRAINING = 0.1
+# Number of layers that a warning names.
+_NAMED = 5
 
 
 class Starvation:
     """Warns of each layer that starves, and of each weight without survivors, once, soon after it has happened.
 
-    The survivors are counted when their scheduled number has fallen by a tenth since the last count, but at most at
-    every tenth step. They are also counted at ``end_step``, and rarely at a constant rate. So the counts take less than
-    5 % of the time of all steps. At less than half of the final zeros there are no counts: weights that were
-    initialised to zero are pruned first, and may still grow.
+    The survivors are counted when their scheduled number has fallen by a tenth since the last count, and at
+    ``end_step``. Between two counts is at least a tenth of the schedule, or 100 steps if that is less. At a constant
+    rate, there is a count in each tenth of the training. So a training has about fifteen counts, a long one up to 50.
+    At less than half of the final zeros there are none: weights that were initialised to zero are pruned first, and may
+    still grow.
 
     On a GPU, the counts are copied to the host without waiting, and read at a later step. Sharded weights are not
     counted, and nothing is counted while a CUDA graph is captured.
@@ -90,17 +95,13 @@ class Starvation:
         if shared.frozen or not position.zeros or 2 * position.zeros < shared.final_zeros:
             return False
         assert config.end_step is not None
-        since = step - self._step
-        shortest = min(_STEPS, (config.end_step - config.start_step) // _STEPS)
-        longest = max(_STEPS, config.total_steps // _LATER)
-        return step == config.end_step or since >= longest or (since >= shortest and kept <= _FALL * self._kept)
+        since, steps = step - self._step, config.end_step - config.start_step
+        fallen = kept <= (1 - _FALL) * self._kept and since >= min(_SCHEDULE * steps, _STEPS)
+        return fallen or step == config.end_step or since >= _TRAINING * config.total_steps
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Starvation:
-        """Return one that does not warn again. It has no counts: those belong to the weights of this one."""
-        twin = Starvation()
-        memo[id(self)] = twin
-        twin._starving, twin._dead, twin._step, twin._kept = {*self._starving}, {*self._dead}, self._step, self._kept
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy. It does not warn again, and the counts that a GPU writes are not for it."""
+        return {**vars(self), "_counted": None}
 
 
 @dataclass
@@ -151,4 +152,5 @@ def _advice(p: float) -> str:
 
 
 def _shortage(name: str, survivors: int, outputs: int) -> str:
+    """Return the name of a weight with its two numbers."""
     return f"{name} ({survivors:,} survivor{'s' * (survivors != 1)} for {outputs:,} outputs)"

@@ -36,8 +36,10 @@ def count_above(weight: Tensor, threshold: Tensor) -> Tensor:
         >>> count_above(torch.tensor([-3.0, 1.0, 2.0]), torch.tensor(1.0))
         tensor(2)
     """
-    elements, t = flat(weight.detach()), threshold.to(weight.device)
-    parts = elements.split(_CHUNK) if elements.device.type == "cpu" else [elements]
+    weight, t = weight.detach(), threshold.to(weight.device)
+    if weight.device.type != "cpu" or weight.numel() <= _CHUNK:
+        return torch.count_nonzero(weight.abs().to(t.dtype) > t)
+    parts = flat(weight).split(_CHUNK)
     return torch.stack([torch.count_nonzero(part.abs().to(t.dtype) > t) for part in parts]).sum()
 
 
