@@ -16,9 +16,9 @@ from feather_param.core.freezing import freeze, restore_zeros
 from feather_param.core.movement import Movement
 from feather_param.core.optimizer import Follower, checked_optimizer
 from feather_param.core.shared import SharedSparsity
+from feather_param.core.starvation import Starvation
 from feather_param.core.warnings import warn_of_dead, warn_of_early
 from feather_param.ops.finite import LateNaN
-from feather_param.ops.groups import have_grown_at_same_threshold
 from feather_param.ops.tracing import eager
 from feather_param.parametrizations import states_of
 from feather_param.reports.report import Report, rows
@@ -45,7 +45,7 @@ class Controller:
         self._late_nan = LateNaN()
         self._movement = Movement()
         self._warned_after_desparsify = False
-        self._zeros_checked = 0  # number of zeros at the last check for weights without survivors
+        self._starvation = Starvation()
         attach(model, self._shared, selection.weights)
         try:
             self._shared.move_to(0)
@@ -187,7 +187,8 @@ class Controller:
     def report(self) -> Report:
         """Return the zeros of each weight and of all, as `desparsify` would leave them now.
 
-        Warns of weights with no survivors. If the weights are sharded, call this on all processes.
+        Warns of weights with no survivors, and of layers that starve if no step has warned of them. If the weights are
+        sharded, call this on all processes.
 
         Raises:
             RuntimeError: the model has been desparsified, or a layer of it was replaced.
@@ -197,7 +198,9 @@ class Controller:
         self._shared.refresh_checked()
         weights, counts = self._shared.weights(), self._shared.counts()
         warn_of_dead(weights, counts)
-        return Report(rows(weights, counts), dict(self._skipped))
+        found = Report(rows(weights, counts, outputs := self._shared.outputs()), dict(self._skipped))
+        self._starvation.warn({row.name: row.survivors for row in found.rows}, outputs, self._shared.config.p)
+        return found
 
     def masks(self) -> dict[str, Tensor]:
         """Return the mask of each weight by name, as `desparsify` would use it now.
@@ -291,7 +294,6 @@ class Controller:
         shared = self._without_source()
         self._late_nan.refuse(shared.weights)
         self._movement.check(shared)
-        before = shared.position.groups
         if shared.frozen:
             threshold = restore_zeros(shared)
             shared.position.step += 1
@@ -299,14 +301,7 @@ class Controller:
             shared.move_to(shared.position.step + 1)
             threshold = shared.position.largest_threshold
         self._late_nan.watch(threshold, sharded=shared.sharded)
-        if threshold.device.type == "cpu" and not shared.frozen:
-            now = shared.position.zeros
-            tied = have_grown_at_same_threshold(shared.position.groups, before)
-            if self.step_count == shared.config.end_step or (
-                tied and now - self._zeros_checked >= shared.final_zeros // 16
-            ):
-                dead = warn_of_dead(shared.weights(), shared.counts())
-                self._zeros_checked = shared.budget.total if dead else now  # after a warning, no more checks
+        self._starvation.check(shared)
 
     def _require(self, call: str) -> None:
         self._links = require_attached(call, self._model, self._shared, self._links)

@@ -205,6 +205,7 @@ def test_the_report_counts_the_zeros_that_desparsify_writes(rate, values, dtype)
     assert (report.total, report.zeros) == (8, sum(expected))
     assert report.rate == sum(expected) / 8
     assert [row.survivors for row in report.rows] == survivors
+    assert report.starving == tuple(row.name for row in report.rows if row.survivors < 2)
     if any(survivors):
         assert sum(row.survivor_fraction for row in report.rows) == pytest.approx(1.0)
 
@@ -212,23 +213,23 @@ def test_the_report_counts_the_zeros_that_desparsify_writes(rate, values, dtype)
 def test_a_report_prints_an_aligned_table_and_the_dense_weights():
     controller = feather_param.sparsify(net(), final_rate=0.5, total_steps=1, exclude="4", end_step=0)
     lines = str(controller.report()).splitlines()
-    assert lines[0].split() == ["weight", "shape", "total", "zeros", "rate", "of", "all", "survivors"]
+    assert lines[0].split() == ["weight", "shape", "total", "zeros", "rate", "of", "all", "survivors", "per", "output"]
     assert lines[1].split()[:3] == ["0.weight", "8x3x3x3", "216"]
-    assert lines[-2].split() == ["all", "2,264", "1,132", "50.000%", "100.00%"]
+    assert lines[-2].split() == ["all", "2,264", "1,132", "50.000%", "100.00%", "47.2"]  # 1,132 survivors, 24 outputs
     assert lines[-1] == "dense: 4.weight (excluded)"
     assert len({len(line) for line in lines[:-1]}) == 1
 
 
-def test_a_layer_with_no_survivors_is_named_when_the_schedule_ends_and_at_desparsify():
+def test_a_layer_with_no_survivors_is_named_once_in_training_and_at_desparsify():
     model = net()
     with torch.no_grad():
         model[4].weight.mul_(1e-6)
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4, end_step=2)
-    controller.step()
     with pytest.warns(
         UserWarning, match=r"nothing survives in 4\.weight: .*lower final_rate, p or .*exclude"
     ) as caught:
         controller.step()
+    controller.step()
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="nothing survives in 4") as caught:
         feather_param.desparsify(model)

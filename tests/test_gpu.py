@@ -130,3 +130,18 @@ def test_a_step_of_the_example_does_not_wait_for_the_device():
     with no_waiting():
         for step in range(3, batches.steps_per_epoch):
             training.step(*batches[step])
+
+
+def test_a_layer_that_starves_is_named_without_waiting_for_the_device():
+    model = net().requires_grad_(False)
+    with torch.no_grad():
+        model[4].weight.mul_(1e-3)
+        model[4].weight[0, :2] = 10.0
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=40)
+    with pytest.warns(UserWarning, match=r"in 4\.weight \(2 survivors for 4 outputs\)") as caught:
+        with no_waiting():
+            for _ in range(40):
+                controller.step()
+        torch.cuda.synchronize()
+        controller.step()
+    assert len(caught) == 1

@@ -75,6 +75,24 @@ def prunable(model: nn.Module, names: Callable[[str], bool] = lambda name: True)
     return [module.weight for name, module in model.named_modules() if isinstance(module, kinds) and names(name)]
 
 
+def survivors_of_outputs(layer: nn.Module, x: Tensor, dim: int, weight: Tensor) -> list[int]:
+    """Return the number of survivors that each output depends on, found by its gradient.
+
+    Args:
+        layer: a plain layer.
+        x: inputs, without negative numbers, so that no gradient cancels.
+        dim: dimension of the outputs in the result of the layer.
+        weight: the weight with zeros.
+    """
+    leaf = torch.ones_like(weight, requires_grad=True)
+    out = torch.func.functional_call(layer, {"weight": leaf}, (x,))
+    counts: list[int] = []
+    for output in out.unbind(dim):
+        (gradient,) = torch.autograd.grad(output.sum(), leaf, retain_graph=True)
+        counts.append(int(((gradient != 0) & (weight != 0)).sum()))
+    return counts
+
+
 def greedy(weights: dict[str, Tensor], k: int, guards: dict[str, int]) -> dict[str, int]:
     """Return the zeros of each weight, by the greedy rule of `allocations.global_magnitude`.
 

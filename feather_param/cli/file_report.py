@@ -14,26 +14,28 @@ from feather_param.files.checkpoint import Checkpoint
 from feather_param.files.tied import untied
 from feather_param.ops.count import PruneCount
 from feather_param.reports.report import Report, rows
-from feather_param.utils.text import aligned, percent
+from feather_param.utils.text import aligned, listed, percent
 
 
 def zeros(checkpoint: Checkpoint) -> Report:
     """Count the zeros of the weights in a checkpoint.
 
-    The weights are the floating-point tensors with two or more dimensions. Tied weights count once.
+    The weights are the floating-point tensors with two or more dimensions. Tied weights count once. The outputs of each
+    are its first dimension, because a file does not say which layers are transposed convolutions or embeddings.
 
     Example:
         >>> checkpoint = Checkpoint("torch", {"weight": torch.eye(4), "bias": torch.zeros(4)})
         >>> print(as_text(Path("fc.pt"), 1234, checkpoint, zeros(checkpoint)))
         fc.pt: torch, 1,234 bytes, 2 tensors
         <BLANKLINE>
-        weight  shape  total  zeros     rate  of all survivors
-        weight  4x4       16     12  75.000%           100.00%
-        all               16     12  75.000%           100.00%
+        weight  shape  total  zeros     rate  of all survivors  per output
+        weight  4x4       16     12  75.000%           100.00%         1.0
+        all               16     12  75.000%           100.00%         1.0
         and 1 other tensor (biases, norms, integers)
     """
     weights = {name: tensor for name, tensor in untied(checkpoint.tensors).items() if _is_weight(tensor)}
-    return Report(rows(weights, {name: PruneCount(_count(tensor)) for name, tensor in weights.items()}))
+    counts = {name: PruneCount(_count(tensor)) for name, tensor in weights.items()}
+    return Report(rows(weights, counts, outputs={name: len(tensor) for name, tensor in weights.items()}))
 
 
 def _is_weight(tensor: Tensor) -> bool:
@@ -134,9 +136,3 @@ def as_json(
         "notes": list(notes),
     }
     return json.dumps(content, indent=2)
-
-
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """Return names with commas between them. Of more than ``most`` names, return the first."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

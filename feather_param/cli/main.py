@@ -18,7 +18,7 @@ from torch import Tensor
 
 import feather_param
 from feather_param.cli.architecture import build, load
-from feather_param.cli.file_report import as_json, as_text, in_training, listed, notes, zeros
+from feather_param.cli.file_report import as_json, as_text, in_training, notes, zeros
 from feather_param.cli.progress import Progress
 from feather_param.files.atomic import atomic_write
 from feather_param.files.checkpoint import Checkpoint, read
@@ -26,7 +26,7 @@ from feather_param.files.sizes import file_sizes
 from feather_param.files.tied import first_names, untied
 from feather_param.reports import page
 from feather_param.utils.extras import extra
-from feather_param.utils.text import percent
+from feather_param.utils.text import listed, percent
 
 _PROGRAM = "feather-param"
 _TORCH = (".pt", ".pth", ".bin")

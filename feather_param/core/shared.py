@@ -40,7 +40,7 @@ from feather_param.core.position import Position, unpack
 from feather_param.core.registration import Registration, first_places, require_values
 from feather_param.core.state_dict import POSITION
 from feather_param.core.versions import checksum_of
-from feather_param.ops.count import PruneCount
+from feather_param.ops.count import PruneCount, count_above
 from feather_param.ops.distributed import held_here, is_sharded
 from feather_param.ops.dtypes import rounded_down
 from feather_param.ops.finite import require_finite
@@ -93,6 +93,14 @@ class SharedSparsity(Copyable):
         """
         first = first_places(self.registrations.values())
         return {name: first[name].dense() for name in self.budget.sizes if name in first}
+
+    def outputs(self) -> dict[str, int]:
+        """Return the number of outputs that each weight computes, by name; of a tied weight, those of the largest."""
+        shapes = {name: weight.shape for name, weight in self.weights().items()}
+        found = dict.fromkeys(shapes, 0)
+        for each in self.registrations.values():
+            found[each.name] = max(found[each.name], each.place.outputs(shapes[each.name]))
+        return found
 
     # -- thresholds and masks ---------------------------------------------------------------------------------------
 
@@ -179,6 +187,14 @@ class SharedSparsity(Copyable):
         if self.frozen:
             return {name: PruneCount(int((~mask).sum())) for name, mask in self.masks().items()}
         return count_zeros(self.weights(), self.position.groups)
+
+    def survivors(self) -> dict[str, Tensor]:
+        """Return the number of survivors of each weight, by name: int64, 0-dim, on the weight's device.
+
+        It does not wait for a GPU. The weights must not be frozen or sharded.
+        """
+        thresholds = self.position.thresholds
+        return {name: count_above(weight, thresholds[name]) for name, weight in self.weights().items()}
 
     def set_masks(self, fixed: Mapping[str, Tensor] | None) -> None:
         """Use fixed masks in the forward pass, given by the name of the weight. None: use the thresholds."""

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from feather_param.ops.distributed import Sum
+from feather_param.ops.dtypes import flat
+
+# Number of elements that a CPU processes at a time, so that the intermediate results stay in the cache.
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,20 @@ class PruneCount:
 
     zeros: int
     ties: int = 0
+
+
+def count_above(weight: Tensor, threshold: Tensor) -> Tensor:
+    """Return the number of magnitudes above a threshold: int64, 0-dim. It does not wait for a GPU.
+
+    Example:
+        >>> count_above(torch.tensor([-3.0, 1.0, 2.0]), torch.tensor(1.0))
+        tensor(2)
+    """
+    weight, t = weight.detach(), threshold.to(weight.device)
+    if weight.device.type != "cpu" or weight.numel() <= _CHUNK:
+        return torch.count_nonzero(weight.abs().to(t.dtype) > t)
+    parts = flat(weight).split(_CHUNK)
+    return torch.stack([torch.count_nonzero(part.abs().to(t.dtype) > t) for part in parts]).sum()
 
 
 def count_pruned(

@@ -45,22 +45,6 @@ def group_each(weights: Mapping[str, Tensor], zeros: Mapping[str, int]) -> list[
     return [Group((name,), zeros[name], thresholds[name]) for name in weights]
 
 
-def have_grown_at_same_threshold(groups: Sequence[Group], before: Sequence[Group]) -> bool:
-    """Return whether one of the groups has more zeros than before at the same threshold.
-
-    Many of its elements equal the threshold then, and the operator makes all of them zero. The call waits for the
-    device.
-    """
-    old = {group.names: group for group in before}
-    return any(
-        group.names in old
-        and old[group.names].zeros < group.zeros
-        and bool(group.threshold)
-        and torch.equal(group.threshold, old[group.names].threshold)
-        for group in groups
-    )
-
-
 def count_zeros(weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, PruneCount]:
     """Count the zeros that each weight gets, in the order of the mapping.
 

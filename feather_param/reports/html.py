@@ -11,7 +11,7 @@ from feather_param.reports.history import History, Record
 from feather_param.reports.multiply_adds import MultiplyAdds
 from feather_param.reports.report import Report
 from feather_param.utils.checks import instance
-from feather_param.utils.text import percent, short
+from feather_param.utils.text import listed, percent, ratio, short
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -22,7 +22,7 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th { text-align: left; font-weight: 600; white-space: nowrap; position: sticky; top: 0; background: #fff; }
 th, td { padding: .15rem 1.2rem .15rem 0; border-bottom: 1px solid #edf2f7; }
 td.name { min-width: 9rem; overflow-wrap: anywhere; } td.n, th.n { text-align: right; white-space: nowrap; }
-tr.all td { font-weight: 600; border-top: 2px solid #a0aec0; } tr.dead td { color: #c05621; }
+tr.all td { font-weight: 600; border-top: 2px solid #a0aec0; } tr.starving td { color: #c05621; }
 .figure svg { max-width: 100%; height: auto; }
 footer { margin: 2.5rem 0 1rem; font-size: .8rem; color: #718096; }
 """
@@ -85,6 +85,8 @@ def _summary(report: Report, counted: MultiplyAdds | None) -> str:
         text += f" Without the zeros, {remaining} of {short(counted.dense)} multiply-adds of a forward pass remain."
     if report.dead:
         text += f" Nothing survives in {', '.join(report.dead)}."
+    if starving := [name for name in report.starving if name not in report.dead]:
+        text += f" Fewer survivors than outputs in {listed(starving)}."
     return escape(text)
 
 
@@ -96,14 +98,14 @@ def _sizes(sizes: Mapping[str, int]) -> str:
 
 def _layers(report: Report, records: Sequence[Record], counted: MultiplyAdds | None) -> str:
     """Return the table of all layers. `records` is empty or has at least two records."""
-    heads = ["weight", "shape", ">weights", ">zeros", ">rate", ">survivors"]
+    heads = ["weight", "shape", ">weights", ">zeros", ">rate", ">survivors", ">per output"]
     heads += [">entered", ">left"] * bool(records) + [">multiply-adds", ">remaining"] * (counted is not None)
     last = {layer.name: layer for layer in records[-1].layers} if records else {}
     adds = {row.name: row for row in counted.rows} if counted is not None else {}
     rows: list[str] = []
     for row in report.rows:
         cells = [_name(row.name), _cell("x".join(map(str, row.shape)))]
-        cells += _counts(row.total, row.zeros, row.survivors)
+        cells += [*_counts(row.total, row.zeros, row.survivors), _right(ratio(row.survivors_per_output))]
         if records:
             layer = last.get(row.name)
             cells += [_right(f"{layer.entered:,}"), _right(f"{layer.left:,}")] if layer else [_right("-")] * 2
@@ -111,12 +113,13 @@ def _layers(report: Report, records: Sequence[Record], counted: MultiplyAdds | N
             add = adds.get(row.name)
             cells += [_right(f"{add.dense:,}"), _right(f"{add.remaining:,}")] if add else [_right("-")] * 2
         rows.append("".join(cells))
-    total = [_name("all"), _cell(""), *_counts(report.total, report.zeros, report.survivors)]
+    mean = ratio(report.survivors_per_output)
+    total = [_name("all"), _cell(""), *_counts(report.total, report.zeros, report.survivors), _right(mean)]
     if records:
         total += [_right(f"{records[-1].entered:,}"), _right(f"{records[-1].left:,}")]
     if counted is not None:
         total += [_right(f"{counted.dense:,}"), _right(f"{counted.remaining:,}")]
-    classes = ["dead" if row.name in report.dead else "" for row in report.rows]
+    classes = ["starving" if row.name in report.starving else "" for row in report.rows]
     table = _table(heads, [*rows, "".join(total)], [*classes, "all"])
     if not records:
         return table

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from feather_param.ops.count import PruneCount
-from feather_param.utils.text import aligned, grouped
+from feather_param.utils.text import aligned, grouped, ratio
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Row:
         total: number of elements.
         zeros: number of elements that are zero.
         survivor_fraction: its survivors as a fraction of the survivors of all weights.
+        outputs: number of output features or channels that it computes; of a weight from a file, its first dimension.
         ties: number of kept elements whose magnitude equals the threshold. `desparsify` stores each as a negligible
             number that is not zero, so that the number of zeros is exact. They do not count as survivors.
     """
@@ -30,12 +31,18 @@ class Row:
     total: int
     zeros: int
     survivor_fraction: float
+    outputs: int
     ties: int = 0
 
     @property
     def survivors(self) -> int:
         """Number of elements that survive."""
         return self.total - self.zeros - self.ties
+
+    @property
+    def survivors_per_output(self) -> float:
+        """Mean number of survivors of an output. The weight starves if it is below 1: some outputs have no input."""
+        return self.survivors / self.outputs if self.outputs else 0.0
 
     @property
     def rate(self) -> float:
@@ -52,10 +59,10 @@ class Report:
         skipped: names of the weights that stay dense, with the reason.
 
     Example:
-        >>> print(Report((Row("fc.weight", (10, 4), 40, 30, 1.0),)))
-        weight     shape  total  zeros     rate  of all survivors
-        fc.weight  10x4      40     30  75.000%           100.00%
-        all                  40     30  75.000%           100.00%
+        >>> print(Report((Row("fc.weight", (10, 4), 40, 30, 1.0, outputs=10),)))
+        weight     shape  total  zeros     rate  of all survivors  per output
+        fc.weight  10x4      40     30  75.000%           100.00%         1.0
+        all                  40     30  75.000%           100.00%         1.0
     """
 
     rows: tuple[Row, ...]
@@ -77,6 +84,11 @@ class Report:
         return sum(row.survivors for row in self.rows)
 
     @property
+    def survivors_per_output(self) -> float:
+        """Mean number of survivors of an output of all layers."""
+        return self.survivors / max(1, sum(row.outputs for row in self.rows))
+
+    @property
     def rate(self) -> float:
         """Fraction of zeros in all prunable weights."""
         return self.zeros / self.total if self.total else 0.0
@@ -86,13 +98,28 @@ class Report:
         """Names of the weights without survivors."""
         return tuple(row.name for row in self.rows if row.total and not row.survivors)
 
+    @property
+    def starving(self) -> tuple[str, ...]:
+        """Names of the weights with fewer survivors than outputs."""
+        return tuple(row.name for row in self.rows if row.total and row.survivors < row.outputs)
+
     def __str__(self) -> str:
-        cells = [("weight", "shape", "total", "zeros", "rate", "of all survivors")]
+        cells = [("weight", "shape", "total", "zeros", "rate", "of all survivors", "per output")]
         for row in self.rows:
             shape = "x".join(map(str, row.shape))
             counts = (f"{row.total:,}", f"{row.zeros:,}", f"{row.rate:.3%}", f"{row.survivor_fraction:.2%}")
-            cells.append((row.name, shape, *counts))
-        cells.append(("all", "", f"{self.total:,}", f"{self.zeros:,}", f"{self.rate:.3%}", "100.00%"))
+            cells.append((row.name, shape, *counts, ratio(row.survivors_per_output)))
+        cells.append(
+            (
+                "all",
+                "",
+                f"{self.total:,}",
+                f"{self.zeros:,}",
+                f"{self.rate:.3%}",
+                "100.00%",
+                ratio(self.survivors_per_output),
+            )
+        )
         lines = aligned(cells)
         tied = [row for row in self.rows if row.ties]
         lines += [f"ties: {row.ties:,} elements of {row.name} equal the threshold and compute as zero" for row in tied]
@@ -100,11 +127,21 @@ class Report:
         return "\n".join(lines)
 
 
-def rows(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]) -> tuple[Row, ...]:
-    """Return a row for each weight, from the number of its zeros and ties."""
+def rows(
+    weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount], outputs: Mapping[str, int]
+) -> tuple[Row, ...]:
+    """Return a row for each weight, from the numbers of its zeros, ties and outputs."""
     survivors = {name: weight.numel() - counts[name].zeros - counts[name].ties for name, weight in weights.items()}
     whole = max(1, sum(survivors.values()))
     return tuple(
-        Row(name, tuple(weight.shape), weight.numel(), counts[name].zeros, survivors[name] / whole, counts[name].ties)
+        Row(
+            name,
+            tuple(weight.shape),
+            weight.numel(),
+            counts[name].zeros,
+            survivors[name] / whole,
+            outputs[name],
+            counts[name].ties,
+        )
         for name, weight in weights.items()
     )

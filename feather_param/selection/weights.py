@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,27 @@ class Place:
     def value(self) -> Tensor:
         """Return the tensor, computed through all its parametrizations."""
         return getattr(self.module, self.tensor)
+
+    def outputs(self, shape: Sequence[int]) -> int:
+        """Return the number of output features or channels that the tensor computes.
+
+        This is the first dimension of the weight of a Linear or Conv layer. Transposed convolutions and embeddings have
+        their outputs in the second one. Of a module that is not known, the first dimension is returned. A tensor of
+        fewer than two dimensions counts as one output.
+
+        Args:
+            shape: the shape of the tensor.
+
+        Example:
+            >>> layer = nn.ConvTranspose2d(4, 6, 3, groups=2)
+            >>> Place("weight", layer, "weight").outputs(layer.weight.shape)
+            6
+        """
+        if len(shape) < 2:
+            return 1
+        if isinstance(self.module, TRANSPOSED):
+            return shape[1] * self.module.groups
+        return shape[1 if isinstance(self.module, nn.Embedding | nn.EmbeddingBag) else 0]
 
     @property
     def key(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,6 +38,20 @@ def percent(fraction: float) -> str:
     return f"{fraction:.2%}" if 0 < fraction < 0.00995 else f"{fraction:.1%}"
 
 
+def ratio(value: float) -> str:
+    """Format a ratio so that 1 can be told from less: below 1 with two digits, rounded down. Only 0 is shown as 0.
+
+    Example:
+        >>> ratio(12.34), ratio(1.0), ratio(0.999), ratio(0.3), ratio(0.001), ratio(0)
+        ('12.3', '1.0', '0.99', '0.30', '<0.01', '0')
+    """
+    if value >= 1:
+        return f"{value:,.1f}"
+    if value < 0.01:
+        return "<0.01" if value > 0 else "0"
+    return f"{math.floor(100 * value + 1e-9) / 100:.2f}"
+
+
 def short(count: int) -> str:
     """Format a count with three significant digits and an SI prefix.
 
@@ -48,6 +63,17 @@ def short(count: int) -> str:
         return str(count)
     power = min(5, (len(f"{float(f'{count:.3g}'):.0f}") - 1) // 3)  # 999,999 is 1.00M
     return f"{count / 1000**power:#.3g}".rstrip(".") + "kMGTP"[power - 1]
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Return names with commas between them. Of more than ``most`` names, return the first.
+
+    Example:
+        >>> listed(["a", "b", "c", "d"], most=2)
+        'a, b and 2 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def grouped(reasons: Mapping[str, str]) -> list[str]:

@@ -41,5 +41,5 @@ def trained():
 
 
 def many(count: int, name: str = "features.denseblock1.denselayer{}.conv1.weight") -> Report:
-    rows = [Row(name.format(i), (64, 64, 3, 3), 36_864, 36_864 - 40 * i, 1 / count) for i in range(count)]
+    rows = [Row(name.format(i), (64, 64, 3, 3), 36_864, 36_864 - 40 * i, 1 / count, 64) for i in range(count)]
     return Report(tuple(rows), {"embedding.weight": "a weight of Embedding: name it in include to prune it"})

@@ -23,7 +23,7 @@ def figure_cases(reports):
         "survivors": figures.draw(report),
         "many": figures.draw(many(54), history=history, multiply_adds=adds, title="many"),
         "one": figures.draw(many(1), multiply_adds=counted),
-        "dead": figures.draw(Report((Row("fc.weight", (10, 10), 100, 100, 0.0),)), title="dead"),
+        "dead": figures.draw(Report((Row("fc.weight", (10, 10), 100, 100, 0.0, 10),)), title="dead"),
         "none": figures.draw(Report(()), multiply_adds=MultiplyAdds(())),
         "accuracy": figures.draw(accuracy={"": [(1, 0.5)]}, title="dense"),
         "long": figures.draw(many(3, "a" * 200), multiply_adds=counted, accuracy=CURVES, title="a long title " * 20),

@@ -24,7 +24,7 @@ def test_pages_are_well_formed_and_fetch_nothing(reports):
     assert "from step 9 to 12" in text
     assert {"rate (zeros)", "threshold", "churn (of survivors)", "optimizer step", "entered", "left"} <= set(found.text)
     assert found.tags.count("svg") == 1
-    assert found.cells[-4:] == [10] * 4  # head, two layers, all
+    assert found.cells[-4:] == [11] * 4  # head, two layers, all
     last = {layer.name: layer for layer in history.records[-1].layers}
     for row, add in zip(report.rows, counted.rows, strict=True):
         layer = last[row.name]
@@ -43,15 +43,18 @@ def test_pages_need_no_history_and_no_layers(reports):
     assert "optimizer step" not in " ".join(checked(page(many(3), history=young)).text)
     empty = checked(page(Report(()), sizes={"dense": 0, "sparse": 200}))
     assert "table" in empty.tags
-    dead = checked(page(Report((Row("fc.weight", (10, 10), 100, 100, 0.0),))))
+    dead = checked(page(Report((Row("fc.weight", (10, 10), 100, 100, 0.0, 10),))))
     assert "Nothing survives in fc.weight." in " ".join(dead.text)
+    starving = checked(page(Report((Row("fc.weight", (10, 10), 100, 97, 1.0, 10),))))
+    assert "Fewer survivors than outputs in fc.weight." in " ".join(starving.text)
+    assert "0.30" in starving.text
     assert "a weight of Embedding: name it in include to prune it" in checked(page(many(3))).text
 
 
 @settings(max_examples=30)
 @given(st.text(), st.text())
 def test_names_are_only_text_in_a_page(name, title):
-    report = Report((Row(name, (2, 2), 4, 2, 1.0),), {name: title})
+    report = Report((Row(name, (2, 2), 4, 2, 1.0, 2),), {name: title})
     checked(page(report, title=title, sizes={name: 3}))
 
 
