@@ -23,8 +23,9 @@ from examples.cifar100 import NETWORKS, Training, bake, parse
 from examples.data import ImageData, TrainBatches
 from examples.resumable import save
 
-__all__ = ["Run", "RunTraining", "build", "content", "execute", "read"]
+__all__ = ["BATCH", "Run", "RunTraining", "build", "content", "execute", "read"]
 
+BATCH = 128  # images in a batch
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 # The keys of a JSON file. Files of 2026-11-27 and before do not have "layers".
 _KEYS = {"run", "accuracy", "loss", "zeros", "total", "promised", "dead", "seconds", "machine"}
@@ -149,17 +150,18 @@ class RunTraining(Training):
         run: the settings.
         data: the data set, on the device.
         device: where to train.
+        least: smallest number of images in a batch; a smaller last batch of an epoch is left out.
 
     Attributes:
         method: the method of the run; None for a dense network.
         average: the moving average of the network, where the method has one; else None.
     """
 
-    def __init__(self, run: Run, data: ImageData, device: torch.device) -> None:
+    def __init__(self, run: Run, data: ImageData, device: torch.device, least: int = 2) -> None:
         self.run = run
         self.method = None if run.method == DENSE else METHODS[run.method]
         options = f"--model={run.network} --epochs={run.epochs} --ptarget={run.rate} --seed={run.seed} --amp"
-        batches = TrainBatches(data, batch_size=128, epochs=run.epochs, seed=run.seed)
+        batches = TrainBatches(data, BATCH, run.epochs, run.seed, least)
         super().__init__(parse(options.split()), batches, device)
         decay = self.method and self.method.average
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
