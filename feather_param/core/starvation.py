@@ -147,8 +147,8 @@ def _can_count(shared: SharedSparsity) -> bool:
 def _advice(p: float) -> str:
     """Return what helps layers that starve, in the order in which it was measured to help."""
     smaller = " or ".join(f"p={other:g}" for other in (1, 0.5) if other < p)
-    guard, allocation = "min_nonzero_per_layer", "another allocation (allocations.square_root or allocations.erk)"
-    return ", ".join([f"a smaller p ({smaller})"] * bool(smaller) + [guard, allocation])
+    others = "another allocation (allocations.square_root or allocations.erk), min_nonzero_per_layer"
+    return f"a smaller p ({smaller}), {others}" if smaller else others
 
 
 def _shortage(name: str, survivors: int, outputs: int) -> str:
