@@ -92,7 +92,7 @@ class Network(RunTraining):
 
     def step_on(self, images: Tensor, labels: Tensor, step: Tensor) -> None:
         """Make a step, whose number is given as int64 [1]."""
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, cache_enabled=False):
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.amp, cache_enabled=False):
             loss = F.cross_entropy(self.model(images), labels)
         gradients = [*torch.autograd.grad(loss, self.parameters)]
         with torch.no_grad():
@@ -167,8 +167,8 @@ class Network(RunTraining):
     def finish(self) -> None:
         """End the training: replace the network by its moving average, where the method has one."""
         with torch.no_grad():
-            for parameter, average in zip(self.parameters, self.averages):
-                parameter.copy_(average)
+            if self.averages:
+                torch._foreach_copy_(self.parameters, self.averages)
         self.tell(self.steps)
 
 

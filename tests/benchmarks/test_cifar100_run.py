@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import timing
-from benchmarks.cifar100_run import Run, build, content, execute
+from benchmarks.cifar100_run import Run, RunTraining, build, content, execute
 from benchmarks.methods import DENSE, METHODS
 from examples.images import ImageData
 
@@ -119,3 +119,8 @@ def test_a_moving_average_is_the_network_that_is_saved(data, tmp_path):
     assert average["zeros"] == trained["zeros"] == average["promised"]
     assert average["loss"] != trained["loss"]
     assert average["layers"] != trained["layers"]
+
+
+@pytest.mark.parametrize(("network", "amp"), [("resnet20", True), ("mobilenet_v1", False)])
+def test_a_mobilenet_on_a_cpu_computes_in_float32(network, amp, data):
+    assert RunTraining(replace(a_run("feather"), network=network, width=1), data, CPU).amp is amp
