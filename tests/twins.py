@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 
 import torch
@@ -94,7 +94,7 @@ def greedy(weights: dict[str, Tensor], k: int, guards: dict[str, int]) -> dict[s
     return zeros
 
 
-def split(total: int, ratios: dict[str, float], least: dict[str, int], most: dict[str, int]) -> dict[str, int]:
+def split(total: int, ratios: Mapping[str, float], least: dict[str, int], most: dict[str, int]) -> dict[str, int]:
     """Return parts in proportion to ratios: each starts at its least value, and the one that is due grows by one.
 
     A part x is due at the number c for which c * ratio is x + 1/2.
@@ -107,7 +107,9 @@ def split(total: int, ratios: dict[str, float], least: dict[str, int], most: dic
     return parts
 
 
-def survivors(weights: dict[str, Tensor], k: int, guards: dict[str, int], ratios: dict[str, float]) -> dict[str, int]:
+def survivors(
+    weights: dict[str, Tensor], k: int, guards: dict[str, int], ratios: Mapping[str, float]
+) -> dict[str, int]:
     """Return the zeros of each weight if its survivors are in proportion to ratios."""
     sizes = {name: weight.numel() for name, weight in weights.items()}
     least = {name: size - guards.get(name, size) for name, size in sizes.items()}
