@@ -203,6 +203,18 @@ def test_a_frozen_run_finds_its_masks_again(name):
     assert resumed.report().zeros == round(0.9 * WEIGHTS)
 
 
+@pytest.mark.parametrize("name", [name for name in ALL if name != "by value"])
+def test_a_model_on_the_meta_device_gets_its_zeros_when_it_is_loaded(name):
+    arguments = {"final_rate": 0.9, "total_steps": 4, "end_step": 0, "allocation": ALL[name]}
+    with torch.device("meta"):
+        model = net(None)
+    controller = feather_param.sparsify(model, **arguments)
+    loaded, expected = net(), feather_param.sparsify(net(), **arguments)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    assert [row.zeros for row in controller.report().rows] == [row.zeros for row in expected.report().rows]
+    assert torch.equal(controller.threshold, expected.threshold)
+
+
 def test_a_plan_equals_the_report_and_its_zeros_can_be_used_again():
     arguments = {"final_rate": 0.9, "max_rate_per_layer": 0.92, "allocation": allocations.normalised}
     plan = feather_param.plan(net(), **arguments)
