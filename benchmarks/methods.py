@@ -5,7 +5,6 @@ All methods have the same training recipe. They reach the final rate at half of 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,11 +52,7 @@ class Method:
     mirror: bool = False
 
     def settings(self, model: nn.Module, rate: float, total_steps: int) -> dict[str, Any]:
-        """Return the arguments of `feather_param.sparsify` for a model.
-
-        Raises:
-            ValueError: this version of feather_param does not have the allocation.
-        """
+        """Return the arguments of `feather_param.sparsify` for a model."""
         settings: dict[str, Any] = {
             "final_rate": rate,
             "total_steps": total_steps,
@@ -71,29 +66,16 @@ class Method:
             plan = feather_param.plan(model, final_rate=rate)
             settings["min_nonzero_per_layer"] = int(self.guard * (plan.total - plan.zeros) / len(plan.rows))
         if self.allocation is not None:
-            settings["allocation"] = _allocation(self.allocation)
+            settings["allocation"] = getattr(allocations, self.allocation)
         return settings
 
     def apply(self, model: nn.Module, rate: float, total_steps: int) -> feather_param.Controller:
-        """Sparsify a model with this method.
-
-        Raises:
-            ValueError: this version of feather_param does not have the method.
-        """
+        """Sparsify a model with this method."""
         return feather_param.sparsify(model, **self.settings(model, rate, total_steps))
 
     def freezes_after(self, step: int, total_steps: int) -> bool:
         """Return whether the mask is frozen after this step."""
         return self.freeze is not None and step == int(self.freeze * total_steps)
-
-
-def _allocation(name: str) -> Callable[..., Any]:
-    found = getattr(allocations, name, None)
-    if found is None or "allocation" not in inspect.signature(feather_param.sparsify).parameters:
-        raise ValueError(
-            f"expected an allocation of feather_param.allocations, got {name!r}; use a version that has it"
-        )
-    return found
 
 
 @torch.no_grad()

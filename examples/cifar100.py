@@ -40,6 +40,7 @@ from examples.processes import ALONE, Processes, choose_device, joined
 from examples.resumable import RunLog, Stopped, StopRequest, UserError
 
 NETWORKS = {"resnet20": archs.resnet20, "mobilenet_v1": archs.mobilenet_v1, "densenet": archs.densenet}
+ALLOCATIONS = ("global_magnitude", "uniform", "erk", "square_root", "lamp", "normalised")
 MOMENTUM = 0.9
 CLIP = 3.0  # largest norm of the gradient of all parameters together
 EVAL_BATCH = 500
@@ -72,6 +73,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     help = "final rate: fraction of zeros among all prunable weights; 0 trains dense"
     option("--ptarget", 0.95, help, {"at least": 0, "below": 1})
     option("--pthres", 0.0, "accepted for old command lines; only 0 is supported")
+    option("--allocation", "global_magnitude", "how many zeros each layer gets", choices=ALLOCATIONS)
     option("--t1", 0, "epoch at which pruning starts; the rate is final at half of the training", {"at least": 0})
     option("--sname", "run", "name of the run")
     help = "data set; ten has the first ten classes of CIFAR-100, digits needs no download"
@@ -83,9 +85,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     help = "compute in bfloat16 where that is safe, with autocast (on a GPU only)"
     option("--amp", None, help, action=argparse.BooleanOptionalAction)
     option("--compile", False, "train through torch.compile, which first takes minutes on a CPU: for long runs")
-    help = (
-        "continue the run of a folder runs/... or of its checkpoint.pt. The options are those of the checkpoint; only "
-    )
+    help = "continue the run of a folder runs/... or of its checkpoint.pt, with the options of the checkpoint; only "
     help += ", ".join("--" + name.replace("_", "-") for name in FREE) + " may differ"
     option("--resume", None, help, metavar="CHECKPOINT")
     options = parser.parse_resumable(argv)
@@ -143,11 +143,14 @@ class Training:
 
     def sparsify(self) -> feather_param.Controller | None:
         """Sparsify the model to --ptarget, from epoch --t1 on. Return None if it stays dense."""
-        rate, start = self.options.ptarget, self.options.t1 * self.batches.steps_per_epoch
+        rate, kind = self.options.ptarget, getattr(feather_param.allocations, self.options.allocation)
         if rate == 0:
             return None
+        total, start = len(self.batches), self.options.t1 * self.batches.steps_per_epoch
         try:
-            return feather_param.sparsify(self.model, final_rate=rate, total_steps=len(self.batches), start_step=start)
+            return feather_param.sparsify(
+                self.model, final_rate=rate, total_steps=total, start_step=start, allocation=kind
+            )
         except ValueError as error:
             raise UserError(f"--ptarget {rate} cannot be reached: {error}") from error
 

@@ -84,7 +84,7 @@ class Controller:
                 optimizer, which advances it already.
             ValueError: a weight holds NaN or infinity, or tied weights are no longer tied. The controller has not
                 advanced. On a GPU, no step waits for the device, so NaN is found one or two steps later, unless there
-                are guards or the weights are sharded.
+                are guards, the weights are sharded, or the allocation is `lamp` or `normalised`.
         """
         self._require("step()")
         if self._follower is not None:

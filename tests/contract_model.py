@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -133,12 +134,24 @@ class Network:
         return self.expected
 
 
-def prune(weights: dict[str, Tensor], zeros: int, guards: dict[str, int]) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Return the threshold and the mask of each weight, by sorting."""
+Divide = Callable[[dict[str, Tensor], int, dict[str, int]], dict[str, int]]
+"""Returns the zeros of each weight: the slow reference of an allocation."""
+
+
+def prune(
+    weights: dict[str, Tensor], zeros: int, guards: dict[str, int], divide: Divide | None = None
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Return the threshold and the mask of each weight, by sorting. By default all weights have one threshold."""
     already = {name: int((weight == 0).sum()) for name, weight in weights.items()}
-    counts = already if sum(already.values()) > zeros else twins.greedy(weights, zeros, guards)
     free, remaining, thresholds = dict(weights), zeros, {}
-    while True:  # a weight that would lose more than its guard allows gets a threshold of its own
+    if divide is None:
+        counts = already if sum(already.values()) > zeros else twins.greedy(weights, zeros, guards)
+    else:
+        given = divide(weights, zeros, guards)
+        counts = {name: max(already[name], given[name]) for name in weights}
+        thresholds = {name: twins.threshold([weight], given[name]) for name, weight in weights.items()}
+        free = {}
+    while free:  # a weight that would lose more than its guard allows gets a threshold of its own
         t = twins.threshold(free.values(), remaining)
         pruned = iter(twins.zeros(free.values(), remaining))
         taken = {name: sum(next(pruned) for _ in range(weight.numel())) for name, weight in free.items()}
@@ -148,7 +161,8 @@ def prune(weights: dict[str, Tensor], zeros: int, guards: dict[str, int]) -> tup
         for name in over:
             thresholds[name] = twins.threshold([free.pop(name)], counts[name])
             remaining -= counts[name]
-    thresholds |= dict.fromkeys(free, t)
+    if free:
+        thresholds |= dict.fromkeys(free, t)
     masks: dict[str, Tensor] = {}
     for name, weight in weights.items():
         values = twins.magnitudes([weight])

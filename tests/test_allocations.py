@@ -1,22 +1,21 @@
-"""Allocations, guards and plans: the total is exact, and no weight gets more zeros than its guard."""
+"""Allocations: each divides the zeros by its formula, and the total is exact."""
 
 from __future__ import annotations
 
-import contextlib
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import feather_param
-from feather_param import schedules
-from feather_param.allocations import global_magnitude
-from feather_param.core.budget import Budget
-from feather_param.ops.groups import count_zeros
+from feather_param import allocations, schedules
+from feather_param.allocations import from_plan, global_magnitude, in_proportion, per_layer
+from feather_param.ops.groups import count_zeros, masks
 from tests import twins
-from tests.training import train
+from tests.network import WEIGHTS, net, train_step
+from tests.training import zeros_in
 
 VALUES = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 1.5, 2.0, -3.0, 7.0])
 
@@ -47,78 +46,199 @@ def test_global_magnitude_equals_the_greedy_rule(tensors, data):
             assert below <= counts[name].zeros <= int((weights[name].abs() <= group.threshold).sum())
 
 
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 20), nn.ReLU(), nn.Linear(20, 2, bias=False))
+BY_SHAPE = {"uniform": twins.uniform, "erk": twins.erk, "square_root": twins.square_root}
+BY_VALUE = {"lamp": twins.lamp, "normalised": twins.normalised, "global_magnitude": twins.greedy}
 
 
-N = 40 * 60 + 60 * 20 + 20 * 2
-GUARDS = [
-    {"max_rate_per_layer": 0.97},
-    {"min_nonzero_per_layer": 25},
-    {"max_rate_per_layer": 0.96, "min_nonzero_per_layer": 35},
-]
+def weights_like_a_network(dtype: torch.dtype, kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"conv": (6, 2, 3, 3), "depthwise": (6, 1, 3, 3), "fc": (5, 12), "head": (2, 5)}
+    weights = {}
+    for spread, (name, shape) in enumerate(shapes.items(), start=1):
+        weight = torch.randn(shape, generator=generator) * 0.1 * spread
+        if kind == "ties":
+            weight = weight.mul(8).round().div(8)
+        if kind == "zeros":
+            weight = torch.where(torch.rand(shape, generator=generator) < 0.2, 0.0, weight)
+        weights[name] = weight.to(dtype)
+    return weights
 
 
-@pytest.mark.parametrize("guards", GUARDS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_layer_collapses_and_the_total_is_exact(guards, dtype):
+GUARDS = {"none": {}, "some": {"depthwise": 20, "head": 3}, "all": {"conv": 90, "depthwise": 40, "fc": 50, "head": 9}}
+
+
+@pytest.mark.parametrize("guards", GUARDS.values(), ids=GUARDS)
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*BY_SHAPE, *BY_VALUE])
+def test_an_allocation_equals_its_twin_for_every_number_of_zeros(name, dtype, kind, guards):
+    weights = weights_like_a_network(dtype, kind)
+    sizes = {n: weight.numel() for n, weight in weights.items()}
+    natural = {n: int((weight == 0).sum()) for n, weight in weights.items()}
+    most = sum(guards.get(n, size) for n, size in sizes.items())
+    for zeros in [*range(0, most, 13), most - 1, most]:
+        groups = getattr(allocations, name)(weights, zeros, guards)
+        assert sum(group.zeros for group in groups) == zeros
+        assert sorted(n for group in groups for n in group.names) == sorted(weights)
+        counts = {n: count.zeros for n, count in count_zeros(weights, groups).items()}
+        found = masks(weights, groups)
+        assert counts == {n: int((~found[n]).sum()) for n in weights}
+        if name in BY_SHAPE:
+            given = BY_SHAPE[name](weights, zeros, guards)
+            assert {group.names[0]: group.zeros for group in groups} == given
+            assert counts == {n: max(given[n], natural[n]) for n in weights}
+            for group in groups:
+                assert float(group.threshold) == twins.threshold([weights[group.names[0]]], group.zeros)
+        elif sum(natural.values()) <= zeros:
+            assert counts == BY_VALUE[name](weights, zeros, guards)
+            assert sum(counts.values()) == zeros
+        assert all(counts[n] <= max(guards.get(n, sizes[n]), natural[n]) for n in weights)
+
+
+@pytest.mark.parametrize("name", BY_SHAPE)
+def test_no_weight_loses_zeros_when_there_are_more_in_all(name):
+    weights = weights_like_a_network(torch.float32, "normal")
+    before = dict.fromkeys(weights, 0)
+    for zeros in range(sum(weight.numel() for weight in weights.values())):
+        now = (
+            {group.names[0]: group.zeros for group in getattr(allocations, name)(weights, zeros, {"fc": 40})}
+            if zeros <= 222 - 20
+            else before
+        )
+        assert all(now[n] >= before[n] for n in weights)
+        before = now
+
+
+def test_lamp_leaves_each_weight_an_element_before_it_prunes_one_as_a_whole():
+    weights = weights_like_a_network(torch.float32, "normal")
+    weights["head"] *= 1e-6
+    total = sum(weight.numel() for weight in weights.values())
+    counts = count_zeros(weights, allocations.lamp(weights, total - len(weights), {}))
+    assert [weight.numel() - counts[n].zeros for n, weight in weights.items()] == [1, 1, 1, 1]
+
+
+def test_normalised_does_not_depend_on_the_scales_of_the_weights():
+    weights = weights_like_a_network(torch.float32, "normal")
+    groups = allocations.normalised(weights, 150, {})
+    scaled = {n: weight * 2.0 ** (20 * i) for i, (n, weight) in enumerate(weights.items())}
+    assert [g.zeros for g in allocations.normalised(scaled, 150, {})] == [g.zeros for g in groups]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [*BY_SHAPE, *BY_VALUE])
+@pytest.mark.parametrize("zeros", [0, 100])
+def test_an_allocation_refuses_nan_and_infinity(name, bad, zeros):
+    weights = weights_like_a_network(torch.float32, "normal")
+    weights["fc"][0, 0] = bad
+    with pytest.raises(ValueError, match="expected finite weights, got NaN or infinity in fc; "):
+        getattr(allocations, name)(weights, zeros, {})
+
+
+# -- in training ------------------------------------------------------------------------------------------------------
+
+ALL = {
+    **{name: getattr(allocations, name) for name in [*BY_SHAPE, *BY_VALUE]},
+    "in_proportion": in_proportion(lambda name, weight: weight.shape[0]),
+    "by value": in_proportion(lambda name, weight: float(weight.square().mean()) + 1e-3),
+    "per_layer": per_layer({"0": 0.3, "4.weight": 0.0, "*": 0.95}),
+    "from_plan": from_plan({"0.weight": 100, "3.weight": 1900, "4.weight": 9}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_the_total_is_exact_at_every_step_of_the_schedule(name, dtype):
     model = net().to(dtype)
-    with torch.no_grad():
-        model[2].weight.mul_(0.01)  # without guards all of it would be pruned
-    controller = feather_param.sparsify(model, final_rate=0.95, total_steps=6, end_step=3, **guards)
-    x = torch.randn(8, 40, dtype=dtype)
-    train(model, lambda model, step: model(x).square().mean(), controller, range(6))
-    report = controller.report()
-    assert report.zeros == round(0.95 * N)
-    for row in report.rows:
-        assert row.total - row.zeros >= guards.get("min_nonzero_per_layer", 1)
-        assert row.rate <= guards.get("max_rate_per_layer", 1.0)
-    evaluated = [model[i].weight.detach() for i in (0, 2, 4)]
-    feather_param.desparsify(model)
-    assert [int((model[i].weight == 0).sum()) for i in (0, 2, 4)] == [row.zeros for row in report.rows]
-    for before, i in zip(evaluated, (0, 2, 4), strict=True):
-        assert (before - model[i].weight).abs().max() <= torch.finfo(dtype).smallest_normal
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=8, allocation=ALL[name])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(8, 3, 6, 6, dtype=dtype)
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        controller.step()
+        report = controller.report()
+        assert report.zeros == round(controller.rate * WEIGHTS)
+        for row in report.rows:  # the network that is evaluated is the one that is reported
+            used = model.get_submodule(row.name.removesuffix(".weight")).weight
+            assert int((used == 0).sum()) == row.zeros + row.ties
+    rows = report.rows
+    controller.desparsify()
+    assert [int((model.get_parameter(row.name) == 0).sum()) for row in rows] == [row.zeros for row in rows]
+    assert zeros_in(model) == round(0.9 * WEIGHTS)
 
 
-def test_a_guard_that_is_not_reached_changes_nothing():
-    plain, guarded = net(), net()
-    feather_param.sparsify(plain, final_rate=0.5, total_steps=1, schedule=schedules.constant)
-    feather_param.sparsify(guarded, final_rate=0.5, total_steps=1, schedule=schedules.constant, max_rate_per_layer=0.9)
-    assert all(torch.equal(plain[i].weight, guarded[i].weight) for i in (0, 2, 4))
+@pytest.mark.parametrize("name", ALL)
+def test_a_run_resumes_bit_for_bit(name):
+    def run(steps, state=None):
+        model = net()
+        controller = feather_param.sparsify(model, final_rate=0.9, total_steps=8, allocation=ALL[name])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        parts = {"model": model, "controller": controller, "optimizer": optimizer}
+        for key, value in (state or {}).items():
+            parts[key].load_state_dict(value)
+        for step in steps:
+            train_step(model, optimizer, step)
+            controller.step()
+        return {key: part.state_dict() for key, part in parts.items()}, feather_param.baked_state_dict(model)
+
+    _, whole = run(range(8))
+    saved, _ = run(range(3))
+    _, resumed = run(range(3, 8), saved)
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
 
 
-def test_a_guard_counts_a_tied_weight_once():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
-    model[1].weight = model[0].weight
-    with torch.no_grad():
-        model[0].weight.mul_(1e-3)
-    feather_param.sparsify(model, final_rate=0.7, total_steps=1, schedule=schedules.constant, max_rate_per_layer=0.75)
-    assert torch.equal(model[0].weight, model[1].weight)
-    assert int((model[1].weight == 0).sum()) == 48
-    assert int((model[2].weight == 0).sum()) == round(0.7 * 128) - 48
+@pytest.mark.parametrize("name", ALL)
+def test_a_frozen_run_finds_its_masks_again(name):
+    def sparsified():
+        model = net()
+        return model, feather_param.sparsify(model, final_rate=0.9, total_steps=4, end_step=0, allocation=ALL[name])
+
+    model, controller = sparsified()
+    controller.freeze()
+    other, resumed = sparsified()
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(controller.state_dict())
+    assert all(torch.equal(mask, resumed.masks()[key]) for key, mask in controller.masks().items())
+    assert resumed.report().zeros == round(0.9 * WEIGHTS)
 
 
-@pytest.mark.parametrize(
-    ("guards", "largest"),
-    [({"max_rate_per_layer": 0.5}, 0.5), ({"min_nonzero_per_layer": 40}, (2360 + 1160) / N), ({}, (N - 1) / N)],
-)
-def test_the_largest_rate_is_reachable_and_a_larger_one_is_refused(guards, largest):
-    assert feather_param.plan(net(), final_rate=0.4, **guards).largest_rate == largest
-    assert feather_param.plan(net(), final_rate=largest, **guards).reachable
-    model = net()
-    feather_param.sparsify(model, final_rate=largest, total_steps=1, schedule=schedules.constant, **guards)
-    with pytest.warns(UserWarning, match="nothing survives") if not guards else contextlib.nullcontext():
-        feather_param.desparsify(model)
-    assert twins.count_zeros(twins.prunable(model)) == round(largest * N)
-    beyond = largest + 1.0 / N
-    if beyond < 1.0:
-        assert not feather_param.plan(net(), final_rate=beyond, **guards).reachable
-        with pytest.raises(ValueError, match=r"expected a final_rate of at most 0\.\d+, .*loosen them, or prune more"):
-            feather_param.sparsify(net(), final_rate=beyond, total_steps=1, **guards)
+@pytest.mark.parametrize("name", [name for name in ALL if name != "by value"])
+def test_a_model_on_the_meta_device_gets_its_zeros_when_it_is_loaded(name):
+    arguments = {"final_rate": 0.9, "total_steps": 4, "end_step": 0, "allocation": ALL[name]}
+    with torch.device("meta"):
+        model = net(None)
+    controller = feather_param.sparsify(model, **arguments)
+    loaded, expected = net(), feather_param.sparsify(net(), **arguments)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    assert [row.zeros for row in controller.report().rows] == [row.zeros for row in expected.report().rows]
+    assert torch.equal(controller.threshold, expected.threshold)
 
 
-def test_guards_are_exact_fractions_of_the_sizes():
-    assert Budget({"a": 100}, max_rate=0.29).guards == {"a": 29}
-    assert Budget({"a": 7, "b": 3}, min_nonzero=5).guards == {"a": 2, "b": 0}
-    assert Budget({"a": 3_000_000_000}, max_rate=0.9999).guards == {"a": 2_999_700_000}
+def test_a_plan_equals_the_report_and_its_zeros_can_be_used_again():
+    arguments = {"final_rate": 0.9, "max_rate_per_layer": 0.92, "allocation": allocations.normalised}
+    plan = feather_param.plan(net(), **arguments)
+    report = feather_param.sparsify(net(), total_steps=1, schedule=schedules.constant, **arguments).report()
+    assert [row.zeros for row in plan.rows] == [row.zeros for row in report.rows]
+    for source in (plan, report, {row.name: row.zeros for row in report.rows}):
+        again = feather_param.plan(net(1), final_rate=0.9, allocation=from_plan(source))
+        assert [row.zeros for row in again.rows] == [row.zeros for row in report.rows]
+
+
+def test_a_rate_of_zero_keeps_a_weight_dense_and_the_first_glob_counts():
+    rates = {"0.*": 0.5, "4": 0.0, "*": 0.95}
+    rows = feather_param.plan(net(), final_rate=0.9, allocation=per_layer(rates)).rows
+    sizes = {"0.weight": 216, "3.weight": 2048, "4.weight": 64}
+    numbers = {"0.weight": 0.5 * 216, "3.weight": 0.95 * 2048, "4.weight": 0.0}
+    expected = twins.split(round(0.9 * WEIGHTS), numbers, dict.fromkeys(sizes, 0), sizes)
+    assert {row.name: row.zeros for row in rows} == expected
+    assert expected["4.weight"] == 0
+
+
+def test_the_largest_threshold_is_the_controllers():
+    controller = feather_param.sparsify(
+        net(), final_rate=0.5, total_steps=1, end_step=0, allocation=allocations.uniform
+    )
+    groups = controller._shared.position.groups
+    assert controller.threshold == max(group.threshold for group in groups)
+    assert len({float(group.threshold) for group in groups}) == 3

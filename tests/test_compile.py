@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import feather_param
+from feather_param import allocations
 from tests import twins
 from tests.training import zeros_in
 
@@ -29,13 +30,18 @@ def net() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    ("final_rate", "theta"),
-    [(0.9, None), (0.98, None), (0.98, lambda rate: 1.5 - rate)],
-    ids=["theta = 1", "theta = 0.5", "theta of the rate"],
+    ("final_rate", "theta", "allocation"),
+    [
+        (0.9, None, allocations.global_magnitude),
+        (0.98, None, allocations.global_magnitude),
+        (0.98, lambda rate: 1.5 - rate, allocations.global_magnitude),
+        (0.9, None, allocations.erk),
+    ],
+    ids=["theta = 1", "theta = 0.5", "theta of the rate", "erk"],
 )
 @pytest.mark.parametrize("follows", [True, False], ids=["optimizer=", "step()"])
 @pytest.mark.filterwarnings("ignore:nothing survives")
-def test_one_graph_serves_all_steps_of_a_schedule(final_rate, theta, follows):
+def test_one_graph_serves_all_steps_of_a_schedule(final_rate, theta, allocation, follows):
     torch._dynamo.reset()
     counters.clear()
     compiled_losses, eager_losses = [], []
@@ -48,6 +54,7 @@ def test_one_graph_serves_all_steps_of_a_schedule(final_rate, theta, follows):
             total_steps=12,
             start_step=2,
             theta=theta,
+            allocation=allocation,
             optimizer=optimizer if follows else None,
         )
         forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model

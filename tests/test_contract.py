@@ -25,12 +25,13 @@ from hypothesis.stateful import (
 from torch import Tensor, nn
 
 import feather_param
-from feather_param import schedules
+from feather_param import allocations, schedules
 from tests import twins
 from tests.contract_model import MODELS, Expected, Network, Tied, prune, used_weights, weight_names
 
 VALUES = [0.0, 0.5, -0.5, 1.0, -1.0, 1.5, -2.0]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ALLOCATIONS = {"global_magnitude": None, "erk": twins.erk, "uniform": twins.uniform}
 
 
 class Contract(RuleBasedStateMachine):
@@ -45,16 +46,18 @@ class Contract(RuleBasedStateMachine):
         theta=st.sampled_from([None, 0.5, lambda rate: 1.0 - rate]),
         schedule=st.sampled_from([schedules.cubic, schedules.linear, schedules.constant]),
         guarded=st.booleans(),
+        allocation=st.sampled_from(sorted(ALLOCATIONS)),
         follow=st.booleans(),
         steps=st.sampled_from([0, 0, 2, 4, 6]),
         copied=st.booleans(),
         seed=st.integers(0, 2**31),
     )
-    def start(self, kind, dtype, ties, rate, p, theta, schedule, guarded, follow, steps, copied, seed):
+    def start(self, kind, dtype, ties, rate, p, theta, schedule, guarded, allocation, follow, steps, copied, seed):
         self.generator = torch.Generator().manual_seed(seed)
         self.make, self.rate, self.p, self.schedule, self.follow = MODELS[kind], rate, p, schedule, follow
         self.arguments = {"final_rate": rate, "total_steps": 8, "start_step": 1, "end_step": 5, "p": p, "theta": theta}
-        self.arguments["schedule"] = schedule
+        self.arguments |= {"schedule": schedule, "allocation": getattr(allocations, allocation)}
+        self.allocation = ALLOCATIONS[allocation]
         if guarded:
             self.arguments |= {"max_rate_per_layer": 0.95}
         model = self.make().to(dtype)
@@ -259,7 +262,7 @@ class Contract(RuleBasedStateMachine):
                 assert (used[name][~masks[name]] == 0).all(), name
                 assert ((used[name] - weight)[masks[name]].abs() <= least[name]).all(), name
         else:
-            thresholds, masks = prune(weights, expected.zeros, self.guards)
+            thresholds, masks = prune(weights, expected.zeros, self.guards, self.allocation)
             for name, weight in weights.items():
                 reference = twins.operator(weight, thresholds[name], self.p)
                 assert torch.equal(used[name] == 0, reference == 0), name

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import archs
 import feather_param
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +101,21 @@ def test_the_code_that_fine_tunes_a_sparse_file_runs(tmp_path, monkeypatch):
     for i in (0, 2):
         assert torch.equal(tuned[i].weight != 0, model[i].weight != 0)
         assert not torch.equal(tuned[i].bias, model[i].bias)
+
+
+@pytest.mark.filterwarnings("ignore:nothing survives")
+def test_the_code_about_allocations_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/allocations.md").read_text(encoding="utf-8"), re.DOTALL)
+    scope = {"feather_param": feather_param}
+    for block in blocks:
+        scope["model"] = archs.resnet20(width=4)
+        if "*.depthwise" in block:
+            scope["model"] = archs.mobilenet_v1()
+        exec(compile(block, "allocations.md", "exec"), scope)
+    for name in ("allocation", "last_layer_dense"):
+        plan = feather_param.plan(archs.resnet20(width=4), final_rate=0.9, allocation=scope[name])
+        assert sum(row.zeros for row in plan.rows) == plan.zeros
+    assert plan.rows[-1].zeros == 0
 
 
 def test_the_readme_has_fewer_than_120_lines():

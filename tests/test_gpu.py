@@ -63,10 +63,19 @@ def test_a_zero_threshold_returns_subnormal_numbers_unchanged(p):
         assert torch.equal(feather_param.parametrizations.feather_threshold(weight, threshold, p=p), weight)
 
 
-def test_a_step_does_not_wait_for_the_device():
+@pytest.mark.parametrize("name", ["global_magnitude", "uniform", "erk", "square_root", "lamp", "normalised"])
+def test_an_allocation_gives_the_zeros_of_a_cpu(name):
+    allocation = getattr(feather_param.allocations, name)
+    on_gpu = feather_param.plan(net(), final_rate=0.9, allocation=allocation)
+    assert on_gpu.rows == feather_param.plan(net().cpu(), final_rate=0.9, allocation=allocation).rows
+
+
+@pytest.mark.parametrize("name", ["global_magnitude", "uniform", "erk", "square_root"])
+def test_a_step_does_not_wait_for_the_device(name):
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=10)
+    allocation = getattr(feather_param.allocations, name)
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=10, allocation=allocation)
     x, y = torch.randn(8, 3, 6, 6, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda")
     with no_waiting():
         for _ in range(10):
@@ -78,9 +87,11 @@ def test_a_step_does_not_wait_for_the_device():
     assert zeros_in(model) == round(0.9 * 2328)
 
 
-def test_a_cuda_graph_can_record_a_step_and_a_forward_pass():
+@pytest.mark.parametrize("name", ["global_magnitude", "erk"])
+def test_a_cuda_graph_can_record_a_step_and_a_forward_pass(name):
     model = net()
-    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=10, end_step=0)
+    allocation = getattr(feather_param.allocations, name)
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=10, end_step=0, allocation=allocation)
     x = torch.randn(8, 3, 6, 6, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream), torch.no_grad():
@@ -103,9 +114,11 @@ def test_a_cuda_graph_can_record_a_step_and_a_forward_pass():
     assert torch.allclose(out, model(x), atol=1e-5)
 
 
-def test_nan_is_refused_one_step_later():
+@pytest.mark.parametrize("name", ["global_magnitude", "erk", "lamp", "normalised"])
+def test_nan_is_refused_one_step_later(name):
     model = net()
-    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=10)
+    allocation = getattr(feather_param.allocations, name)
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=10, allocation=allocation)
     with torch.no_grad():
         model[3].parametrizations.weight.original[0, 0] = float("nan")
     controller.step()

@@ -9,13 +9,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from feather_param import allocations
 from tests.processes import ddp, fsdp
 from tests.processes.launch import name_of, passed, run
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
 
 GUARDS = {"max_rate_per_layer": 0.93, "min_nonzero_per_layer": 9}
-AGAINST_ONE_PROCESS = [partial(fsdp.equals_one_process, guards={}), partial(fsdp.equals_one_process, guards=GUARDS)]
+AGAINST_ONE_PROCESS = [
+    partial(fsdp.equals_one_process, guards={}),
+    partial(fsdp.equals_one_process, guards=GUARDS),
+    partial(fsdp.equals_one_process, guards={}, allocation=allocations.uniform),
+    partial(fsdp.equals_one_process, guards=GUARDS, allocation=allocations.erk),
+    partial(fsdp.equals_one_process, guards=GUARDS, allocation=allocations.normalised),
+]
 # By number of processes. Their start takes longer than most checks, so they run several checks each.
 GROUPS = {
     1: [ddp.is_refused_by_sparsify, fsdp.is_refused_by_sparsify, *AGAINST_ONE_PROCESS],
@@ -23,12 +30,14 @@ GROUPS = {
         partial(ddp.keeps_all_ranks_equal, static_graph=False, compiled=False),
         partial(ddp.keeps_all_ranks_equal, static_graph=True, compiled=False),
         partial(ddp.keeps_all_ranks_equal, static_graph=False, compiled=True),
+        partial(ddp.keeps_all_ranks_equal, static_graph=False, compiled=False, allocation=allocations.lamp),
         ddp.may_accumulate_gradients,
         ddp.refuses_nan_on_all_ranks,
         *AGAINST_ONE_PROCESS,
         fsdp.trains_in_mixed_precision,
         fsdp.keeps_the_masks_of_a_frozen_model,
         fsdp.refuses_nan_on_all_ranks,
+        fsdp.refuses_an_allocation_that_sorts,
         fsdp.refuses_weights_on_two_meshes,
         fsdp.may_shard_a_part_of_the_model,
         fsdp.saves_a_checkpoint,

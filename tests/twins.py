@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 
 import torch
@@ -122,3 +122,64 @@ def ham_step(
         return w * math.exp(lr * (-alpha * sign * g - beta))
 
     return [[step(w, g) for w, g in zip(*rows, strict=True)] for rows in zip(weights, gradients, strict=True)]
+
+
+def split(total: int, ratios: Mapping[str, float], least: dict[str, int], most: dict[str, int]) -> dict[str, int]:
+    """Return parts in proportion to ratios: each starts at its least value, and the one that is due grows by one.
+
+    A part x is due at the number c for which c * ratio is x + 1/2.
+    """
+    parts = dict(least)
+    while sum(parts.values()) < total:
+        growing = [name for name in parts if parts[name] < most[name] and ratios[name]]
+        due = {name: (parts[name] + Fraction(1, 2)) / Fraction(ratios[name]) for name in growing}
+        parts[min(due, key=lambda name: due[name])] += 1  # the first of several
+    return parts
+
+
+def survivors(
+    weights: dict[str, Tensor], k: int, guards: dict[str, int], ratios: Mapping[str, float]
+) -> dict[str, int]:
+    """Return the zeros of each weight if its survivors are in proportion to ratios."""
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    least = {name: size - guards.get(name, size) for name, size in sizes.items()}
+    kept = split(sum(sizes.values()) - k, ratios, least, sizes)
+    return {name: sizes[name] - kept[name] for name in sizes}
+
+
+def erk(weights: dict[str, Tensor], k: int, guards: dict[str, int]) -> dict[str, int]:
+    """Return the zeros of each weight by `allocations.erk`."""
+    return survivors(weights, k, guards, {name: sum(weight.shape) for name, weight in weights.items()})
+
+
+def square_root(weights: dict[str, Tensor], k: int, guards: dict[str, int]) -> dict[str, int]:
+    """Return the zeros of each weight by `allocations.square_root`."""
+    return survivors(weights, k, guards, {name: math.sqrt(weight.numel()) for name, weight in weights.items()})
+
+
+def uniform(weights: dict[str, Tensor], k: int, guards: dict[str, int]) -> dict[str, int]:
+    """Return the zeros of each weight by `allocations.uniform`."""
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    return split(k, sizes, dict.fromkeys(sizes, 0), {name: guards.get(name, size) for name, size in sizes.items()})
+
+
+def lamp(weights: dict[str, Tensor], k: int, guards: dict[str, int]) -> dict[str, int]:
+    """Return the zeros of each weight by `allocations.lamp`."""
+    scores: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        values = sorted(magnitudes([weight]))
+        sums = [sum(value**2 for value in values[i:]) for i in range(len(values))]
+        scores[name] = torch.tensor(
+            [v**2 / s if v else 0.0 for v, s in zip(values, sums, strict=True)], dtype=torch.float64
+        )
+    return greedy(scores, k, guards)
+
+
+def normalised(weights: dict[str, Tensor], k: int, guards: dict[str, int]) -> dict[str, int]:
+    """Return the zeros of each weight by `allocations.normalised`, whose deviations have four digits."""
+    scores: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        values = magnitudes([weight])
+        deviation = float(f"{math.sqrt(sum(value**2 for value in values) / max(1, len(values))):.4g}")
+        scores[name] = torch.tensor([value / (deviation or 1.0) for value in values], dtype=torch.float64)
+    return greedy(scores, k, guards)

@@ -212,7 +212,8 @@ class SharedSparsity(Copyable):
         """
         require_values(self.registrations.values())
         weights = self.weights()
-        with torch.inference_mode(False):  # inference tensors could not be part of a later backward pass
+        # Inference tensors could not be part of a later backward pass.
+        with torch.inference_mode(False), torch.no_grad():
             if not zeros:
                 return all_kept(weights)
             parts, add_up = held_here(weights)

@@ -85,7 +85,9 @@ def _kth(sets: Sequence[Mapping[str, Tensor]], ks: Sequence[int], add_up: Sum | 
     finite = True
     for (device, double), indices in batches.items():
         batch, own_ks = [tensors[index] for index in indices], [ks[index] for index in indices]
-        if device.type == "cpu" and add_up is None:
+        if device.type == "meta":
+            values = [torch.empty((), dtype=torch.float64 if double else torch.float32, device=device)] * len(batch)
+        elif device.type == "cpu" and add_up is None:
             results = [kth_by_bracket(own, k) for own, k in zip(batch, own_ks, strict=True)]
             finite = finite and all(ok for _, ok in results)
             values = [kth for kth, _ in results]

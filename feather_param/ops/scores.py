@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,15 +38,20 @@ def lamp_scores(weight: Tensor) -> Tensor:
     """Return the LAMP scores of a weight in ascending order, as float64 of one dimension.
 
     The score of an element is its square over the sum of its square and those of all elements after it in the order of
-    magnitudes. Elements that are zero have the score 0.
+    magnitudes. Elements that are zero have the score 0. If an element is not finite, the last score is NaN.
 
     Example:
         >>> lamp_scores(torch.tensor([2.0, 0.0, -1.0]))
         tensor([0.0000, 0.2000, 1.0000], dtype=torch.float64)
     """
     squares = sorted_magnitudes(weight).double().square_()
-    sums = squares.flip(0).cumsum_(0).flip(0)
-    return squares.div_(sums).nan_to_num_(0.0, math.inf) if sums.numel() else squares
+    if squares.device.type != "cpu":
+        sums = squares.flip(0).cumsum_(0).flip(0)
+        return torch.where(squares == 0, squares, squares / sums)
+    array = squares.numpy()  # numpy reads backwards without a copy
+    with np.errstate(invalid="ignore"):  # infinity over infinity is NaN
+        np.divide(array, np.cumsum(array[::-1])[::-1], out=array, where=array != 0)
+    return squares
 
 
 def sorted_magnitudes(weight: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of sparsity: checks of arguments, optional libraries, tables of text, warnings."""
+"""Helpers that know no tensors: checks of arguments, numbers by name, optional libraries, tables of text, warnings."""

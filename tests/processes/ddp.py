@@ -11,14 +11,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import feather_param
+from feather_param.allocations import global_magnitude
 from tests import twins
 from tests.processes.training import STEPS, ZEROS, batch, net, same_everywhere, sparsify, train, weights_of
 from tests.training import zeros_in
 
 
-def keeps_all_ranks_equal(rank: int, world: int, folder: Path, *, static_graph: bool, compiled: bool) -> None:
+def keeps_all_ranks_equal(
+    rank: int, world: int, folder: Path, *, static_graph: bool, compiled: bool, allocation=global_magnitude
+) -> None:
     model = net()
-    controller = sparsify(model)
+    controller = sparsify(model, allocation=allocation)
     wrapped: nn.Module = DistributedDataParallel(model, static_graph=static_graph)
     if compiled:
         wrapped = torch.compile(wrapped, backend="aot_eager")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import feather_param
-from feather_param import schedules
+from feather_param import allocations, schedules
 from tests import twins
 from tests.processes.training import STEPS, ZEROS, batch, net, sparsify, train, weights_of
 from tests.training import all_equal, same_state, zeros_in
@@ -25,13 +25,14 @@ def shard(model: nn.Module, **arguments) -> nn.Module:
     return fully_shard(model, **arguments)
 
 
-def equals_one_process(rank: int, world: int, folder: Path, *, guards: dict) -> None:
+def equals_one_process(rank: int, world: int, folder: Path, *, guards: dict, allocation=None) -> None:
     model = net()
-    controller = sparsify(model, **guards)
+    arguments = {**guards, "allocation": allocation or allocations.global_magnitude}
+    controller = sparsify(model, **arguments)
     shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     alone = net()  # trained on all samples, without FSDP2
-    reference = sparsify(alone, **guards)
+    reference = sparsify(alone, **arguments)
     other = torch.optim.AdamW(alone.parameters(), lr=0.01)
     for step in range(STEPS):
         train(model, optimizer, controller, rank, world, [step])
@@ -42,6 +43,9 @@ def equals_one_process(rank: int, world: int, folder: Path, *, guards: dict) -> 
                 copied.copy_(weight.full_tensor())
         reference.refresh()
         assert torch.equal(controller.threshold, reference.threshold)
+        for found, expected in zip(controller._shared.position.groups, reference._shared.position.groups, strict=True):
+            assert (found.names, found.zeros) == (expected.names, expected.zeros)
+            assert torch.equal(found.threshold, expected.threshold)
         with torch.no_grad():  # writes that only `refresh` follows
             for layer in (0, 2):
                 for network in (model, alone):
@@ -183,6 +187,15 @@ def is_refused_by_sparsify(rank: int, world: int, folder: Path) -> None:
     fully_shard(model)
     with pytest.raises(ValueError, match=r"got 0.weight sharded over processes; the order is: sparsify\(model\)"):
         sparsify(model[0])
+
+
+def refuses_an_allocation_that_sorts(rank: int, world: int, folder: Path) -> None:
+    model = net()
+    controller = sparsify(model, allocation=allocations.lamp)
+    shard(model)
+    with pytest.raises(ValueError, match=r"expected whole weights, got 0.weight sharded over processes: lamp sorts"):
+        controller.step()
+    assert controller.step_count == 0
 
 
 def refuses_weights_on_two_meshes(rank: int, world: int, folder: Path) -> None:

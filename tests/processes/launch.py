@@ -46,10 +46,11 @@ def passed(check: Check, world: int, folder: Path) -> bool:
 
 
 def name_of(check: Check) -> str:
-    """Return the module and the name of a check, and its arguments that are set."""
+    """Return the module and the name of a check, and its arguments that are set: functions by their own names."""
     function, arguments = getattr(check, "func", check), getattr(check, "keywords", {})
     module = function.__module__.rpartition(".")[2]
-    return "-".join([f"{module}.{function.__name__}", *(name for name, value in arguments.items() if value)])
+    given = [getattr(value, "__name__", name) for name, value in arguments.items() if value]
+    return "-".join([f"{module}.{function.__name__}", *given])
 
 
 def _mark(check: Check, rank: int, world: int, folder: Path) -> Path:

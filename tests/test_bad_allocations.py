@@ -1,0 +1,124 @@
+"""Allocations that do not fit a model, their arguments, and saved states of another one."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+
+import feather_param
+from feather_param import allocations
+from feather_param.allocations import from_plan, global_magnitude, in_proportion, per_layer
+from tests.network import net
+
+
+def first_only(weights, zeros, guards):
+    return allocations.group_each({"0.weight": weights["0.weight"]}, {"0.weight": 0})
+
+
+def one_zero_too_few(weights, zeros, guards):
+    return global_magnitude(weights, zeros - 1, guards)
+
+
+def wrong_threshold(weights, zeros, guards):
+    return [allocations.Group(tuple(weights), zeros, torch.tensor(1e-3))]
+
+
+def unguarded(weights, zeros, guards):
+    return global_magnitude(weights, zeros, {})
+
+
+def other_weight(weights, zeros, guards):
+    return [*global_magnitude(weights, zeros, guards), allocations.Group(("5.weight",), 0, torch.zeros(()))]
+
+
+def too_many(weights, zeros, guards):
+    t = torch.zeros(())
+    sizes = {"0.weight": 217, "3.weight": zeros - 217, "4.weight": 0}
+    return [allocations.Group((name,), size, t) for name, size in sizes.items()]
+
+
+REFUSED = [
+    ("erk", TypeError, "allocation to be a function (weights, zeros, guards) -> groups, got str; use one of"),
+    (lambda *_: {}, TypeError, "the allocation <lambda> to return a list of Group, got dict; end it with group_each"),
+    (lambda *_: [1], TypeError, "the allocation <lambda> to return a list of Group, got a list of int"),
+    (first_only, ValueError, "the allocation first_only to put each weight in one group, got 3.weight in 0"),
+    (one_zero_too_few, ValueError, "one_zero_too_few to give 2095 zeros to all weights together, got 2094"),
+    (wrong_threshold, ValueError, "to return the 2095-th smallest magnitude of 0.weight, 3.weight, 4.weight as the th"),
+    (unguarded, ValueError, "the allocation unguarded to give 3.weight at most 1884 zeros, its guard, got"),
+    (other_weight, ValueError, "other_weight to return the weights that it got, got 5.weight as well"),
+    (too_many, ValueError, "the allocation too_many to give 0.weight from 0 to 216 zeros, got 217"),
+    (
+        in_proportion(lambda name, weight: 0),
+        ValueError,
+        "the number for a weight to be finite and > 0, got 0.0 for 0.w",
+    ),
+    (in_proportion(lambda name, weight: "1"), TypeError, "the number for a weight to be a number, got '1'"),
+    (per_layer({"0": 0.5}), ValueError, 'a rate for each weight, got none for 3.weight; add "*" as the last glob'),
+    (per_layer({"5": 0.5, "*": 0.9}), ValueError, "each glob of per_layer to determine the rate of a weight, got '5'"),
+    (per_layer({"*": 0.9, "0": 0.5}), ValueError, "got '0', which matches none, or only weights that an earlier glob"),
+    (per_layer({"3": 0.0, "*": 0.9}), ValueError, "an allocation with room for 2,095 zeros, got one in which the weig"),
+    (from_plan({"0.weight": 3}), ValueError, "of this model, got 3.weight, which is not in the plan; make the plan"),
+    (
+        from_plan({"0.weight": 1, "3.weight": 1, "4.weight": 1, "5.weight": 1}),
+        ValueError,
+        "got 5.weight, which is not in the weights of the model; make the plan with the same include and exclude",
+    ),
+]
+
+
+@pytest.mark.parametrize(("allocation", "error", "message"), REFUSED)
+def test_sparsify_refuses_an_allocation_before_it_touches_the_model(allocation, error, message):
+    model = net()
+    with pytest.raises(error, match="expected .*" + re.escape(message)):
+        feather_param.sparsify(model, final_rate=0.9, total_steps=4, allocation=allocation, max_rate_per_layer=0.92)
+    assert [type(layer) for layer in model] == [type(layer) for layer in net()]
+
+
+@pytest.mark.parametrize(
+    ("make", "argument", "error", "message"),
+    [
+        (in_proportion, 3, TypeError, "a function (name, weight) -> number, got int"),
+        (per_layer, 0.9, TypeError, "a mapping from globs to rates, got 0.9"),
+        (per_layer, {3: 0.9}, TypeError, "a mapping from globs to rates, got {3: 0.9}"),
+        (per_layer, {}, ValueError, 'at least one rate, got none; "*" matches all weights'),
+        (per_layer, {"*": "1"}, TypeError, "the rate of '*' to be a number, got '1'"),
+        (per_layer, {"*": 1.0}, ValueError, "a rate, the fraction of zeros, in [0, 1), got 1.0 for '*'"),
+        (per_layer, {"*": math.nan}, ValueError, "a rate, the fraction of zeros, in [0, 1), got nan for '*'"),
+        (from_plan, 3, TypeError, "a Report, a Plan or a mapping from names to zeros, got int"),
+        (from_plan, {"w": 0.5}, TypeError, "the zeros of w to be an int, got 0.5"),
+        (from_plan, {"w": -1}, ValueError, "the zeros of w to be at least 0, got -1"),
+    ],
+)
+def test_an_allocation_with_arguments_refuses_bad_ones(make, argument, error, message):
+    with pytest.raises(error, match="expected " + re.escape(message)):
+        make(argument)
+
+
+def test_a_plan_without_the_zeros_of_the_weights_is_refused():
+    plan = feather_param.plan(net(), final_rate=0.95, max_rate_per_layer=0.5)
+    with pytest.raises(ValueError, match=r"expected a plan with the zeros of each weight, got none for 0\.weight"):
+        from_plan(plan)
+
+
+def test_a_controller_state_of_another_allocation_is_refused():
+    def controller(**arguments):
+        return feather_param.sparsify(net(), final_rate=0.9, total_steps=4, **arguments)
+
+    state = controller(allocation=allocations.uniform).state_dict()
+    assert state["allocation"] == "uniform"
+    with pytest.raises(
+        ValueError, match="state with allocation=erk, got uniform; give sparsify the settings of the run"
+    ):
+        controller(allocation=allocations.erk).load_state_dict(state)
+    older = controller().state_dict()
+    del older["allocation"]  # of the time when all weights were ranked together
+    controller().load_state_dict(older)
+    with pytest.raises(ValueError, match="allocation=erk, got global_magnitude"):
+        controller(allocation=allocations.erk).load_state_dict(older)
+    rates = controller(allocation=per_layer({"0": 0.5, "*": 0.9}))
+    assert rates.state_dict()["allocation"] == "per_layer({'0': 0.5, '*': 0.9})"
+    plan = controller(allocation=from_plan({"0.weight": 100, "3.weight": 1900, "4.weight": 9}))
+    assert re.fullmatch(r"from_plan\(3 weights, 2009 zeros, [0-9a-f]{8}\)", plan.state_dict()["allocation"])
