@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.methods import METHODS, Method, mirror_step
+from benchmarks.methods import METHODS, mirror_step
 from tests.twins import ham_step
 
 
@@ -35,11 +35,6 @@ def test_the_guard_is_a_quarter_of_the_mean_number_of_survivors():
     # 30 of 300 elements survive, 15 in the mean of the two weights
     assert METHODS["guard"].settings(model(), 0.9, 100)["min_nonzero_per_layer"] == 15 // 4
     assert "min_nonzero_per_layer" not in METHODS["feather"].settings(model(), 0.9, 100)
-
-
-def test_an_allocation_that_the_library_does_not_have_is_refused():
-    with pytest.raises(ValueError, match=r"expected an allocation of feather_param\.allocations, got 'best'; use a"):
-        Method("", allocation="best").apply(model(), 0.9, 100)
 
 
 def test_each_variant_also_exists_with_p_one_half():
