@@ -73,7 +73,7 @@ class Network(RunTraining):
         self.average = None  # see `averages`
         self.model.train()
         self.steps = len(self.batches)
-        self.parameters = [*self.model.parameters()]
+        self.parameters: list[Tensor] = [*self.model.parameters()]
         self.matrices = [i for i, parameter in enumerate(self.parameters) if parameter.ndim > 1]
         self.momenta = [torch.zeros_like(parameter) for parameter in self.parameters]
         averaged = self.method is not None and self.method.average is not None

@@ -151,10 +151,14 @@ def test_a_layer_that_starves_is_named_without_waiting_for_the_device():
         model[4].weight.mul_(1e-3)
         model[4].weight[0, :2] = 10.0
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=40)
-    with pytest.warns(UserWarning, match=r"in 4\.weight \(2 survivors for 4 outputs\)") as caught:
+
+    def train() -> None:
         with no_waiting():
             for _ in range(40):
                 controller.step()
         torch.cuda.synchronize()
         controller.step()
+
+    with pytest.warns(UserWarning, match=r"in 4\.weight \(2 survivors for 4 outputs\)") as caught:
+        train()
     assert len(caught) == 1

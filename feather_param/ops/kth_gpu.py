@@ -97,7 +97,8 @@ _MOST_PROGRAMS = 2048
 def _programs(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
     """Return the work of each program of the kernel, for sets of these sizes that lie one after the other.
 
-    A program processes `block` elements at a time. Large sets have more programs. It is cached, because a copy to a GPU waits for it.
+    A program processes `block` elements at a time. Large sets have more programs. The result is cached, because a copy
+    to a GPU waits for it.
 
     Returns:
         int64 of shape (programs, 4): first index, end of the set, distance to the next index, number of the set.
