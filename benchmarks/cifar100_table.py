@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import cifar100_pictures, cifar100_results, timing
+from benchmarks import cifar100_pictures, cifar100_results, timing, together
 from benchmarks.cifar100_run import Run, execute
 from benchmarks.methods import DENSE, METHODS
 from examples.data import ImageData, load_data
@@ -153,8 +153,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             missing = [run for run in chosen.runs() if run.done(folder) is None]
             if missing:
                 device = torch.device(arguments.device)
-                jobs = arguments.jobs or ((os.cpu_count() or 1) if device.type == "cpu" else 4)
-                status = _work(missing, chosen.dataset, Path(arguments.data_dir), device, folder, jobs)
+                source = chosen.dataset, Path(arguments.data_dir), chosen.train_size
+                if arguments.together:
+                    status = _work_together(missing, source, device, folder, arguments.together)
+                else:
+                    jobs = arguments.jobs or ((os.cpu_count() or 1) if device.type == "cpu" else 4)
+                    status = _work(missing, source, device, folder, jobs)
         found = cifar100_results.read(folder)
     except (UserError, ValueError) as error:
         print(f"cifar100_table: error: {error}", file=sys.stderr)
@@ -177,6 +181,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=_count, help="number of parallel runs (4 on a GPU, one a core on a CPU)")
+    parser.add_argument(
+        "--together",
+        type=_count,
+        help="train this number of networks at once in one process, on a GPU in one CUDA graph; Ctrl-C waits for them",
+    )
     parser.add_argument("--networks", nargs="+", choices=PROTOCOLS["paper"].widths, help="only these")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these, in addition to the dense network")
     parser.add_argument("--rates", nargs="+", type=_rate, help="only these")
@@ -214,9 +223,32 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-def _work(runs: Sequence[Run], dataset: str, data_dir: Path, device: torch.device, folder: Path, jobs: int) -> int:
+# A data set, its folder, and the number of its training images.
+Source = tuple[str, Path, int | None]
+
+
+def _work_together(runs: Sequence[Run], source: Source, device: torch.device, folder: Path, count: int) -> int:
+    """Make the runs, some at once, and return the exit status."""
+    data = load_data(*source).to(device)
+    torch.backends.cudnn.benchmark = True
+    chosen = [run for run in runs if together.possible(run)]
+    networks = dict.fromkeys(run.network for run in chosen)
+    with StopRequest() as request, tqdm(total=len(chosen), unit="run") as bar:
+        for network in networks:
+            own = [run for run in chosen if run.network == network]
+            for first in range(0, len(own), count):
+                if request.signal is not None:
+                    print("stopped; the same command continues", file=sys.stderr)
+                    return 128 + request.signal
+                together.execute(own[first : first + count], data, device, folder)
+                bar.update(len(own[first : first + count]))
+    if left := len(runs) - len(chosen):
+        print(f"left out {left} runs that need the host at each step; make them without --together", file=sys.stderr)
+    return 0
+
+
+def _work(runs: Sequence[Run], source: Source, device: torch.device, folder: Path, jobs: int) -> int:
     """Make the runs in parallel jobs, with one progress bar, and return the exit status."""
-    source = dataset, data_dir, runs[0].train_size
     data = load_data(*source)  # loaded here first, so that a missing data set gives one message
     steps = -(-len(data.train) // 128)
     context = multiprocessing.get_context("spawn")
@@ -262,7 +294,7 @@ def _received(progress: Any) -> int:
 _worker: dict[str, Any] = {}
 
 
-def _enter(source: tuple[str, Path, int | None], device: torch.device, progress: Any, stop: Any) -> None:
+def _enter(source: Source, device: torch.device, progress: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one stops the others
     torch.set_num_threads(1)  # parallel runs are faster than several threads for networks of this size
     data = load_data(*source).to(device)

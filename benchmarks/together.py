@@ -6,21 +6,25 @@ only replays the graph. The numbers that change from step to step (learning rate
 the device. The graph reads them by a counter that it advances itself.
 
 The training is that of `RunTraining`, except that the smaller last batch of an epoch is left out. On a CPU the same
-operations run without a graph.
+operations run without a graph. `benchmarks.cifar100_table --together 12` makes its runs in this way.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cifar100_run import BATCH, Run, RunTraining
+from benchmarks import timing
+from benchmarks.cifar100_run import BATCH, Run, RunTraining, content
+from benchmarks.methods import METHODS
 from examples.cifar100 import CLIP, MOMENTUM
 from examples.data import ImageData, TrainBatches
 from feather_param.core.freezing import restore_zeros
@@ -28,10 +32,17 @@ from feather_param.ops.gpu_kernels import kernels
 from feather_param.ops.kth_gpu import kth_by_bits, kth_by_digits
 from feather_param.ops.scores import lamp_scores
 
-__all__ = ["Network", "train"]
+__all__ = ["Network", "execute", "possible", "train"]
 
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 # (the thresholds are written as the controller does, but without the host; `torch._foreach_*` have no public names)
+
+
+def possible(run: Run) -> bool:
+    """Return whether the steps of a run need nothing from the host. Guards and a function theta do."""
+    method = METHODS.get(run.method)
+    return method is None or not (method.guard or callable(method.theta))
+
 
 _WARM_UP = 3  # steps before the graph is recorded: they choose algorithms and compile kernels
 
@@ -170,6 +181,19 @@ class Network(RunTraining):
             if self.averages:
                 torch._foreach_copy_(self.parameters, self.averages)
         self.tell(self.steps)
+
+
+def execute(runs: Sequence[Run], data: ImageData, device: torch.device, folder: Path) -> None:
+    """Make some runs at once, and write the JSON file of each, as `cifar100_run.execute` does for one."""
+    machine, start = timing.machine(), time.monotonic()
+    networks = train(runs, data, device)
+    seconds = time.monotonic() - start
+    for network in networks:
+        loss, accuracy = network.evaluate(network.model)
+        if network.controller is not None:
+            network.controller.desparsify()
+        result = content(network.run, network.model, accuracy, loss, seconds, machine)
+        timing.write_whole(folder / f"{network.run.name}.json", json.dumps(result, indent=1) + "\n")
 
 
 def _kth(sets: list[list[Tensor]], ks: Tensor) -> Tensor:
