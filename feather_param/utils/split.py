@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import heapq
-import math
 from bisect import bisect_left
 from collections.abc import Mapping
+from fractions import Fraction
 
 
 def split(total: int, ratios: Mapping[str, float], least: Mapping[str, int], most: Mapping[str, int]) -> dict[str, int]:
@@ -38,10 +38,15 @@ def split(total: int, ratios: Mapping[str, float], least: Mapping[str, int], mos
         raise ValueError(f"expected a total from {total - missing} to {total - missing + room}, got {total}")
     if not 0 < missing < room:
         return {**parts, **{name: most[name] for name in growing}} if missing else parts
-    c = _factor(total - sum(least.values()) + sum(least[name] for name in growing), growing, ratios, least, most)
+    # Whole numbers in the same proportion: rounding errors would change the order in which parts grow.
+    scale = max(ratios[name].as_integer_ratio()[1] for name in growing)
+    whole = {name: int(Fraction(ratios[name]) * scale) for name in growing}
+    to_grow = missing + sum(least[name] for name in growing)
+    c, divisor = (Fraction(_factor(to_grow, growing, ratios, least, most)) / scale).as_integer_ratio()
     for name in growing:
-        parts[name] = min(max(math.floor(c * ratios[name] + 0.5), least[name]), most[name])
-    _correct(parts, total, growing, ratios, least, most)
+        rounded = (2 * c * whole[name] + divisor) // (2 * divisor)
+        parts[name] = min(max(rounded, least[name]), most[name])
+    _correct(parts, total, whole, least, most)
     return parts
 
 
@@ -68,8 +73,7 @@ def _factor(
 def _correct(
     parts: dict[str, int],
     total: int,
-    names: list[str],
-    ratios: Mapping[str, float],
+    ratios: Mapping[str, int],
     least: Mapping[str, int],
     most: Mapping[str, int],
 ) -> None:
@@ -77,12 +81,13 @@ def _correct(
 
     A part grows from x to x + 1 where ``c * ratio`` is x + 1/2: the parts grow in the order of these c.
     """
+    names = list(ratios)
     missing = total - sum(parts.values())
     sign, bound = (1, most) if missing > 0 else (-1, least)
 
-    def entry(index: int) -> tuple[float, int]:
+    def entry(index: int) -> tuple[Fraction, int]:
         name = names[index]
-        return sign * (parts[name] + 0.5 * sign) / ratios[name], sign * index
+        return Fraction(sign * (2 * parts[name] + sign), 2 * ratios[name]), sign * index
 
     heap = [entry(index) for index, name in enumerate(names) if parts[name] != bound[name]]
     heapq.heapify(heap)
