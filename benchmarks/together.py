@@ -170,7 +170,7 @@ class Network(RunTraining):
 
     def tell(self, steps: int) -> None:
         """Tell the controller how many steps were made, and freeze the masks if they are to be fixed now."""
-        if self.controller is not None and not self.controller._shared.frozen:
+        if self.controller is not None:
             self.controller.load_state_dict({**self.controller.state_dict(), "step_count": steps})
             if steps == self.freeze_step:
                 self.controller.freeze()
