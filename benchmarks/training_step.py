@@ -49,18 +49,20 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def stepper(
     kind: str, build: Callable[[], nn.Module], x: Tensor, compiled: bool, amp: bool, early: bool
 ) -> Callable[[], None]:
-    """Return a function that makes one training step of a network: dense, sparse, or sparse with the paper's code.
+    """Return a function that makes one training step of a network.
 
+    The kind is ``dense``, ``sparse`` (with p = 3), ``paper`` (sparse with the paper's code), or ``p=`` and an exponent.
     The gradients are freed after the forward pass, or before it if `early`.
     """
     torch.manual_seed(0)
     model = build().to(x.device)
     y = torch.randint(100, (len(x),), device=x.device)
     after: Callable[[], object] = lambda: None  # noqa: E731
-    if kind == "sparse":
+    if kind == "sparse" or kind.startswith("p="):
+        p = 3.0 if kind == "sparse" else float(kind.removeprefix("p="))
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "nothing survives")
-            after = feather_param.sparsify(model, final_rate=0.95, total_steps=10**6, end_step=0).step
+            warnings.filterwarnings("ignore", "nothing survives|fewer survivors")
+            after = feather_param.sparsify(model, final_rate=0.95, total_steps=10**6, end_step=0, p=p).step
     elif kind == "paper":
         dense = []
         for module in list(model.modules()):
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--paper", action="store_true", help="also measure the paper's code")
+    parser.add_argument("--powers", nargs="*", type=float, default=[], help="also measure these exponents p")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16 where that is safe (autocast)")
     parser.add_argument("--zero-grad-first", action="store_true", help="call zero_grad() before the forward pass")
@@ -101,7 +104,7 @@ def main() -> None:
     rows = []
     path = None
     flags = arguments.compile, arguments.amp, arguments.zero_grad_first
-    kinds = ["dense", "sparse", "paper"] if arguments.paper else ["dense", "sparse"]
+    kinds = ["dense", "sparse", *["paper"] * arguments.paper, *(f"p={p:g}" for p in arguments.powers)]
     for name in tqdm(arguments.networks, desc="networks"):
         build, shape = NETWORKS[name]
         x = torch.randn(shape, device=arguments.device)
