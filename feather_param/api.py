@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from feather_param import schedules
+from feather_param import patterns, schedules
 from feather_param.controller import Controller
 from feather_param.core.baking import bake, baked
 from feather_param.core.checked_selection import checked_selection
@@ -17,6 +17,7 @@ from feather_param.core.optimizer import checked_optimizer
 from feather_param.core.state_dict import of_sparsified
 from feather_param.files.sparse import write_sparse
 from feather_param.parametrizations import states_of
+from feather_param.patterns import Pattern
 from feather_param.schedules import Schedule
 from feather_param.selection.globs import Filter
 from feather_param.selection.select import Selection
@@ -31,6 +32,7 @@ def sparsify(
     start_step: int = 0,
     end_step: int | None = None,
     schedule: Schedule = schedules.cubic,
+    pattern: Pattern | None = None,
     p: float = 3.0,
     theta: float | Theta | None = None,
     include: Filter | None = None,
@@ -53,6 +55,8 @@ def sparsify(
         start_step: step at which the schedule starts. With `cubic` and `linear` the rate is still 0 there.
         end_step: first step with the rate ``final_rate``; None: ``total_steps // 2`` (0 if ``total_steps`` is 1).
         schedule: maps the progress between these steps, in [0, 1], to a fraction of ``final_rate``, in [0, 1].
+        pattern: which elements are pruned together: ``patterns.n_m(2, 4)``, ``patterns.blocks(1, 4)``; None: each
+            element by itself.
         p: exponent of the operator, a number >= 1 (1: soft thresholding) or ``math.inf`` (hard thresholding).
         theta: scale of the gradient of pruned weights: a number >= 0, or a function of the current rate
             (``lambda rate: 1.0 if rate < 0.9 else 0.5``); None: 0.5 if ``final_rate`` is above 0.95, else 1.
@@ -97,11 +101,13 @@ def sparsify(
         start_step=start_step,
         end_step=end_step,
         schedule=schedule,
+        pattern=patterns.elements if pattern is None else pattern,
         p=p,
         theta=theta,
         max_rate_per_layer=max_rate_per_layer,
         min_nonzero_per_layer=min_nonzero_per_layer,
     )
+    config.pattern.require_fit(selection.dense())
     config.budget(selection.sizes).require(config.final_rate)
     followed = (
         None

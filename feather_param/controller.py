@@ -198,7 +198,7 @@ class Controller:
         self._shared.refresh_checked()
         weights, counts = self._shared.weights(), self._shared.counts()
         warn_of_dead(weights, counts)
-        return Report(rows(weights, counts), dict(self._skipped))
+        return Report(rows(weights, counts), dict(self._skipped), str(self._shared.config.pattern))
 
     def masks(self) -> dict[str, Tensor]:
         """Return the mask of each weight by name, as `desparsify` would use it now.

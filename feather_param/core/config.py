@@ -11,6 +11,7 @@ from typing import Any
 
 from feather_param import schedules
 from feather_param.allocations import Allocation, Budget, global_magnitude
+from feather_param.patterns import Pattern, elements
 from feather_param.schedules import Schedule
 from feather_param.utils.checks import integer, real
 
@@ -43,6 +44,7 @@ class Config:
     end_step: int | None = None
     schedule: Schedule = schedules.cubic
     allocation: Allocation = global_magnitude
+    pattern: Pattern = elements
     p: float = 3.0
     theta: float | Theta | None = None
     max_rate_per_layer: float | None = None
@@ -65,6 +67,11 @@ class Config:
             raise TypeError(f"expected schedule to be a callable of progress, got {type(self.schedule).__name__}")
         for progress in (0.0, 0.5, 1.0):
             self._fraction(progress)
+        if not isinstance(self.pattern, Pattern):
+            raise TypeError(
+                "expected pattern to be None or made by feather_param.patterns, as patterns.blocks(1, 4) is, got "
+                f"{self.pattern!r}"
+            )
         p = real("p", self.p)
         if not p >= 1.0:
             raise ValueError(f"expected p >= 1 or math.inf, got {p}")
@@ -110,12 +117,14 @@ class Config:
     def budget(self, sizes: Mapping[str, int]) -> Budget:
         """Return the budget of zeros for weights of these sizes."""
         assert self.max_rate_per_layer is not None
-        return Budget(sizes, self.max_rate_per_layer, self.min_nonzero_per_layer)
+        pattern = self.pattern
+        return Budget(sizes, self.max_rate_per_layer, self.min_nonzero_per_layer, pattern.size, pattern.largest_rate)
 
     @cached_property
     def saved(self) -> dict[str, Any]:
         """The settings in plain Python values, to be saved and compared with those of another run."""
         saved = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "allocation"}
+        saved["pattern"] = str(self.pattern)
         saved["schedule"] = [self._fraction(progress) for progress in _PROBES]
         if callable(self.theta):
             saved["theta"] = [self.theta_at(at * self.final_rate) for at in _PROBES]
@@ -130,7 +139,7 @@ class Config:
             ValueError: another setting differs.
         """
         for key, ours in self.saved.items():
-            theirs = state.get(key)
+            theirs = state.get(key, "elements" if key == "pattern" else None)  # older states have no pattern
             if theirs == ours or key == "total_steps":
                 continue
             what = f"{key}={ours}, got {theirs}"

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feather_param.allocations import Budget, count_zeros, masks
+from feather_param.allocations import Budget, Group
 from feather_param.core.config import Config
 from feather_param.core.copies import Copyable
 from feather_param.core.position import Position, unpack
@@ -159,7 +159,7 @@ class SharedSparsity(Copyable):
         if self.frozen:
             every = self.registrations.values()
             return {each.name: each.reader.mask for each in every if each.reader.mask is not None}
-        return masks(self.weights(), self.position.groups)
+        return self.config.pattern.masks(self.weights(), self.position.groups)
 
     def exact_masks(self) -> dict[str, Tensor]:
         """Return the masks that a bake would use. Refresh only where the number of zeros would not be exact."""
@@ -176,7 +176,7 @@ class SharedSparsity(Copyable):
         """Return the zeros and ties of each weight, by the current thresholds or masks."""
         if self.frozen:
             return {name: PruneCount(int((~mask).sum())) for name, mask in self.masks().items()}
-        return count_zeros(self.weights(), self.position.groups)
+        return self.config.pattern.count_zeros(self.weights(), self.position.groups)
 
     def set_masks(self, fixed: Mapping[str, Tensor] | None) -> None:
         """Use fixed masks in the forward pass, given by the name of the weight. None: use the thresholds."""
@@ -197,11 +197,15 @@ class SharedSparsity(Copyable):
         with torch.inference_mode(False):  # inference tensors could not be part of a later backward pass
             if not zeros:
                 return all_kept(weights)
-            return masks(weights, self.config.allocation(weights, zeros, self.budget.guards))
+            return self.config.pattern.masks(weights, self._allocate(weights, zeros))
+
+    def _allocate(self, weights: Mapping[str, Tensor], zeros: int) -> list[Group]:
+        config = self.config
+        return config.pattern.allocate(config.allocation, weights, zeros, self.budget.guards)
 
     def _compute_thresholds(self, zeros: int) -> None:
         if self.complete:  # else the thresholds are those of the source
-            self.position.groups = self.config.allocation(self.weights(), zeros, self.budget.guards)
+            self.position.groups = self._allocate(self.weights(), zeros)
         self.position.zeros = zeros
         self._write_thresholds()
         self._was_sharded = self.sharded

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from feather_param.allocations import count_zeros
 from feather_param.core.checked_selection import checked_selection
 from feather_param.core.config import Config
+from feather_param.patterns import Pattern, elements
 from feather_param.selection.globs import Filter
 from feather_param.utils.text import aligned, grouped
 
@@ -22,7 +22,7 @@ class PlannedWeight:
         name: its name.
         shape: its shape.
         total: number of elements.
-        most: the most zeros that its guard allows.
+        most: the most zeros that its guard and the pattern allow.
         zeros: number of zeros by its current magnitudes. None if the rate cannot be reached or the model is on the
             meta device.
     """
@@ -41,8 +41,8 @@ class Plan:
     Attributes:
         rows: the prunable weights in the model's order.
         total: number of elements of all prunable weights, N.
-        zeros: number of zeros to reach, ``round(final_rate * N)``.
-        most: the most zeros that the guards allow.
+        zeros: number of zeros to reach, ``round(final_rate * N)``, or the largest multiple of a unit's size up to it.
+        most: the most zeros that the guards and the pattern allow.
         skipped: names of the weights that stay dense, with the reason.
     """
 
@@ -54,12 +54,12 @@ class Plan:
 
     @property
     def reachable(self) -> bool:
-        """Whether the guards allow `zeros`."""
+        """Whether the guards and the pattern allow `zeros`."""
         return self.zeros <= self.most
 
     @property
     def largest_rate(self) -> float:
-        """The largest rate that the guards allow."""
+        """The largest rate that the guards and the pattern allow."""
         return self.most / self.total
 
     def __str__(self) -> str:
@@ -81,6 +81,7 @@ def plan(
     model: nn.Module,
     *,
     final_rate: float,
+    pattern: Pattern | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
     min_params: int = 0,
@@ -104,14 +105,21 @@ def plan(
         >>> found.zeros, found.most, found.reachable, found.largest_rate
         (152, 143, False, 0.89375)
     """
-    config = Config(final_rate, max_rate_per_layer=max_rate_per_layer, min_nonzero_per_layer=min_nonzero_per_layer)
+    config = Config(
+        final_rate,
+        pattern=elements if pattern is None else pattern,
+        max_rate_per_layer=max_rate_per_layer,
+        min_nonzero_per_layer=min_nonzero_per_layer,
+    )
     selection = checked_selection(model, include, exclude, min_params)
+    config.pattern.require_fit(selection.dense())
     budget = config.budget(selection.sizes)
     k = budget.zeros(config.final_rate)
     weights = selection.dense()
     zeros: dict[str, int | None] = dict.fromkeys(weights)
     if k <= budget.most and not any(weight.is_meta for weight in weights.values()):
-        counts = count_zeros(weights, config.allocation(weights, k, budget.guards))
+        groups = config.pattern.allocate(config.allocation, weights, k, budget.guards)
+        counts = config.pattern.count_zeros(weights, groups)
         zeros = {name: count.zeros for name, count in counts.items()}
     rows = tuple(
         PlannedWeight(name, tuple(weight.shape), weight.numel(), budget.guards.get(name, weight.numel()), zeros[name])
