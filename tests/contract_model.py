@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tests import twins
+from tests import pattern_twins, twins
 
 
 class Tied(nn.Module):
@@ -39,6 +39,9 @@ def convolutional() -> nn.Module:
     )
 
 
+# By model: the patterns that divide its weights, named as in `pattern_twins`.
+_FIT = ["elements", "elements", "blocks(1, 2)", "n_m(1, 2)", "n_m(2, 4)"]
+PATTERNS = {"mlp": ["elements"] * 5, "tied": _FIT, "convolutional": ["elements"] * 5, "attention": _FIT}
 MODELS = {
     "mlp": lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3, bias=False)),
     "tied": Tied,
@@ -133,8 +136,13 @@ class Network:
         return self.expected
 
 
-def prune(weights: dict[str, Tensor], zeros: int, guards: dict[str, int]) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Return the threshold and the mask of each weight, by sorting."""
+def prune(
+    weights: dict[str, Tensor], zeros: int, guards: dict[str, int], pattern: str
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Return the threshold and the mask of each weight, by sorting. A pattern has no guards."""
+    if pattern != "elements":
+        threshold, masks = pattern_twins.prune(weights, zeros, pattern_twins.TWINS[pattern][1])
+        return dict.fromkeys(weights, threshold), masks
     already = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     counts = already if sum(already.values()) > zeros else twins.greedy(weights, zeros, guards)
     free, remaining, thresholds = dict(weights), zeros, {}
@@ -149,7 +157,7 @@ def prune(weights: dict[str, Tensor], zeros: int, guards: dict[str, int]) -> tup
             thresholds[name] = twins.threshold([free.pop(name)], counts[name])
             remaining -= counts[name]
     thresholds |= dict.fromkeys(free, t)
-    masks: dict[str, Tensor] = {}
+    masks = {}
     for name, weight in weights.items():
         values = twins.magnitudes([weight])
         ranked = sorted(range(len(values)), key=lambda i: values[i])

@@ -7,9 +7,10 @@ two of them computed different bits, a unit could be pruned in one and kept in t
 functions here. These functions give the same bits in eager code, in compiled code, and on any device:
 
 * `smallest` only compares.
-* `root_mean_square` works elementwise in float64, since the order of the additions inside a reduction varies. The
-  square of a number of 32 bits or less is exact in float64, so a compiler may fuse it into the addition. For float64
-  weights this holds where compilers do not fuse: in eager code and on CPUs.
+* `root_mean_square` works elementwise, since the order of the additions inside a reduction varies. It works in float64,
+  where the squares of numbers of 32 bits or less are exact. A compiler for GPUs may fuse a square into an addition, and
+  omit the rounding of the square. (Float64 weights in compiled code on a GPU are not safe from that.) Its root is the
+  inverse of `rsqrt`: on a CPU, torch computes `sqrt` with MKL, whose last bit differs from that of compiled code.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def root_mean_square(values: Tensor) -> Tensor:
         rest = sums[2 * half :]
         sums = sums[:half] + sums[half : 2 * half]
         sums = torch.cat([sums, rest]) if len(rest) else sums
-    root = (sums[0] * (1.0 / n)).sqrt()
+    root = 1.0 / (sums[0] * (1.0 / n)).rsqrt()  # 1 / infinity = 0 is the root of 0
     return root if values.dtype == torch.float64 else root.float()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import feather_param
-from feather_param import schedules
+from feather_param import patterns, schedules
 from tests import twins
 from tests.processes.training import STEPS, ZEROS, batch, net, sparsify, train, weights_of
 from tests.training import all_equal, same_state, zeros_in
@@ -183,6 +183,18 @@ def is_refused_by_sparsify(rank: int, world: int, folder: Path) -> None:
     fully_shard(model)
     with pytest.raises(ValueError, match=r"got 0.weight sharded over processes; the order is: sparsify\(model\)"):
         sparsify(model[0])
+
+
+def refuses_a_pattern(rank: int, world: int, folder: Path) -> None:
+    model = net()
+    controller = sparsify(model, pattern=patterns.blocks(1, 5), include="2")
+    shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"expected whole weights with blocks\(1, 5\), got 2.weight sharded .*with DDP"
+    ):
+        train(model, optimizer, controller, rank, world)
+    assert controller.step_count == 0
 
 
 def refuses_weights_on_two_meshes(rank: int, world: int, folder: Path) -> None:
