@@ -295,9 +295,8 @@ def blocks(rows: int, columns: int) -> Pattern:
     ``columns`` neighbouring columns of it. In a convolution, neighbouring columns are first the kernel positions of one
     input channel.
 
-    The magnitude of a block is ``sqrt(mean(w^2))``, in float32, or float64 if the weight is float64. (Magnitudes of
-    float64 elements outside of 1e-154 to 1e154 are not supported.) The number of zeros is the largest multiple of
-    ``rows * columns`` up to ``round(rate * N)``.
+    The magnitude of a block is ``sqrt(mean(w^2))``, in float32, or float64 if the weight is float64. The number of
+    zeros is the largest multiple of ``rows * columns`` up to ``round(rate * N)``.
 
     Args:
         rows: number of neighbouring outputs, at least 1.

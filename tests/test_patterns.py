@@ -168,9 +168,12 @@ def test_a_weight_with_zeros_is_unchanged_before_the_pruning_begins():
     assert same_state(model.state_dict(), before)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_magnitudes_of_blocks_neither_underflow_nor_overflow(scale):
-    layer = nn.Linear(8, 8)
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float32, 1e-30), (torch.float32, 1e30), (torch.float64, 1e-300), (torch.float64, 1e300)],
+)
+def test_magnitudes_of_blocks_neither_underflow_nor_overflow(dtype, scale):
+    layer = nn.Linear(8, 8, dtype=dtype)
     with torch.no_grad():
         layer.weight.mul_(scale)
     weight = layer.weight.detach().clone()

@@ -24,20 +24,29 @@ from torch import Tensor
 def root_mean_square(values: Tensor) -> Tensor:
     """Return the root of the mean of the squares over the first dimension; float64 for float64, else float32.
 
-    The sum adds the second half of the rows to the first half, until one row is left.
+    The result is 0 only if all the values are. The sum adds the second half of the rows to the first half, until one
+    row is left.
 
     Example:
         >>> root_mean_square(torch.tensor([[1.0, 3.0], [-1.0, 4.0]]))
         tensor([1.0000, 3.5355])
     """
-    sums, n = values.double().square(), len(values)
+    scale = _scale(values) if values.dtype == torch.float64 else 1.0
+    sums, n = (values.double() * scale).square(), len(values)
     while len(sums) > 1:
         half = len(sums) // 2
         rest = sums[2 * half :]
         sums = sums[:half] + sums[half : 2 * half]
         sums = torch.cat([sums, rest]) if len(rest) else sums
     root = 1.0 / (sums[0] * (1.0 / n)).rsqrt()  # 1 / infinity = 0 is the root of 0
-    return root if values.dtype == torch.float64 else root.float()
+    return root / scale if values.dtype == torch.float64 else root.float()
+
+
+def _scale(values: Tensor) -> Tensor:
+    """Return powers of two, such that the squares of the scaled float64 values neither overflow nor underflow."""
+    largest = values.abs().amax(0)
+    scale = torch.ones_like(largest).masked_fill(largest < 2.0**-400, 2.0**600)
+    return scale.masked_fill(largest > 2.0**400, 2.0**-600)
 
 
 def smallest(values: Sequence[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
