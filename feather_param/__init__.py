@@ -1,6 +1,6 @@
 """Train any unmodified PyTorch model to an exact global sparsity, with Feather (BMVC 2023)."""
 
-from feather_param import allocations, inference, parametrizations, reports, schedules
+from feather_param import allocations, inference, parametrizations, patterns, reports, schedules
 from feather_param.api import baked_state_dict, desparsify, save_sparse, sparsify
 from feather_param.controller import Controller
 from feather_param.files.sparse import load_sparse
@@ -15,6 +15,7 @@ __all__ = [
     "inference",
     "load_sparse",
     "parametrizations",
+    "patterns",
     "plan",
     "reports",
     "save_sparse",

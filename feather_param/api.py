@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from feather_param import schedules
+from feather_param import patterns, schedules
 from feather_param.allocations import Allocation, global_magnitude
 from feather_param.controller import Controller
 from feather_param.core.baking import bake, baked
@@ -19,6 +19,7 @@ from feather_param.core.optimizer import checked_optimizer
 from feather_param.core.state_dict import of_sparsified
 from feather_param.files.sparse import write_sparse
 from feather_param.parametrizations import states_of
+from feather_param.patterns import Pattern
 from feather_param.schedules import Schedule
 from feather_param.selection.globs import Filter
 from feather_param.selection.select import Selection
@@ -34,6 +35,7 @@ def sparsify(
     end_step: int | None = None,
     schedule: Schedule = schedules.cubic,
     allocation: Allocation = global_magnitude,
+    pattern: Pattern | None = None,
     p: float = 3.0,
     theta: float | Theta | None = None,
     include: Filter | None = None,
@@ -59,6 +61,8 @@ def sparsify(
         allocation: how many zeros each weight gets: one of `feather_param.allocations`, or a function
             ``(weights, zeros, guards) -> groups``. By default all weights have one threshold. The total is the same for
             all allocations.
+        pattern: which elements are pruned together: ``patterns.n_m(2, 4)``, ``patterns.blocks(1, 4)``; None: each
+            element by itself.
         p: exponent of the operator, a number > 0 (1: soft thresholding) or ``math.inf`` (hard thresholding). The
             smaller, the more weights near the threshold shrink.
         theta: scale of the gradient of pruned weights: a number >= 0, or a function of the current rate
@@ -105,11 +109,13 @@ def sparsify(
         end_step=end_step,
         schedule=schedule,
         allocation=allocation,
+        pattern=patterns.elements if pattern is None else pattern,
         p=p,
         theta=theta,
         max_rate_per_layer=max_rate_per_layer,
         min_nonzero_per_layer=min_nonzero_per_layer,
     )
+    config.pattern.require_fit(selection.dense())
     config.budget(selection.sizes).require(config.final_rate)
     final_groups(config, selection.dense())
     followed = (

@@ -61,7 +61,8 @@ class FeatherParametrization(nn.Module):
                 shared.refresh_if_possible()
         if self.mask is not None:
             return torch.where(self.mask, weight, 0.0)
-        value = feather_threshold(weight, self.threshold, shared.gradient_scale, shared.config.p)
+        config = shared.config
+        value = config.pattern.shrink(weight, self.threshold, shared.gradient_scale, config.p)
         if shared.source is not None and value.requires_grad and not compiling:
             value.register_hook(lambda gradient: shared.note_gradient())
         return value

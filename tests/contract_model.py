@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tests import twins
+from tests import pattern_twins, twins
 
 
 class Tied(nn.Module):
@@ -40,6 +40,9 @@ def convolutional() -> nn.Module:
     )
 
 
+# By model: the patterns that divide its weights, named as in `pattern_twins`.
+_FIT = ["elements", "elements", "blocks(1, 2)", "n_m(1, 2)", "n_m(2, 4)"]
+PATTERNS = {"mlp": ["elements"] * 5, "tied": _FIT, "convolutional": ["elements"] * 5, "attention": _FIT}
 MODELS = {
     "mlp": lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3, bias=False)),
     "tied": Tied,
@@ -139,9 +142,15 @@ Divide = Callable[[dict[str, Tensor], int, dict[str, int]], dict[str, int]]
 
 
 def prune(
-    weights: dict[str, Tensor], zeros: int, guards: dict[str, int], divide: Divide | None = None
+    weights: dict[str, Tensor], zeros: int, guards: dict[str, int], pattern: str, divide: Divide | None = None
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Return the threshold and the mask of each weight, by sorting. By default all weights have one threshold."""
+    """Return the threshold and the mask of each weight, by sorting. By default all weights have one threshold.
+
+    A pattern has no guards, and no other allocation.
+    """
+    if pattern != "elements":
+        threshold, masks = pattern_twins.prune(weights, zeros, pattern_twins.TWINS[pattern][1])
+        return dict.fromkeys(weights, threshold), masks
     already = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     free, remaining, thresholds = dict(weights), zeros, {}
     if divide is None:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import feather_param
 from feather_param import allocations, schedules
-from tests import twins
-from tests.contract_model import MODELS, Expected, Network, Tied, prune, used_weights, weight_names
+from tests import pattern_twins, twins
+from tests.contract_model import MODELS, PATTERNS, Expected, Network, Tied, prune, used_weights, weight_names
 
 VALUES = [0.0, 0.5, -0.5, 1.0, -1.0, 1.5, -2.0]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -41,6 +41,7 @@ class Contract(RuleBasedStateMachine):
         kind=st.sampled_from(sorted(MODELS)),
         dtype=st.sampled_from(DTYPES),
         ties=st.booleans(),
+        pattern=st.integers(0, 4),
         rate=st.sampled_from([0.3, 0.6, 0.9]),
         p=st.sampled_from([1.0, 2.5, 3.0, float("inf")]),
         theta=st.sampled_from([None, 0.5, lambda rate: 1.0 - rate]),
@@ -52,13 +53,19 @@ class Contract(RuleBasedStateMachine):
         copied=st.booleans(),
         seed=st.integers(0, 2**31),
     )
-    def start(self, kind, dtype, ties, rate, p, theta, schedule, guarded, allocation, follow, steps, copied, seed):
+    def start(
+        self, kind, dtype, ties, pattern, rate, p, theta, schedule, guarded, allocation, follow, steps, copied, seed
+    ):
         self.generator = torch.Generator().manual_seed(seed)
+        self.pattern = PATTERNS[kind][pattern]
+        units, self.twin = pattern_twins.TWINS[self.pattern]
+        rate, self.size = rate * units.largest_rate, units.size
         self.make, self.rate, self.p, self.schedule, self.follow = MODELS[kind], rate, p, schedule, follow
         self.arguments = {"final_rate": rate, "total_steps": 8, "start_step": 1, "end_step": 5, "p": p, "theta": theta}
-        self.arguments |= {"schedule": schedule, "allocation": getattr(allocations, allocation)}
+        allocation = allocation if self.pattern == "elements" else "global_magnitude"
+        self.arguments |= {"schedule": schedule, "allocation": getattr(allocations, allocation), "pattern": units}
         self.allocation = ALLOCATIONS[allocation]
-        if guarded:
+        if guarded and self.pattern == "elements":
             self.arguments |= {"max_rate_per_layer": 0.95}
         model = self.make().to(dtype)
         with torch.no_grad():
@@ -96,7 +103,7 @@ class Contract(RuleBasedStateMachine):
         return 0.0 if step < 1 else self.rate if step >= 5 else self.rate * self.schedule((step - 1) / 4)
 
     def set_zeros(self, expected: Expected) -> None:
-        expected.zeros = round(self.rate_at(expected.step) * self.total)
+        expected.zeros = round(self.rate_at(expected.step) * self.total) // self.size * self.size
 
     # -- operations -------------------------------------------------------------------------------------------------
 
@@ -255,6 +262,7 @@ class Contract(RuleBasedStateMachine):
         if not baked_first:
             baked = self.without_warnings(feather_param.baked_state_dict, network.model)
         weights = network.weights()
+        pruned: dict[str, Tensor] = {}
         least = {name: torch.finfo(value.dtype).smallest_normal for name, value in used.items()}
         if expected.masks is not None:
             masks = expected.masks
@@ -262,9 +270,10 @@ class Contract(RuleBasedStateMachine):
                 assert (used[name][~masks[name]] == 0).all(), name
                 assert ((used[name] - weight)[masks[name]].abs() <= least[name]).all(), name
         else:
-            thresholds, masks = prune(weights, expected.zeros, self.guards, self.allocation)
+            thresholds, masks = prune(weights, expected.zeros, self.guards, self.pattern, self.allocation)
             for name, weight in weights.items():
-                reference = twins.operator(weight, thresholds[name], self.p)
+                args = thresholds[name], self.p, self.arguments["pattern"], self.twin
+                reference, pruned[name] = pattern_twins.used(weight, *args)
                 assert torch.equal(used[name] == 0, reference == 0), name
                 rounding = 16 * torch.finfo(torch.float32 if weight.dtype == torch.float64 else weight.dtype).eps
                 error = (used[name].double() - reference).abs()
@@ -282,7 +291,7 @@ class Contract(RuleBasedStateMachine):
         resumed = self.resumed(network, expected.step)
         for model in (network.model, resumed):
             if model is not network.model or network is self.live:  # a trained copy would warn when its weights change
-                self.check_gradients(model, expected)
+                self.check_gradients(model, expected, pruned)
         again = used_weights(resumed)
         for name, value in used.items():
             assert ((again[name] - value).abs() <= least[name]).all(), name
@@ -296,19 +305,20 @@ class Contract(RuleBasedStateMachine):
         assert controller.step_count == step
         return model
 
-    def check_gradients(self, model: nn.Module, expected: Expected) -> None:
+    def check_gradients(self, model: nn.Module, expected: Expected, pruned: dict[str, Tensor]) -> None:
         theta = self.arguments["theta"]
         theta = 1.0 if theta is None else theta(self.rate_at(expected.step)) if callable(theta) else theta
-        for name in dict.fromkeys(expected.masks or weight_names(model)):
+        for name in expected.masks or weight_names(model):
             prefix, _, tensor = name.rpartition(".")
             layer = model.get_submodule(prefix)
             used = getattr(layer, tensor)
             (grad,) = torch.autograd.grad(used.sum(), layer.parametrizations[tensor].original)  # type: ignore[index]
-            pruned = used == 0 if expected.masks is None else ~expected.masks[name]
+            first = "a.weight" if name == "b.weight" else name  # these two are tied
+            gone = pruned[first] if expected.masks is None else ~expected.masks[name]
             scale = theta if expected.masks is None else 0.0
             rounding = torch.finfo(torch.float32 if grad.dtype == torch.float64 else grad.dtype).eps
-            assert torch.equal(grad[~pruned], torch.ones_like(grad)[~pruned]), name
-            assert ((grad[pruned] - scale).abs() <= rounding * scale).all(), name
+            assert torch.equal(grad[~gone], torch.ones_like(grad)[~gone]), name
+            assert ((grad[gone] - scale).abs() <= rounding * scale).all(), name
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 

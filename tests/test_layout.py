@@ -45,6 +45,7 @@ LAYERS = [
     {"utils"},
     {"ops"},
     {"allocations", "schedules"},
+    {"patterns"},
     {"selection"},
     {"core", "parametrizations"},
     {"reports", "files"},

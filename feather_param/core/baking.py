@@ -17,7 +17,6 @@ from feather_param.core.warnings import warn_of_dead, warn_of_early
 from feather_param.ops.distributed import is_sharded, whole
 from feather_param.ops.dtypes import rounded_down, smallest_kept
 from feather_param.ops.masking import with_exact_zeros
-from feather_param.ops.operator import feather_threshold
 from feather_param.parametrizations import states_of
 from feather_param.selection.names import full_name, names_of, without_wrappers
 from feather_param.selection.stacked import invert
@@ -124,9 +123,10 @@ def final_values(shared: SharedSparsity) -> dict[str, Tensor]:
                 values[name] = with_exact_zeros(weight, mask)
                 continue
             threshold = rounded_down(thresholds[name], weight.dtype).to(weight.device)
-            value = feather_threshold(weight, threshold, p=shared.config.p)
+            value = shared.config.pattern.shrink(weight, threshold, p=shared.config.p)
             # A kept element may be zero here, by a tie or an underflow. It becomes a negligible number.
-            value = torch.where(value == 0, weight.sign() * smallest_kept(weight.dtype), value)
+            negligible = torch.full_like(weight, smallest_kept(weight.dtype)).copysign_(weight)
+            value = torch.where(value == 0, negligible, value)
             values[name] = torch.where(mask, value, 0.0)
     if shared.position.zeros:
         warn_of_dead(values, shared.counts())

@@ -12,6 +12,7 @@ from typing import Any
 from feather_param import schedules
 from feather_param.allocations import Allocation, global_magnitude
 from feather_param.core.budget import Budget
+from feather_param.patterns import Pattern, elements
 from feather_param.schedules import Schedule
 from feather_param.utils.checks import integer, real
 from feather_param.utils.text import name_of
@@ -22,7 +23,7 @@ Theta = Callable[[float], float]
 # Functions cannot be saved. Two schedules, or two functions theta, are compared by their values at these points.
 _PROBES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # The settings that older states do not hold, with the values that they had.
-_BEFORE = {"allocation": "global_magnitude"}
+_BEFORE = {"allocation": "global_magnitude", "pattern": "elements"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Config:
     end_step: int | None = None
     schedule: Schedule = schedules.cubic
     allocation: Allocation = global_magnitude
+    pattern: Pattern = elements
     p: float = 3.0
     theta: float | Theta | None = None
     max_rate_per_layer: float | None = None
@@ -74,6 +76,11 @@ class Config:
             )
         for progress in (0.0, 0.5, 1.0):
             self._fraction(progress)
+        if not isinstance(self.pattern, Pattern):
+            raise TypeError(
+                "expected pattern to be None or made by feather_param.patterns, as patterns.blocks(1, 4) is, got "
+                f"{self.pattern!r}"
+            )
         p = real("p", self.p)
         if not p > 0.0:
             raise ValueError(f"expected p > 0 or math.inf, got {p}")
@@ -119,13 +126,14 @@ class Config:
     def budget(self, sizes: Mapping[str, int]) -> Budget:
         """Return the budget of zeros for weights of these sizes."""
         assert self.max_rate_per_layer is not None
-        return Budget(sizes, self.max_rate_per_layer, self.min_nonzero_per_layer)
+        pattern = self.pattern
+        return Budget(sizes, self.max_rate_per_layer, self.min_nonzero_per_layer, pattern.size, pattern.largest_rate)
 
     @cached_property
     def saved(self) -> dict[str, Any]:
         """The settings in plain Python values, to be saved and compared with those of another run."""
         saved = {each.name: getattr(self, each.name) for each in fields(self)}
-        saved["allocation"] = name_of(self.allocation)
+        saved["allocation"], saved["pattern"] = name_of(self.allocation), str(self.pattern)
         saved["schedule"] = [self._fraction(progress) for progress in _PROBES]
         if callable(self.theta):
             saved["theta"] = [self.theta_at(at * self.final_rate) for at in _PROBES]

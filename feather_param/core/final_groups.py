@@ -15,7 +15,8 @@ from feather_param.utils.text import name_of
 def final_groups(config: Config, weights: Mapping[str, Tensor]) -> list[Group]:
     """Return the groups of the allocation at ``final_rate``.
 
-    If a weight is on the meta device, thresholds have no values, and zeros that depend on magnitudes are not known.
+    Their zeros are numbers of units of the pattern. If a weight is on the meta device, thresholds have no values, and
+    zeros that depend on magnitudes are not known.
 
     Args:
         config: the settings.
@@ -28,15 +29,15 @@ def final_groups(config: Config, weights: Mapping[str, Tensor]) -> list[Group]:
     if any(weight.is_meta for weight in weights.values()):
         weights = {name: weight.to("meta") for name, weight in weights.items()}
     budget = config.budget({name: weight.numel() for name, weight in weights.items()})
-    zeros = budget.zeros(config.final_rate)
-    groups = config.allocation(weights, zeros, budget.guards)
+    units, zeros, guards = config.pattern.in_units(weights, budget.zeros(config.final_rate), budget.guards)
+    groups = config.allocation(units, zeros, guards)
     allocation = f"the allocation {name_of(config.allocation)}"
     if not isinstance(groups, list) or not all(isinstance(group, Group) for group in groups):
         kind = f"a list of {type(groups[0]).__name__}" if isinstance(groups, list) else type(groups).__name__
         raise TypeError(f"expected {allocation} to return a list of Group, got {kind}; end it with group_each")
-    _check(groups, allocation, budget.sizes, zeros)
+    _check(groups, allocation, {name: each.numel() for name, each in units.items()}, zeros)
     if not any(weight.is_meta for weight in weights.values()):
-        _check_values(groups, allocation, weights, budget.guards)
+        _check_values(groups, allocation, units, guards)
     return groups
 
 

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from feather_param.allocations import global_magnitude
 from feather_param.core.budget import Budget
 from feather_param.core.config import Config
 from feather_param.core.copies import Copyable
@@ -40,12 +41,11 @@ from feather_param.core.position import Position, unpack
 from feather_param.core.registration import Registration, first_places, require_values
 from feather_param.core.state_dict import POSITION
 from feather_param.core.versions import checksum_of
-from feather_param.ops.count import PruneCount, count_above
+from feather_param.ops.count import PruneCount
 from feather_param.ops.distributed import held_here, is_sharded
 from feather_param.ops.dtypes import rounded_down
 from feather_param.ops.finite import require_finite
-from feather_param.ops.groups import Group, count_zeros, masks
-from feather_param.ops.kth import kth_magnitude
+from feather_param.ops.groups import Group
 from feather_param.ops.masking import all_kept
 from feather_param.ops.tracing import concrete, eager
 
@@ -169,7 +169,7 @@ class SharedSparsity(Copyable):
         if self.frozen:
             every = self.registrations.values()
             return {each.name: each.reader.mask for each in every if each.reader.mask is not None}
-        return masks(self.weights(), self.position.groups)
+        return self.config.pattern.masks(self.weights(), self.position.groups)
 
     def exact_masks(self) -> dict[str, Tensor]:
         """Return the masks that a bake would use. Refresh only where the number of zeros would not be exact."""
@@ -186,7 +186,7 @@ class SharedSparsity(Copyable):
         """Return the zeros and ties of each weight, by the current thresholds or masks."""
         if self.frozen:
             return {name: PruneCount(int((~mask).sum())) for name, mask in self.masks().items()}
-        return count_zeros(self.weights(), self.position.groups)
+        return self.config.pattern.count_zeros(self.weights(), self.position.groups)
 
     def survivors(self) -> dict[str, Tensor]:
         """Return the number of survivors of each weight, by name: int64, 0-dim, on the weight's device.
@@ -194,7 +194,8 @@ class SharedSparsity(Copyable):
         It does not wait for a GPU. The weights must not be frozen or sharded.
         """
         thresholds = self.position.thresholds
-        return {name: count_above(weight, thresholds[name]) for name, weight in self.weights().items()}
+        pattern = self.config.pattern
+        return {name: pattern.survivors(weight, thresholds[name]) for name, weight in self.weights().items()}
 
     def set_masks(self, fixed: Mapping[str, Tensor] | None) -> None:
         """Use fixed masks in the forward pass, given by the name of the weight. None: use the thresholds."""
@@ -216,15 +217,20 @@ class SharedSparsity(Copyable):
         with torch.inference_mode(False), torch.no_grad():
             if not zeros:
                 return all_kept(weights)
-            parts, add_up = held_here(weights)
-            kth = kth_magnitude(parts, zeros, add_up)
-            if kth == 0:  # the allocation could divide them otherwise: its numbers may follow from the dense weights
-                return masks(weights, [Group(tuple(weights), zeros, kth)])
-            return masks(weights, self.config.allocation(weights, zeros, self.budget.guards))
+            groups = self.config.pattern.allocate(global_magnitude, weights, zeros, {})
+            # If all pruned elements are zero, the allocation could divide them otherwise: its numbers may follow from
+            # the dense weights.
+            if groups[0].threshold != 0:
+                groups = self._allocate(weights, zeros)
+            return self.config.pattern.masks(weights, groups)
+
+    def _allocate(self, weights: Mapping[str, Tensor], zeros: int) -> list[Group]:
+        config = self.config
+        return config.pattern.allocate(config.allocation, weights, zeros, self.budget.guards)
 
     def _compute_thresholds(self, zeros: int) -> None:
         if self.complete:  # else the thresholds are those of the source
-            self.position.groups = self.config.allocation(self.weights(), zeros, self.budget.guards)
+            self.position.groups = self._allocate(self.weights(), zeros)
         self.position.zeros = zeros
         self._write_thresholds()
         self._was_sharded = self.sharded

@@ -183,13 +183,14 @@ def _shrink(weight: Tensor, threshold: Tensor, p: float) -> tuple[Tensor, Tensor
     pruned = magnitude <= threshold  # False for a NaN, which must stay visible
     if p == math.inf:
         return torch.where(pruned, 0.0, weight), pruned
-    if p not in _SIMPLE and magnitude.device.type != "mps":  # which has no float64
-        magnitude = magnitude.double()
-    return torch.where(pruned, 0.0, _factor(magnitude, threshold, p).mul_(weight)), pruned
+    factor = _factor(wide_enough(magnitude, p), threshold, p)
+    return torch.where(pruned, 0.0, factor.mul_(weight)), pruned
 
 
-# The exponents for which the factor needs no power with a varying exponent.
-_SIMPLE = (0.5, 1.0, 2.0, 3.0)
+def wide_enough(magnitude: Tensor, p: float) -> Tensor:
+    """Return magnitudes in the precision that `_factor` needs: float64 for most exponents, see Note [Factor]."""
+    without = magnitude.device.type == "mps"  # it has no float64
+    return magnitude if p in operator_cpu.SIMPLE or without else magnitude.double()
 
 
 def _factor(magnitude: Tensor, threshold: Tensor, p: float) -> Tensor:

@@ -23,7 +23,7 @@ from feather_param.ops.threads import in_threads
 _CHUNK = 1 << 17
 
 # The exponents for which the factor is exact enough in float32, see Note [Factor] in `operator`.
-_SIMPLE = (0.5, 1.0, 2.0, 3.0)
+SIMPLE = (0.5, 1.0, 2.0, 3.0)
 
 Floats = NDArray[np.floating[Any]]
 
@@ -98,13 +98,13 @@ def _move(bits: Bits, t: np.floating[Any], p: float, dtype: torch.dtype, pruned:
 
 def _moved(kept: Floats, t: np.floating[Any], p: float) -> Floats:
     """Return P(w) of kept elements."""
-    magnitude = np.abs(kept, dtype=kept.dtype if p in _SIMPLE else np.float64)
+    magnitude = np.abs(kept, dtype=kept.dtype if p in SIMPLE else np.float64)
     factor = _factor(magnitude, t, p)
     factor *= kept
     return factor.astype(kept.dtype, copy=False)
 
 
-def _factor(magnitude: Floats, t: np.floating[Any], p: float) -> Floats:
+def _factor(magnitude: Floats, t: np.floating[Any] | Floats, p: float) -> Floats:
     """Return P(w) / w of kept elements, see Note [Factor] in `operator`."""
     u = magnitude - t
     u /= magnitude

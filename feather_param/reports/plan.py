@@ -11,7 +11,7 @@ from feather_param.allocations import Allocation, global_magnitude
 from feather_param.core.checked_selection import checked_selection
 from feather_param.core.config import Config
 from feather_param.core.final_groups import final_groups
-from feather_param.ops.groups import count_zeros
+from feather_param.patterns import Pattern, elements
 from feather_param.selection.globs import Filter
 from feather_param.utils.text import aligned, grouped
 
@@ -24,7 +24,7 @@ class PlannedWeight:
         name: its name.
         shape: its shape.
         total: number of elements.
-        most: the most zeros that its guard allows.
+        most: the most zeros that its guard and the pattern allow.
         zeros: number of zeros. None if the rate cannot be reached, or if it depends on magnitudes and the model is on
             the meta device.
     """
@@ -43,8 +43,8 @@ class Plan:
     Attributes:
         rows: the prunable weights in the model's order.
         total: number of elements of all prunable weights, N.
-        zeros: number of zeros to reach, ``round(final_rate * N)``.
-        most: the most zeros that the guards allow.
+        zeros: number of zeros to reach, ``round(final_rate * N)``, or the largest multiple of a unit's size up to it.
+        most: the most zeros that the guards and the pattern allow.
         skipped: names of the weights that stay dense, with the reason.
     """
 
@@ -56,12 +56,12 @@ class Plan:
 
     @property
     def reachable(self) -> bool:
-        """Whether the guards allow `zeros`."""
+        """Whether the guards and the pattern allow `zeros`."""
         return self.zeros <= self.most
 
     @property
     def largest_rate(self) -> float:
-        """The largest rate that the guards allow."""
+        """The largest rate that the guards and the pattern allow."""
         return self.most / self.total
 
     def __str__(self) -> str:
@@ -84,6 +84,7 @@ def plan(
     *,
     final_rate: float,
     allocation: Allocation = global_magnitude,
+    pattern: Pattern | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
     min_params: int = 0,
@@ -111,10 +112,12 @@ def plan(
     config = Config(
         final_rate,
         allocation=allocation,
+        pattern=elements if pattern is None else pattern,
         max_rate_per_layer=max_rate_per_layer,
         min_nonzero_per_layer=min_nonzero_per_layer,
     )
     selection = checked_selection(model, include, exclude, min_params)
+    config.pattern.require_fit(selection.dense())
     budget = config.budget(selection.sizes)
     k = budget.zeros(config.final_rate)
     weights = selection.dense()
@@ -122,9 +125,10 @@ def plan(
     if k <= budget.most:
         groups = final_groups(config, weights)
         if any(group.threshold.is_meta for group in groups):
-            zeros |= {group.names[0]: group.zeros for group in groups if len(group.names) == 1}
+            size = config.pattern.size
+            zeros |= {group.names[0]: size * group.zeros for group in groups if len(group.names) == 1}
         else:
-            zeros |= {name: count.zeros for name, count in count_zeros(weights, groups).items()}
+            zeros |= {name: count.zeros for name, count in config.pattern.count_zeros(weights, groups).items()}
     rows = tuple(
         PlannedWeight(name, tuple(weight.shape), weight.numel(), budget.guards.get(name, weight.numel()), zeros[name])
         for name, weight in weights.items()

@@ -57,6 +57,7 @@ class Report:
     Attributes:
         rows: the prunable weights in the model's order.
         skipped: names of the weights that stay dense, with the reason.
+        pattern: which elements are pruned together; "elements": each by itself.
 
     Example:
         >>> print(Report((Row("fc.weight", (10, 4), 40, 30, 1.0, outputs=10),)))
@@ -67,6 +68,7 @@ class Report:
 
     rows: tuple[Row, ...]
     skipped: dict[str, str] = field(default_factory=dict)
+    pattern: str = "elements"
 
     @property
     def total(self) -> int:
@@ -121,6 +123,8 @@ class Report:
             )
         )
         lines = aligned(cells)
+        if self.pattern != "elements":
+            lines.append(f"pattern: {self.pattern}")
         tied = [row for row in self.rows if row.ties]
         lines += [f"ties: {row.ties:,} elements of {row.name} equal the threshold and compute as zero" for row in tied]
         lines += [f"dense: {line}" for line in grouped(self.skipped)]

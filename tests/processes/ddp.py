@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import feather_param
+from feather_param import patterns
 from feather_param.allocations import global_magnitude
 from tests import twins
 from tests.processes.training import STEPS, ZEROS, batch, net, same_everywhere, sparsify, train, weights_of
@@ -33,6 +34,16 @@ def keeps_all_ranks_equal(
     feather_param.desparsify(model)
     assert zeros_in(model) == ZEROS
     assert all(same_everywhere(weight.detach()) for weight in twins.prunable(model))
+
+
+def prunes_the_same_units_on_all_ranks(rank: int, world: int, folder: Path) -> None:
+    for pattern, final_rate in ((patterns.blocks(1, 5), 0.9), (patterns.n_m(2, 5), 0.6)):
+        model = net()
+        controller = sparsify(model, final_rate=final_rate, pattern=pattern, include="2")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train(DistributedDataParallel(model), optimizer, controller, rank, world)
+        assert same_everywhere(controller.masks()["2.weight"])
+        assert controller.report().zeros == round(final_rate * 17 * 35) // pattern.size * pattern.size
 
 
 def may_accumulate_gradients(rank: int, world: int, folder: Path) -> None:

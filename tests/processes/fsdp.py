@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import feather_param
-from feather_param import allocations, schedules
+from feather_param import allocations, patterns, schedules
 from tests import twins
 from tests.processes.training import STEPS, ZEROS, batch, net, sparsify, train, weights_of
 from tests.training import all_equal, same_state, zeros_in
@@ -195,6 +195,18 @@ def refuses_an_allocation_that_sorts(rank: int, world: int, folder: Path) -> Non
     shard(model)
     with pytest.raises(ValueError, match=r"expected whole weights, got 0.weight sharded over processes: lamp sorts"):
         controller.step()
+    assert controller.step_count == 0
+
+
+def refuses_a_pattern(rank: int, world: int, folder: Path) -> None:
+    model = net()
+    controller = sparsify(model, pattern=patterns.blocks(1, 5), include="2")
+    shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"expected whole weights with blocks\(1, 5\), got 2.weight sharded .*with DDP"
+    ):
+        train(model, optimizer, controller, rank, world)
     assert controller.step_count == 0
 
 
