@@ -1,13 +1,16 @@
 """Time of threshold and operator, against reading the weights once: `python -m benchmarks.device --device cuda`.
 
 The bound is a sum over one tensor of all the weights. ``step()`` and the forward pass of the operator are timed over 53
-tensors. On a GPU, the forward pass is also timed in a CUDA graph.
+tensors. On a GPU, the forward pass is also timed in a CUDA graph. The operator is also timed over one tensor, for several
+exponents.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +18,8 @@ import torch
 from benchmarks import timing
 from benchmarks.threshold import controlled, layers
 from feather_param.parametrizations import feather_threshold
+
+POWERS = (0.5, 0.7, 1.0, 2.0, 3.0, math.inf)
 
 
 def measure(weights: int, device: torch.device, n: int) -> dict[str, dict[str, float]]:
@@ -34,6 +39,8 @@ def measure(weights: int, device: torch.device, n: int) -> dict[str, dict[str, f
         "Controller.step()": controller.step,
         "operator, forward": forward,
     }
+    for p in POWERS:
+        variants[f"operator, one tensor, p = {p:g}"] = partial(feather_threshold, joined, threshold, 1.0, p)
     if device.type == "cuda":
         variants["operator, forward, in a CUDA graph"] = _captured(forward)
     seconds = timing.rounds(variants, n, warmup=3)

@@ -66,8 +66,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     option("--workers", 0, help + "device, which is usually faster", {"at least": 0}, nargs="?", const=8)
     option("--batch-size", 128, "images in a batch; batch norm needs at least 2", {"at least": 2})
     option("--lr", 0.1, "learning rate at the start; it decreases to 0 along a cosine", {"above": 0, "below": math.inf})
-    help = "weight decay of the weights; biases and batch norm have none"
-    option("--wd", 5e-4, help, {"at least": 0, "below": math.inf})
+    option("--wd", 5e-4, "weight decay; biases and batch norm have none", {"at least": 0, "below": math.inf})
     option("--epochs", 160, "number of epochs", {"at least": 1})
     option("--model", "resnet20", "network", choices=NETWORKS)
     help = "final rate: fraction of zeros among all prunable weights; 0 trains dense"
