@@ -1,8 +1,8 @@
 """Time of threshold and operator, against reading the weights once: `python -m benchmarks.device --device cuda`.
 
 The bound is a sum over one tensor of all the weights. ``step()`` and the forward pass of the operator are timed over 53
-tensors. On a GPU, the forward pass is also timed in a CUDA graph. The operator is also timed over one tensor, for several
-exponents.
+tensors. On a GPU, the forward pass is also timed in a CUDA graph. The operator is also timed over one tensor, for
+several exponents.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from feather_param.core.position import Position
-from feather_param.ops.groups import Group, count_zeros, group_each, have_grown_at_same_threshold, masks
+from feather_param.ops.groups import Group, count_zeros, group_each, masks
 from feather_param.ops.kth import kth_magnitudes
 from feather_param.ops.kth_gpu import kth_by_bits
 from tests import twins
@@ -73,12 +73,3 @@ def test_the_largest_threshold_is_nan_if_one_is():
     assert largest(math.nan).isnan()
     first = Group((), 0, torch.tensor(9.0))  # all its weights are at their guards
     assert Position(groups=[first, Group(("a",), 1, torch.tensor(1.0))]).largest_threshold == 1.0
-
-
-def test_ties_are_noticed_in_each_group():
-    def groups(**zeros):
-        return group_each({"a": torch.arange(6.0) + 1, "b": torch.ones(6)}, zeros)
-
-    assert have_grown_at_same_threshold(groups(a=2, b=3), groups(a=2, b=2))
-    assert not have_grown_at_same_threshold(groups(a=3, b=3), groups(a=2, b=3))
-    assert not have_grown_at_same_threshold(groups(a=3, b=1), groups(a=2, b=0))
