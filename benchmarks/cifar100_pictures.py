@@ -16,7 +16,11 @@ from benchmarks.methods import DENSE
 
 __all__ = ["write"]
 
-_LAYER_METHODS = {"feather": "p = 3", "soft": "p = 1", "p_0.5": "p = 1/2"}
+_POWERS = {
+    "feather": "p = 3 (feather)",
+    "soft": "p = 1 (soft)",
+    "p_0.5": "p = 1/2",
+}  # labels; the others keep their names
 _LAYER_RATES = (0.98, 0.995)
 _NONE = 0.001  # where a layer without survivors is drawn on a logarithmic axis
 
@@ -99,7 +103,7 @@ def _accuracy(axes: Axes, found: Cells, methods: Sequence[str]) -> None:
             [_position(rate) + 0.02 * (i - len(methods) / 2) for rate in there],
             [statistics.fmean(found[method, rate]) for rate in there],
             yerr=[spread(found[method, rate]) for rate in there],
-            label=method,
+            label=_POWERS.get(method, method),
             color=f"C{i % 10}",
             linestyle="-" if i < 10 else "--",
             marker="o",
@@ -115,7 +119,7 @@ def _accuracy(axes: Axes, found: Cells, methods: Sequence[str]) -> None:
 
 def _has_survivors(result: Result) -> bool:
     run = result["run"]
-    return "layers" in result and run["method"] in _LAYER_METHODS and run["rate"] in _LAYER_RATES
+    return "layers" in result and run["method"] in _POWERS and run["rate"] in _LAYER_RATES
 
 
 def _layers(results: Sequence[Result], title: str) -> Figure:
@@ -135,7 +139,7 @@ def _layers(results: Sequence[Result], title: str) -> Figure:
 
 def _survivors(axes: Axes, results: Sequence[Result]) -> None:
     """Draw the survivors of each layer per output, as the mean over the seeds, with one line for each p."""
-    for i, (method, label) in enumerate(_LAYER_METHODS.items()):
+    for i, (method, label) in enumerate(_POWERS.items()):
         seeds = [result["layers"] for result in results if result["run"]["method"] == method]
         if not seeds:
             continue

@@ -27,7 +27,7 @@ def test_a_method_has_the_same_colour_for_a_network_that_lacks_the_others():
     axes = Figure().subplots()
     cifar100_pictures._accuracy(axes, {("soft", 0.9): [60.0]}, ["feather", "soft"])
     (drawn,) = axes.containers
-    assert drawn.get_label() == "soft"
+    assert drawn.get_label() == "p = 1 (soft)"
     assert drawn.lines[0].get_color() == "C1"
 
 
