@@ -18,11 +18,11 @@ assert pathlib.Path(feather_param.__file__).is_relative_to(sys.prefix), feather_
 for extra in ("torchvision", "sklearn", "matplotlib", "tensorboard", "archs", "examples"):
     assert extra not in sys.modules, extra
 model = torch.nn.Linear(10, 10)
-controller = feather_param.sparsify(model, final_rate=0.95, total_steps=2)
+controller = feather_param.sparsify(model, final_rate=0.8, total_steps=2)
 controller.step()
 controller.step()
 feather_param.desparsify(model)
-assert int((model.weight == 0).sum()) == 95
+assert int((model.weight == 0).sum()) == 80
 """
 
 

@@ -146,9 +146,8 @@ def _can_count(shared: SharedSparsity) -> bool:
 
 def _advice(p: float) -> str:
     """Return what helps layers that starve, in the order in which it was measured to help."""
-    smaller = " or ".join(f"p={other:g}" for other in (1, 0.5) if other < p)
-    others = "another allocation (allocations.square_root or allocations.erk), min_nonzero_per_layer"
-    return f"a smaller p ({smaller}), {others}" if smaller else others
+    smaller = ["p=1"] if p > 1.0 else []
+    return ", ".join([*smaller, "min_nonzero_per_layer", "allocation=allocations.lamp", "a lower final_rate"])
 
 
 def _shortage(name: str, survivors: int, outputs: int) -> str:
