@@ -47,6 +47,7 @@ def test_a_value_that_is_not_finite_can_be_seen(dtype, value):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [4, 6])
+@pytest.mark.filterwarnings("ignore:Skipping serialization")  # by the inductor of torch 2.6
 def test_compiled_code_computes_the_same_bits(dtype, rows):
     torch._dynamo.reset()
     values = torch.randn(rows, 20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
