@@ -69,8 +69,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     option("--wd", 5e-4, "weight decay; biases and batch norm have none", {"at least": 0, "below": math.inf})
     option("--epochs", 160, "number of epochs", {"at least": 1})
     option("--model", "resnet20", "network", choices=NETWORKS)
-    help = "final rate: fraction of zeros among all prunable weights; 0 trains dense"
-    option("--ptarget", 0.95, help, {"at least": 0, "below": 1})
+    option("--ptarget", 0.95, "final rate, the fraction of zeros; 0 trains dense", {"at least": 0, "below": 1})
+    option("--p", 3.0, "exponent of the operator; 1 from 98 %% zeros on", {"above": 0})
     option("--pthres", 0.0, "accepted for old command lines; only 0 is supported")
     option("--allocation", "global_magnitude", "how many zeros each layer gets", choices=ALLOCATIONS)
     option("--t1", 0, "epoch at which pruning starts; the rate is final at half of the training", {"at least": 0})
@@ -148,7 +148,7 @@ class Training:
         total, start = len(self.batches), self.options.t1 * self.batches.steps_per_epoch
         try:
             return feather_param.sparsify(
-                self.model, final_rate=rate, total_steps=total, start_step=start, allocation=kind
+                self.model, final_rate=rate, total_steps=total, start_step=start, allocation=kind, p=self.options.p
             )
         except ValueError as error:
             raise UserError(f"--ptarget {rate} cannot be reached: {error}") from error

@@ -44,6 +44,7 @@ def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--sname", "../up"], "expected --sname to be a file name"),
         (["--train-size", "1"], "expected --train-size to be at least 2"),
         (["--train-size", "5000"], "expected --train-size to be at most the 1437 images"),
+        (["--p", "0"], "expected --p to be above 0"),
         (["--model", "vgg"], "argument --model: invalid choice"),
         (["--allocation", "per_layer"], "argument --allocation: invalid choice"),
         (["--dataset", "mnist"], "argument --dataset: invalid choice"),
