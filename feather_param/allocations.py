@@ -50,9 +50,10 @@ from feather_param.ops.distributed import held_here, is_sharded
 from feather_param.ops.dtypes import as_threshold
 from feather_param.ops.groups import Group, count_zeros, group_each
 from feather_param.ops.kth import kth_magnitude
-from feather_param.ops.proportions import survivors_in_proportion, zeros_in_proportion
+from feather_param.ops.proportions import survivors_in_proportion, zeros_as_listed, zeros_in_proportion
 from feather_param.ops.scores import deviations, lamp_scores
 from feather_param.utils.by_name import checked_rates, listed_zeros, rates_by_name
+from feather_param.utils.checks import takes
 from feather_param.utils.text import name_of
 
 __all__ = [
@@ -241,6 +242,8 @@ def in_proportion(number: Callable[[str, Tensor], float]) -> Allocation:
     """
     if not callable(number):
         raise TypeError(f"expected a function (name, weight) -> number, got {type(number).__name__}")
+    if not takes(number, 2):
+        raise TypeError(f"expected a function (name, weight) -> number, got {name_of(number)} with other arguments")
 
     def allocation(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]) -> list[Group]:
         return survivors_in_proportion(weights, zeros, guards, number)
@@ -281,9 +284,9 @@ def per_layer(rates: Mapping[str, float]) -> Allocation:
 def from_plan(plan: Any) -> Allocation:
     """Return an allocation with the zeros that a report, a plan or a mapping lists.
 
-    ``zeros_i = c * listed_i``, so that all zeros together are those of ``final_rate`` and of the schedule. If
-    ``final_rate`` gives as many zeros as are listed, c is 1 at the end, and each weight has the listed zeros. A weight
-    for which no zeros are listed is dense.
+    ``zeros_i = c * listed_i`` while there are fewer zeros than are listed, and ``survivors_i = c * (numel_i - listed_i)``
+    if there are more. If ``final_rate`` gives as many zeros as are listed, each weight has the listed zeros at the
+    end. A weight for which no zeros are listed is dense.
 
     Args:
         plan: a `Report`, a `Plan`, or a mapping from the name of a weight to its number of zeros.
@@ -307,7 +310,7 @@ def from_plan(plan: Any) -> Allocation:
                 f"expected the plan to list the zeros of each weight of this model, got {wrong[0]}, which is not in "
                 f"the {where}; make the plan with the same include and exclude"
             )
-        return zeros_in_proportion(weights, zeros, guards, listed)
+        return zeros_as_listed(weights, zeros, guards, listed)
 
     checksum = zlib.crc32(repr(sorted(listed.items())).encode())
     return _named(allocation, f"from_plan({len(listed)} weights, {sum(listed.values())} zeros, {checksum:08x})")

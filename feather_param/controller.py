@@ -197,13 +197,13 @@ class Controller:
         self._require("report()")
         self._shared.refresh_checked()
         weights, counts = self._shared.weights(), self._shared.counts()
-        warn_of_dead(weights, counts)
+        warn_of_dead(weights, counts, self._shared.config)
         found = Report(
             rows(weights, counts, outputs := self._shared.outputs()),
             dict(self._skipped),
             str(self._shared.config.pattern),
         )
-        self._starvation.warn({row.name: row.survivors for row in found.rows}, outputs, self._shared.config.p)
+        self._starvation.warn({row.name: row.survivors for row in found.rows}, outputs, self._shared.config)
         return found
 
     def masks(self) -> dict[str, Tensor]:

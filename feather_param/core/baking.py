@@ -129,7 +129,7 @@ def final_values(shared: SharedSparsity) -> dict[str, Tensor]:
             value = torch.where(value == 0, negligible, value)
             values[name] = torch.where(mask, value, 0.0)
     if shared.position.zeros:
-        warn_of_dead(values, shared.counts())
+        warn_of_dead(values, shared.counts(), shared.config)
     return values
 
 

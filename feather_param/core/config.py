@@ -14,7 +14,7 @@ from feather_param.allocations import Allocation, global_magnitude
 from feather_param.core.budget import Budget
 from feather_param.patterns import Pattern, elements
 from feather_param.schedules import Schedule
-from feather_param.utils.checks import integer, real
+from feather_param.utils.checks import fraction_hint, integer, real, takes
 from feather_param.utils.text import name_of
 
 Theta = Callable[[float], float]
@@ -57,8 +57,8 @@ class Config:
     def __post_init__(self) -> None:
         final_rate = real("final_rate", self.final_rate)
         if not 0.0 < final_rate < 1.0:
-            percent = f"; {final_rate:g} % is {final_rate / 100:g}" if 1.0 < final_rate < 100.0 else ""
-            raise ValueError(f"expected final_rate, the fraction of zeros, in (0, 1), got {final_rate}{percent}")
+            hint = fraction_hint(final_rate)
+            raise ValueError(f"expected final_rate, the fraction of zeros, in (0, 1), got {final_rate}{hint}")
         total = integer("total_steps", self.total_steps, 1)
         start = integer("start_step", self.start_step, 0)
         end = total // 2 if self.end_step is None else integer("end_step", self.end_step, 0)
@@ -68,18 +68,17 @@ class Config:
                 f"got {start}, {end} and {total}; end_step is total_steps // 2 unless given"
             )
         if not callable(self.schedule):
-            raise TypeError(f"expected schedule to be a callable of progress, got {type(self.schedule).__name__}")
-        if not callable(self.allocation):
             raise TypeError(
-                "expected allocation to be a function (weights, zeros, guards) -> groups, got "
-                f"{type(self.allocation).__name__}; use one of feather_param.allocations, for example allocations.erk"
+                f"expected schedule to be a callable of progress, got {type(self.schedule).__name__}; use one of "
+                "feather_param.schedules, for example schedules.linear"
             )
+        self._require_allocation()
         for progress in (0.0, 0.5, 1.0):
             self._fraction(progress)
         if not isinstance(self.pattern, Pattern):
             raise TypeError(
-                "expected pattern to be None or made by feather_param.patterns, as patterns.blocks(1, 4) is, got "
-                f"{self.pattern!r}"
+                "expected pattern to be None or a call of a function of feather_param.patterns, for example "
+                f"patterns.n_m(2, 4), got {self.pattern!r}"
             )
         p = real("p", self.p)
         if not p > 0.0:
@@ -92,7 +91,8 @@ class Config:
             raise ValueError(f"expected theta to be a finite number >= 0, got {theta}")
         most = 1.0 if self.max_rate_per_layer is None else real("max_rate_per_layer", self.max_rate_per_layer)
         if not 0.0 < most < 1.0 and self.max_rate_per_layer is not None:
-            raise ValueError(f"expected max_rate_per_layer, a fraction of zeros, in (0, 1), got {most}")
+            hint = fraction_hint(most)
+            raise ValueError(f"expected max_rate_per_layer, a fraction of zeros, in (0, 1), got {most}{hint}")
         least = integer("min_nonzero_per_layer", self.min_nonzero_per_layer, 0)
         vars(self).update(  # the dataclass is frozen
             final_rate=final_rate,
@@ -159,6 +159,21 @@ class Config:
                 what = f"total_steps={self.total_steps} (end_step={ours}), got {total} (end_step={theirs})"
             raise ValueError(
                 f"expected a controller state with {what}; give sparsify the settings of the run you resume"
+            )
+
+    def _require_allocation(self) -> None:
+        if not callable(self.allocation):
+            hint = "per_layer({...}) for rates, from_plan({...}) for zeros"
+            hint = hint if isinstance(self.allocation, Mapping) else "for example allocations.erk"
+            raise TypeError(
+                "expected allocation to be a function (weights, zeros, guards) -> groups, got "
+                f"{type(self.allocation).__name__}; use one of feather_param.allocations, {hint}"
+            )
+        if not takes(self.allocation, 3):
+            raise TypeError(
+                "expected allocation to be a function (weights, zeros, guards) -> groups, got "
+                f"{name_of(self.allocation)}, which takes other arguments; call it if it returns an allocation, as "
+                "per_layer({...}) does, or wrap a function of name and weight: in_proportion(function)"
             )
 
     def _fraction(self, progress: float) -> float:

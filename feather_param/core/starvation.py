@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feather_param.core.config import Config
 from feather_param.core.shared import SharedSparsity
-from feather_param.core.warnings import warn_of_dead
+from feather_param.core.warnings import warn_of_dead, what_helps
 from feather_param.ops.count import PruneCount
 from feather_param.ops.tracing import concrete
 from feather_param.utils.text import listed
@@ -56,20 +57,24 @@ class Starvation:
         if self._counted is not None and self._counted.arrived:
             survivors, self._counted = self._counted.survivors, None
             self._warn_of_dead(shared, [name for name, count in survivors.items() if not count])
-            self.warn(survivors, shared.outputs(), shared.config.p)
+            self.warn(survivors, shared.outputs(), shared.config)
 
-    def warn(self, survivors: Mapping[str, int], outputs: Mapping[str, int], p: float) -> None:
+    def warn(self, survivors: Mapping[str, int], outputs: Mapping[str, int], config: Config) -> None:
         """Warn of the layers that starve, unless a warning has named them or nothing survives in them.
 
         Args:
             survivors: number of survivors of each weight, by name.
             outputs: number of its outputs.
-            p: the exponent of the operator, on which the advice depends.
+            config: the settings, on which the advice depends.
         """
         found = [name for name, count in survivors.items() if 0 < count < outputs[name] and name not in self._starving]
         if not found:
             return
-        advice = "" if self._starving else f"; what helps, the best first: {_advice(p)}"
+        advice = f"; what helps, the best first: {what_helps(config)}"
+        kept, needed = sum(survivors.values()), sum(outputs[name] for name in survivors)
+        if kept < needed:
+            advice = f"; all layers have {kept:,} survivors for {needed:,} outputs, so lower final_rate"
+        advice = "" if self._starving else advice
         self._starving.update(found)
         names = listed([_shortage(name, survivors[name], outputs[name]) for name in found], _NAMED)
         warn(f"fewer survivors than outputs in {names}: some of their outputs have no input, the layers starve{advice}")
@@ -85,7 +90,7 @@ class Starvation:
             counts = shared.counts()
         else:  # without the ties: to count them, the host would have to wait
             counts = {name: PruneCount(weight.numel()) for name, weight in weights.items()}
-        warn_of_dead(weights, counts)
+        warn_of_dead(weights, counts, shared.config)
 
     def _is_due(self, shared: SharedSparsity) -> bool:
         position, config = shared.position, shared.config
@@ -142,12 +147,6 @@ def _can_count(shared: SharedSparsity) -> bool:
     if shared.sharded or not concrete(threshold) or any(original.is_meta for original in shared.originals):
         return False
     return threshold.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-
-
-def _advice(p: float) -> str:
-    """Return what helps layers that starve, in the order in which it was measured to help."""
-    smaller = ["p=1"] if p > 1.0 else []
-    return ", ".join([*smaller, "min_nonzero_per_layer", "allocation=allocations.lamp", "a lower final_rate"])
 
 
 def _shortage(name: str, survivors: int, outputs: int) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from feather_param.allocations import global_magnitude
+from feather_param.core.config import Config
 from feather_param.ops.count import PruneCount
 from feather_param.utils.warn import warn
 
@@ -20,7 +22,17 @@ def warn_of_early(call: str, zeros: int, final_zeros: int) -> None:
     )
 
 
-def warn_of_dead(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]) -> bool:
+def what_helps(config: Config) -> str:
+    """Return what helps layers with few survivors or none and is not in use, in the order in which it was measured."""
+    advice = {
+        "p=1": config.p > 1.0,
+        "allocation=allocations.lamp": config.allocation is global_magnitude,
+        "min_nonzero_per_layer": not config.min_nonzero_per_layer,
+    }
+    return ", ".join([*(each for each, unused in advice.items() if unused), "a lower final_rate or learning rate"])
+
+
+def warn_of_dead(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount], config: Config) -> bool:
     """Warn of weights with no survivors, and return whether there are any.
 
     A weight has no survivors if all its elements are pruned or equal the threshold: the operator makes both zero.
@@ -32,7 +44,7 @@ def warn_of_dead(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]
     ]
     if not dead:
         return False
-    hint = "lower final_rate, p or the learning rate, or leave these dense with exclude"
+    hint = f"what helps, the best first: {what_helps(config)}; or leave these dense with exclude"
     if ties := [name for name in dead if counts[name].ties]:
         hint += (
             f"; all kept elements of {', '.join(ties)} equal the threshold (weights clipped to one magnitude?), and "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any
 
-from feather_param.utils.checks import integer, real
+from feather_param.utils.checks import fraction_hint, integer, real
+from feather_param.utils.text import listed
 
 
 def checked_rates(rates: object) -> dict[str, float]:
@@ -18,7 +20,8 @@ def checked_rates(rates: object) -> dict[str, float]:
         raise ValueError('expected at least one rate, got none; "*" matches all weights')
     for glob, rate in checked.items():
         if not 0.0 <= rate < 1.0:
-            raise ValueError(f"expected a rate, the fraction of zeros, in [0, 1), got {rate} for {glob!r}")
+            hint = fraction_hint(rate)
+            raise ValueError(f"expected a rate, the fraction of zeros, in [0, 1), got {rate} for {glob!r}{hint}")
     return checked
 
 
@@ -26,27 +29,38 @@ def rates_by_name(rates: Mapping[str, float], weights: Iterable[str]) -> dict[st
     """Return the rate of each weight: that of the first glob that matches its name or the name of its module."""
     found: dict[str, str] = {}
     for name in weights:
-        names = (name, name.rpartition(".")[0])
+        names = (name, _module(name))
         globs = [glob for glob in rates if any(fnmatchcase(each, glob) for each in names)]
         if not globs:
             raise ValueError(f'expected a rate for each weight, got none for {name}; add "*" as the last glob')
         found[name] = globs[0]
     if unused := [glob for glob in rates if glob not in found.values()]:
+        matched = [name for name in found if fnmatchcase(name, unused[0]) or fnmatchcase(_module(name), unused[0])]
+        earlier = f"only {listed(matched)}, whose rate an earlier glob gives; move it before that one"
         raise ValueError(
             f"expected each glob of per_layer to determine the rate of a weight, got {unused[0]!r}, which matches "
-            f"none, or only weights that an earlier glob matches; some names: {', '.join([*found][:3])}"
+            + (earlier if matched else f"none of {listed([*found])}")
         )
     return {name: rates[glob] for name, glob in found.items()}
+
+
+def _module(name: str) -> str:
+    """Return the name of the module of a weight."""
+    return name.rpartition(".")[0]
 
 
 def listed_zeros(plan: Any) -> dict[str, int]:
     """Return the number of zeros by name, as a mapping or the rows of an object list it. Refuse anything else."""
     if isinstance(plan, Mapping):
-        listed = dict(plan)
+        numbers = dict(plan)
     elif isinstance(getattr(plan, "rows", None), tuple):
-        listed = {row.name: row.zeros for row in plan.rows}
+        numbers = {row.name: row.zeros for row in plan.rows}
     else:
         raise TypeError(f"expected a Report, a Plan or a mapping from names to zeros, got {type(plan).__name__}")
-    if missing := [name for name, zeros in listed.items() if zeros is None]:
+    if missing := [name for name, zeros in numbers.items() if zeros is None]:
         raise ValueError(f"expected a plan with the zeros of each weight, got none for {missing[0]}")
-    return {name: integer(f"the zeros of {name}", zeros, 0) for name, zeros in listed.items()}
+    for name, zeros in numbers.items():
+        if not isinstance(zeros, Integral):
+            hint = "per_layer({...}) takes rates" if isinstance(zeros, float) else "pass the report of a controller"
+            raise TypeError(f"expected the zeros of {name} to be an int, got a {type(zeros).__name__}; {hint}")
+    return {name: integer(f"the zeros of {name}", zeros, 0) for name, zeros in numbers.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 
 
@@ -16,11 +17,37 @@ def real(name: str, value: object) -> float:
 def integer(name: str, value: object, least: int) -> int:
     """Return an integer as an int; raise a TypeError for anything else, a ValueError if it is below `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        hint = "; wrap it in int(...)" if isinstance(value, float) else ""
+        hint = "; wrap it in int(...)" if isinstance(value, float) and value >= 1.0 else ""
         raise TypeError(f"expected {name} to be an int, got {value!r}{hint}")
     if value < least:
         raise ValueError(f"expected {name} to be at least {least}, got {value}")
     return int(value)
+
+
+def fraction_hint(value: float) -> str:
+    """Return the end of a message for a percentage in the place of a fraction; nothing for other numbers.
+
+    Example:
+        >>> fraction_hint(95.0), fraction_hint(-1.0)
+        ('; 95 % is 0.95', '')
+    """
+    return f"; {value:g} % is {value / 100:g}" if 1.0 < value < 100.0 else ""
+
+
+def takes(function: Callable[..., object], count: int) -> bool:
+    """Return whether a function can be called with a number of positional arguments.
+
+    Example:
+        >>> takes(lambda a, b: a, 2), takes(lambda a: a, 2)
+        (True, False)
+    """
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # some built-in functions have no signature
+        return True
+    return True
 
 
 def instance(value: object, kind: type, source: str) -> None:
