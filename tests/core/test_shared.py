@@ -202,8 +202,7 @@ def test_the_masks_after_writes_that_torch_does_not_count_are_those_of_a_bake():
 def test_masks_and_reports_do_not_apply_the_operator(monkeypatch):
     model, _, controller = trained_classifier()
     weights = {name: weight.detach() for name, weight in weights_by_name(model).items()}
-    monkeypatch.setattr(feather_param.core.baking, "feather_threshold", None)
-    monkeypatch.setattr(feather_param.parametrizations, "feather_threshold", None)
+    monkeypatch.setattr(feather_param.patterns, "feather_threshold", None)
     assert zero_where_masked(weights, controller.masks())
     assert controller.report().zeros == round(0.9 * SIZE)
 
