@@ -41,7 +41,9 @@ def blocks(rows: int, columns: int) -> Twin:
         for top in range(0, height, rows):
             for left in range(0, width, columns):
                 at = [(top + i) * width + left + j for i in range(rows) for j in range(columns)]
-                root = math.sqrt(math.fsum(values[i] ** 2 for i in at) / len(at))
+                power = math.frexp(max(abs(values[i]) for i in at))[1]  # so that no square underflows
+                squares = [math.ldexp(values[i], -power) ** 2 for i in at]
+                root = math.ldexp(math.sqrt(math.fsum(squares) / len(at)), power)
                 found.append(Unit(at, root if weight.dtype == torch.float64 else torch.tensor(root).item()))
         return found
 
