@@ -30,7 +30,6 @@ from examples.data import ImageData, TrainBatches
 from feather_param.core.freezing import restore_zeros
 from feather_param.ops.gpu_kernels import kernels
 from feather_param.ops.kth_gpu import kth_by_bits, kth_by_digits
-from feather_param.ops.scores import lamp_scores
 
 __all__ = ["Network", "execute", "possible", "train"]
 
@@ -202,8 +201,14 @@ def _kth(sets: list[list[Tensor]], ks: Tensor) -> Tensor:
     return kth_by_digits(sets, ks, lambda n: n, found.kth) if found else kth_by_bits(sets, ks, lambda n: n)
 
 
+def _lamp(weight: Tensor) -> Tensor:
+    """Return the scores of `lamp_scores` without the host."""
+    squares = weight.flatten().abs().sort().values.double().square()
+    return (squares / squares.flip(0).cumsum(0).flip(0)).nan_to_num(0.0).float()
+
+
 _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "lamp": lambda weight: lamp_scores(weight).float(),
+    "lamp": _lamp,
     "normalised": lambda weight: weight.abs() / weight.square().mean().sqrt(),
 }
 

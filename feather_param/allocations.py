@@ -284,9 +284,9 @@ def per_layer(rates: Mapping[str, float]) -> Allocation:
 def from_plan(plan: Any) -> Allocation:
     """Return an allocation with the zeros that a report, a plan or a mapping lists.
 
-    ``zeros_i = c * listed_i`` while there are fewer zeros than are listed, and ``survivors_i = c * (numel_i - listed_i)``
-    if there are more. If ``final_rate`` gives as many zeros as are listed, each weight has the listed zeros at the
-    end. A weight for which no zeros are listed is dense.
+    ``zeros_i = c * listed_i`` while there are fewer zeros than are listed; if there are more,
+    ``survivors_i = c * (numel_i - listed_i)``. If ``final_rate`` gives as many zeros as are listed, each weight has the
+    listed zeros at the end. A weight for which no zeros are listed is dense.
 
     Args:
         plan: a `Report`, a `Plan`, or a mapping from the name of a weight to its number of zeros.

@@ -24,6 +24,7 @@ from feather_param.parametrizations import states_of
 from feather_param.reports.report import Report, rows
 from feather_param.selection.select import Selection
 from feather_param.utils.checks import integer, require_same_shapes
+from feather_param.utils.text import name_of
 from feather_param.utils.warn import warn
 
 _VERSION = 1  # of a saved state
@@ -202,6 +203,7 @@ class Controller:
             rows(weights, counts, outputs := self._shared.outputs()),
             dict(self._skipped),
             str(self._shared.config.pattern),
+            name_of(self._shared.config.allocation),
         )
         self._starvation.warn({row.name: row.survivors for row in found.rows}, outputs, self._shared.config)
         return found

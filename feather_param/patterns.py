@@ -25,11 +25,13 @@ from feather_param.allocations import Allocation
 from feather_param.ops.count import PruneCount, count_above
 from feather_param.ops.distributed import is_sharded
 from feather_param.ops.dtypes import rounded_down
-from feather_param.ops.groups import Group, count_zeros, masks
+from feather_param.ops.groups import Group, count_zeros, group_each, masks, require_total
 from feather_param.ops.operator import feather_threshold
 from feather_param.ops.operator_units import shrink_units
 from feather_param.ops.unit_magnitudes import root_mean_square, smallest
 from feather_param.utils.checks import integer
+from feather_param.utils.split import split
+from feather_param.utils.text import name_of
 
 __all__ = ["Pattern", "blocks", "elements", "n_m"]
 
@@ -37,8 +39,8 @@ __all__ = ["Pattern", "blocks", "elements", "n_m"]
 class Pattern:
     """A division of weights into units that are pruned as a whole.
 
-    A subclass defines `units`, `mask`, `shrink` and `misfit`, and the attributes if they differ. Its ``repr`` is its
-    name in saved states: two patterns with the same name must be the same.
+    A subclass defines `units`, `mask`, `shrink`, `misfit` and ``__repr__``, and the attributes if they differ. Its
+    ``repr`` is its name in saved states: two patterns with the same name must be the same.
 
     Attributes:
         size: number of elements that become zero with one unit.
@@ -64,6 +66,9 @@ class Pattern:
         """Return what does not fit if weights of a shape cannot be divided into units, else None."""
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        raise NotImplementedError
+
     def require_fit(self, weights: Mapping[str, Tensor]) -> None:
         """Raise a ValueError that names the weights that cannot be divided into units."""
         found = {name: misfit for name, weight in weights.items() if (misfit := self.misfit(weight.shape))}
@@ -79,7 +84,7 @@ class Pattern:
     def allocate(
         self, allocation: Allocation, weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]
     ) -> list[Group]:
-        """Call an allocation with the units of some weights.
+        """Call an allocation, and return groups whose zeros are numbers of units.
 
         Args:
             allocation: the allocation.
@@ -87,18 +92,9 @@ class Pattern:
             zeros: the number of zero elements, a multiple of `size`.
             guards: the most zero elements of a weight, by name.
 
-        Returns:
-            The groups. Their zeros are numbers of units.
-
         Raises:
-            ValueError: a weight is sharded, or there are fewer units.
+            ValueError: a weight is sharded, there are fewer units, or the zeros do not add up.
         """
-        return allocation(*self.in_units(weights, zeros, guards))
-
-    def in_units(
-        self, weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]
-    ) -> tuple[Mapping[str, Tensor], int, Mapping[str, int]]:
-        """Return the arguments of `allocate` in units: what an allocation is called with."""
         units = self._units_of(weights)
         total = self.size * sum(each.numel() for each in units.values())
         if zeros > total:
@@ -108,25 +104,43 @@ class Pattern:
             )
         limits = {name: most // self.size for name, most in guards.items()}
         limits = {name: most for name, most in limits.items() if most < units[name].numel()}
-        return units, zeros // self.size, limits
+        count = zeros // self.size
+        groups = allocation(self.allocated(weights), zeros, guards)
+        require_total(groups, zeros, name_of(allocation))
+        if any(len(group.names) != 1 for group in groups):  # it ranks magnitudes: those of the units
+            return allocation(units, count, limits)
+        most = {name: limits.get(name, each.numel()) for name, each in units.items()}
+        given = {group.names[0]: group.zeros for group in groups}
+        return group_each(units, split(count, given, dict.fromkeys(units, 0), most))
+
+    def allocated(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return what an allocation is called with at first: the weights without values.
+
+        If it ranks magnitudes, it returns a group of several weights, and is called again with those of the units.
+        """
+        return {name: weight.detach().to("meta") for name, weight in weights.items()}
 
     def survivors(self, weight: Tensor, threshold: Tensor) -> Tensor:
         """Return the number of elements that the operator does not make zero: int64, 0-dim. It does not wait."""
-        return torch.count_nonzero(self.shrink(weight.detach(), threshold, p=math.inf))
+        own = rounded_down(threshold, weight.dtype).to(weight.device)
+        return torch.count_nonzero(self.shrink(weight.detach(), own, p=math.inf))
 
     def masks(self, weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Return the mask of each weight, as `allocations.masks` does.
+        """Return the mask of each weight, as `ops.groups.masks` does.
 
-        A zero element of a unit that is kept is kept, and baked as a negligible number, so that the number of zeros is
-        exact. If the threshold is zero, it is pruned like all zeros.
+        A zero element of a kept unit is kept, and baked as a negligible number, so that the number of zeros is exact.
+        If more elements are zero than the groups have zeros together, it is pruned like all zeros.
         """
         kept = masks(self._units_of(weights), groups)
+        zeros = self.size * sum(group.zeros for group in groups)
+        exceed = sum(int((weight == 0).sum()) for weight in weights.values()) > zeros
         found: dict[str, Tensor] = {}
         for group in groups:
-            unchanged = bool(group.threshold == 0)
             for name in group.names:
-                mask = self.mask(kept[name], weights[name].detach())
-                found[name] = mask & (weights[name].detach() != 0) if unchanged else mask
+                weight = weights[name].detach()
+                mask = self.mask(kept[name], weight)
+                mask = mask & (weight != 0) if exceed and group.threshold == 0 else mask
+                found[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)  # in the weight's memory format
         return {name: found[name] for name in weights}
 
     def count_zeros(self, weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, PruneCount]:
@@ -166,10 +180,15 @@ class _Elements(Pattern):
     def misfit(self, shape: Sequence[int]) -> str | None:
         return None
 
-    def in_units(
-        self, weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]
-    ) -> tuple[Mapping[str, Tensor], int, Mapping[str, int]]:
-        return weights, zeros, guards
+    def allocate(
+        self, allocation: Allocation, weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]
+    ) -> list[Group]:
+        groups = allocation(weights, zeros, guards)
+        require_total(groups, zeros, name_of(allocation))
+        return groups
+
+    def allocated(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return weights
 
     def survivors(self, weight: Tensor, threshold: Tensor) -> Tensor:
         return count_above(weight, threshold)

@@ -157,7 +157,8 @@ def prune(
         counts = already if sum(already.values()) > zeros else twins.greedy(weights, zeros, guards)
     else:
         given = divide(weights, zeros, guards)
-        counts = {name: max(already[name], given[name]) for name in weights}
+        more = sum(already.values()) > zeros
+        counts = {name: max(already[name], given[name]) if more else given[name] for name in weights}
         thresholds = {name: twins.threshold([weight], given[name]) for name, weight in weights.items()}
         free = {}
     while free:  # a weight that would lose more than its guard allows gets a threshold of its own

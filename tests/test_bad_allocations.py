@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ REFUSED = [
     (in_proportion(lambda name, weight: "1"), TypeError, "the number for a weight to be a number, got '1'"),
     (per_layer({"0": 0.5}), ValueError, 'a rate for each weight, got none for 3.weight; add "*" as the last glob'),
     (per_layer({"5": 0.5, "*": 0.9}), ValueError, "each glob of per_layer to determine the rate of a weight, got '5'"),
-    (per_layer({"*": 0.9, "0": 0.5}), ValueError, "got '0', which matches none, or only weights that an earlier glob"),
+    (per_layer({"*": 0.9, "0": 0.5}), ValueError, "got '0', which matches only 0.weight, whose rate an"),
     (per_layer({"3": 0.0, "*": 0.9}), ValueError, "an allocation with room for 2,095 zeros, got one in which the weig"),
     (from_plan({"0.weight": 3}), ValueError, "of this model, got 3.weight, which is not in the plan; make the plan"),
     (
@@ -88,7 +89,10 @@ def test_sparsify_refuses_an_allocation_before_it_touches_the_model(allocation, 
         (per_layer, {"*": 1.0}, ValueError, "a rate, the fraction of zeros, in [0, 1), got 1.0 for '*'"),
         (per_layer, {"*": math.nan}, ValueError, "a rate, the fraction of zeros, in [0, 1), got nan for '*'"),
         (from_plan, 3, TypeError, "a Report, a Plan or a mapping from names to zeros, got int"),
-        (from_plan, {"w": 0.5}, TypeError, "the zeros of w to be an int, got 0.5"),
+        (from_plan, {"w": 0.5}, TypeError, "the zeros of w to be an int, got a float; per_layer({...}) takes rates"),
+        (from_plan, {"w": torch.ones(2)}, TypeError, "the zeros of w to be an int, got a Tensor; pass the report"),
+        (in_proportion, lambda w: 1, TypeError, "a function (name, weight) -> number, got <lambda> "),
+        (per_layer, {"*": 95}, ValueError, "a rate, the fraction of zeros, in [0, 1), got 95.0 for '*'; 95 %"),
         (from_plan, {"w": -1}, ValueError, "the zeros of w to be at least 0, got -1"),
     ],
 )
@@ -122,3 +126,53 @@ def test_a_controller_state_of_another_allocation_is_refused():
     assert rates.state_dict()["allocation"] == "per_layer({'0': 0.5, '*': 0.9})"
     plan = controller(allocation=from_plan({"0.weight": 100, "3.weight": 1900, "4.weight": 9}))
     assert re.fullmatch(r"from_plan\(3 weights, 2009 zeros, [0-9a-f]{8}\)", plan.state_dict()["allocation"])
+
+
+def with_groups(**changes):
+    """Return an allocation that changes the last group of `erk`."""
+
+    def allocation(weights, zeros, guards):
+        *others, last = allocations.erk(weights, zeros, guards)
+        return [*others, replace(last, **{name: change(last) for name, change in changes.items()})]
+
+    return allocation
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"threshold": lambda group: 0.5}, TypeError, "thresholds that are 0-dim tensors of torch.float32, got 0.5"),
+        ({"threshold": lambda group: group.threshold[None]}, TypeError, "thresholds that are 0-dim tensors"),
+        ({"threshold": lambda group: group.threshold.half()}, TypeError, "thresholds that are 0-dim tensors"),
+        ({"zeros": lambda group: float(group.zeros)}, TypeError, "a tuple of names and an int of zeros, got "),
+        ({"names": lambda group: group.names[0]}, TypeError, "a tuple of names and an int of zeros, got '"),
+        ({"zeros": lambda group: group.zeros - 1}, ValueError, "zeros to all weights together, got"),
+    ],
+)
+def test_groups_with_wrong_contents_are_refused(changes, error, message):
+    with pytest.raises(error, match="expected the allocation .*" + re.escape(message)):
+        feather_param.sparsify(net(), final_rate=0.9, total_steps=4, allocation=with_groups(**changes))
+
+
+@pytest.mark.parametrize(
+    ("allocation", "message"),
+    [
+        (per_layer, "got per_layer, which takes other arguments; call it if it returns an allocation"),
+        (lambda name, weight: 1, "got <lambda>, which takes other arguments"),
+        ({"*": 0.9}, "got dict; use one of feather_param.allocations, per_layer({...}) for rates"),
+        ("erk", "got str; use one of feather_param.allocations, for example allocations.erk"),
+    ],
+)
+def test_something_else_in_the_place_of_an_allocation_is_refused_with_a_remedy(allocation, message):
+    with pytest.raises(TypeError, match=r"expected allocation to be a function .*" + re.escape(message)):
+        feather_param.sparsify(net(), final_rate=0.9, total_steps=4, allocation=allocation)
+
+
+def test_an_allocation_that_is_wrong_during_the_schedule_is_refused_at_that_step():
+    def allocation(weights, zeros, guards):
+        return allocations.uniform(weights, zeros if zeros in (0, 2095) else zeros // 2, guards)
+
+    controller = feather_param.sparsify(net(), final_rate=0.9, total_steps=8, allocation=allocation)
+    with pytest.raises(ValueError, match=r"the allocation allocation to give 1211 zeros .* got 605"):
+        controller.step()
+    assert controller.step_count == 0

@@ -232,7 +232,9 @@ def test_a_rate_above_that_of_the_pattern_is_refused_with_the_largest_one():
 
 @pytest.mark.parametrize("pattern", ["n_m(2, 4)", patterns.n_m, (2, 4), 4])
 def test_another_type_is_refused_as_a_pattern(pattern):
-    with pytest.raises(TypeError, match=r"expected pattern to be None or made by feather_param.patterns"):
+    with pytest.raises(
+        TypeError, match=r"expected pattern to be None or a call of a function of feather_param.patterns"
+    ):
         feather_param.sparsify(net(), final_rate=0.5, total_steps=1, pattern=pattern)
 
 

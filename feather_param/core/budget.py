@@ -66,6 +66,11 @@ class Budget:
     def require(self, final_rate: float) -> None:
         """Raise a ValueError if a rate cannot be reached."""
         if self.zeros(final_rate) <= self.most:
+            if self.unit > 1 and not self.zeros(final_rate):
+                raise ValueError(
+                    f"expected a final_rate that prunes a unit of {self.unit} elements, got {final_rate} of "
+                    f"{self.total} weights; raise it, or choose a pattern with smaller units"
+                )
             return
         if not self.guards:
             raise ValueError(

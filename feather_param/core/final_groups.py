@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from feather_param.core.config import Config
-from feather_param.ops.groups import Group, count_zeros
+from feather_param.ops.groups import Group, count_zeros, require_total
 from feather_param.utils.text import name_of
 
 
@@ -29,16 +30,36 @@ def final_groups(config: Config, weights: Mapping[str, Tensor]) -> list[Group]:
     if any(weight.is_meta for weight in weights.values()):
         weights = {name: weight.to("meta") for name, weight in weights.items()}
     budget = config.budget({name: weight.numel() for name, weight in weights.items()})
-    units, zeros, guards = config.pattern.in_units(weights, budget.zeros(config.final_rate), budget.guards)
-    groups = config.allocation(units, zeros, guards)
+    zeros, guards = budget.zeros(config.final_rate), budget.guards
+    seen = config.pattern.allocated(weights)
+    groups = config.allocation(seen, zeros, guards)
     allocation = f"the allocation {name_of(config.allocation)}"
     if not isinstance(groups, list) or not all(isinstance(group, Group) for group in groups):
         kind = f"a list of {type(groups[0]).__name__}" if isinstance(groups, list) else type(groups).__name__
         raise TypeError(f"expected {allocation} to return a list of Group, got {kind}; end it with group_each")
-    _check(groups, allocation, {name: each.numel() for name, each in units.items()}, zeros)
-    if not any(weight.is_meta for weight in weights.values()):
-        _check_values(groups, allocation, units, guards)
-    return groups
+    _check_types(groups, allocation, weights)
+    _check(groups, allocation, budget.sizes, zeros)
+    if not any(weight.is_meta for weight in seen.values()):
+        _check_values(groups, allocation, seen, guards)
+    return config.pattern.allocate(config.allocation, weights, zeros, guards)
+
+
+def _check_types(groups: list[Group], allocation: str, weights: Mapping[str, Tensor]) -> None:
+    """Check the types of the names, zeros and thresholds of groups."""
+    for group in groups:
+        if not isinstance(group.names, tuple) or not isinstance(group.zeros, int):
+            raise TypeError(
+                f"expected {allocation} to return groups with a tuple of names and an int of zeros, got "
+                f"{group.names!r} and {group.zeros!r}; end it with group_each"
+            )
+        double = any(weights[name].dtype == torch.float64 for name in group.names if name in weights)
+        dtype = torch.float64 if double else torch.float32
+        threshold = group.threshold
+        if not isinstance(threshold, Tensor) or threshold.dim() or (group.names and threshold.dtype != dtype):
+            raise TypeError(
+                f"expected {allocation} to return thresholds that are 0-dim tensors of {dtype}, got {threshold!r}; "
+                "end it with group_each"
+            )
 
 
 def _check(groups: list[Group], allocation: str, sizes: Mapping[str, int], zeros: int) -> None:
@@ -56,8 +77,7 @@ def _check(groups: list[Group], allocation: str, sizes: Mapping[str, int], zeros
                 f"expected {allocation} to give {', '.join(group.names) or 'an empty group'} from 0 to {size} zeros, "
                 f"got {group.zeros}"
             )
-    if (total := sum(group.zeros for group in groups)) != zeros:
-        raise ValueError(f"expected {allocation} to give {zeros} zeros to all weights together, got {total}")
+    require_total(groups, zeros, allocation.removeprefix("the allocation "))
 
 
 def _check_values(

@@ -44,19 +44,19 @@ def count_above(weight: Tensor, threshold: Tensor) -> Tensor:
 
 
 def count_pruned(
-    weights: Mapping[str, Tensor], threshold: Tensor, k: int, add_up: Sum | None = None
+    weights: Mapping[str, Tensor], threshold: Tensor, k: int, add_up: Sum | None = None, all_zeros: bool = True
 ) -> dict[str, PruneCount]:
     """Count the elements of each tensor that are among the k smallest magnitudes of all.
 
     All magnitudes below the threshold are pruned. Of those that equal it, the first ones are pruned until there are k,
-    in the order of the mapping and of the elements of each tensor. If the threshold is zero, all zeros are counted,
-    even if there are more than k.
+    in the order of the mapping and of the elements of each tensor.
 
     Args:
         weights: tensors by name.
         threshold: the k-th smallest magnitude, as `kth_magnitude` returns it.
         k: number of elements to prune.
         add_up: as in `kth_magnitude`; the counts are then those of the whole weights.
+        all_zeros: whether all zero elements are counted if the threshold is zero, even if there are more than k.
 
     Returns:
         The counts by name, in the order of the mapping. The call waits for the device.
@@ -73,7 +73,7 @@ def count_pruned(
     counted = torch.stack([count.to(threshold.device) for count in found]) if found else torch.zeros(0)
     values = (add_up(counted) if add_up else counted).tolist()
     below, equal = dict(zip(weights, values[::2], strict=True)), dict(zip(weights, values[1::2], strict=True))
-    quota = sum(equal.values()) if threshold == 0 else k - sum(below.values())
+    quota = sum(equal.values()) if all_zeros and threshold == 0 else k - sum(below.values())
     counts: dict[str, PruneCount] = {}
     for name in weights:
         pruned = max(0, min(equal[name], quota))

@@ -109,7 +109,7 @@ def _shrink(weight: Tensor, magnitude: Tensor, threshold: Tensor, p: float) -> t
         m = wide_enough(magnitude, p)
         factor = torch.where(pruned, 0.0, (_factor_on_cpu if _on_cpu(m) else _factor)(m, threshold, p))
     wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-    out = wide * factor
+    out = torch.where(pruned, 0.0, wide * factor)
     return out if out.dtype == weight.dtype else out.to(weight.dtype), pruned  # not always `.to`: see `operator`
 
 

@@ -44,14 +44,11 @@ def lamp_scores(weight: Tensor) -> Tensor:
         >>> lamp_scores(torch.tensor([2.0, 0.0, -1.0]))
         tensor([0.0000, 0.2000, 1.0000], dtype=torch.float64)
     """
-    squares = sorted_magnitudes(weight).double().square_()
-    if squares.device.type != "cpu":
-        sums = squares.flip(0).cumsum_(0).flip(0)
-        return torch.where(squares == 0, squares, squares / sums)
+    squares = sorted_magnitudes(weight).double().square_().cpu()  # cumulative sums on a GPU vary from call to call
     array = squares.numpy()  # numpy reads backwards without a copy
     with np.errstate(invalid="ignore"):  # infinity over infinity is NaN
         np.divide(array, np.cumsum(array[::-1])[::-1], out=array, where=array != 0)
-    return squares
+    return squares.to(weight.device)
 
 
 def sorted_magnitudes(weight: Tensor) -> Tensor:

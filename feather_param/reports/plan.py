@@ -13,7 +13,7 @@ from feather_param.core.config import Config
 from feather_param.core.final_groups import final_groups
 from feather_param.patterns import Pattern, elements
 from feather_param.selection.globs import Filter
-from feather_param.utils.text import aligned, grouped
+from feather_param.utils.text import aligned, described, grouped, name_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Plan:
         zeros: number of zeros to reach, ``round(final_rate * N)``, or the largest multiple of a unit's size up to it.
         most: the most zeros that the guards and the pattern allow.
         skipped: names of the weights that stay dense, with the reason.
+        allocation: how the zeros are divided among the weights.
+        pattern: which elements are pruned together; "elements": each by itself.
     """
 
     rows: tuple[PlannedWeight, ...]
@@ -53,6 +55,8 @@ class Plan:
     zeros: int
     most: int
     skipped: dict[str, str] = field(default_factory=dict)
+    allocation: str = "global_magnitude"
+    pattern: str = "elements"
 
     @property
     def reachable(self) -> bool:
@@ -71,7 +75,7 @@ class Plan:
             cells.append((row.name, "x".join(map(str, row.shape)), f"{row.total:,}", f"{row.most:,}", *now))
         aim = (f"{self.zeros:,}", f"{self.zeros / self.total:.3%}") if self.reachable else ("-", "-")
         cells.append(("all", "", f"{self.total:,}", f"{self.most:,}", *aim))
-        lines = aligned(cells)
+        lines = [*aligned(cells), *described(self.allocation, self.pattern)]
         lines += [f"dense: {line}" for line in grouped(self.skipped)]
         verdict = "can be reached" if self.reachable else "CANNOT be reached"
         most = f"{self.most:,} zeros ({math.floor(1e6 * self.most / self.total) / 1e4:.4f} %)"  # rounded down
@@ -133,4 +137,5 @@ def plan(
         PlannedWeight(name, tuple(weight.shape), weight.numel(), budget.guards.get(name, weight.numel()), zeros[name])
         for name, weight in weights.items()
     )
-    return Plan(rows, budget.total, k, budget.most, selection.skipped)
+    names = name_of(config.allocation), str(config.pattern)
+    return Plan(rows, budget.total, k, budget.most, selection.skipped, *names)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from feather_param.ops.count import PruneCount
-from feather_param.utils.text import aligned, grouped, ratio
+from feather_param.utils.text import aligned, described, grouped, ratio
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Report:
         rows: the prunable weights in the model's order.
         skipped: names of the weights that stay dense, with the reason.
         pattern: which elements are pruned together; "elements": each by itself.
+        allocation: how the zeros were divided among the weights.
 
     Example:
         >>> print(Report((Row("fc.weight", (10, 4), 40, 30, 1.0, outputs=10),)))
@@ -69,6 +70,7 @@ class Report:
     rows: tuple[Row, ...]
     skipped: dict[str, str] = field(default_factory=dict)
     pattern: str = "elements"
+    allocation: str = "global_magnitude"
 
     @property
     def total(self) -> int:
@@ -123,8 +125,7 @@ class Report:
             )
         )
         lines = aligned(cells)
-        if self.pattern != "elements":
-            lines.append(f"pattern: {self.pattern}")
+        lines += described(self.allocation, self.pattern)
         tied = [row for row in self.rows if row.ties]
         lines += [f"ties: {row.ties:,} elements of {row.name} equal the threshold and compute as zero" for row in tied]
         lines += [f"dense: {line}" for line in grouped(self.skipped)]

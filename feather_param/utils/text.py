@@ -116,6 +116,17 @@ def _merged(lines: Sequence[_Line], index: int) -> list[_Line]:
     return merged
 
 
+def described(allocation: str, pattern: str) -> list[str]:
+    """Return the lines that name the allocation and the pattern of a report, where they are not the defaults.
+
+    Example:
+        >>> described("erk", "n_m(2, 4)"), described("global_magnitude", "elements")
+        (['allocation: erk', 'pattern: n_m(2, 4)'], [])
+    """
+    lines = [f"allocation: {allocation}"] if allocation != "global_magnitude" else []
+    return lines + ([f"pattern: {pattern}"] if pattern != "elements" else [])
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """Return the name of a function, or of the class of another callable object.
 

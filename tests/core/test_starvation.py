@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import feather_param
+from feather_param import allocations
 from feather_param.core import starvation
+from feather_param.core.config import Config
 from feather_param.core.shared import SharedSparsity
 from tests import twins
 from tests.core.models import image_loss, sparsify_at_once
@@ -77,8 +79,8 @@ def test_a_starving_layer_is_named_once_and_before_the_final_rate():
     assert controller.rate == 0.9
     assert message == (
         "fewer survivors than outputs in 4.weight (2 survivors for 4 outputs): some of their outputs have no input, "
-        "the layers starve; what helps, the best first: p=1, min_nonzero_per_layer, allocation=allocations.lamp, "
-        "a lower final_rate"
+        "the layers starve; what helps, the best first: p=1, allocation=allocations.lamp, min_nonzero_per_layer, "
+        "a lower final_rate or learning rate"
     )
     assert controller.report().starving == ("4.weight",)  # and does not warn again
 
@@ -160,13 +162,25 @@ def test_a_warning_names_five_layers_and_only_the_first_one_gives_advice():
 
 
 @pytest.mark.parametrize(
-    ("p", "advice"),
-    [(3.0, "best first: p=1, min_nonzero_per_layer"), (1.0, "best first: min_nonzero_per_layer")],
+    ("settings", "advice"),
+    [
+        ({}, "first: p=1, allocation=allocations.lamp, min_nonzero_per_layer, a lower final_rate"),
+        ({"p": 1.0}, "first: allocation=allocations.lamp, min_nonzero_per_layer, a lower"),
+        ({"allocation": allocations.erk}, "first: p=1, min_nonzero_per_layer, a lower"),
+        ({"p": 0.5, "allocation": allocations.lamp, "min_nonzero_per_layer": 3}, "first: a lower final_rate"),
+    ],
 )
-def test_the_advice_names_a_smaller_p_if_there_is_a_better_one(p, advice):
+def test_the_advice_names_what_is_not_in_use(settings, advice):
+    config = Config(final_rate=0.99, **settings)
+    survivors, outputs = {"fc.weight": 12, "conv.weight": 300}, {"fc.weight": 100, "conv.weight": 64}
     with pytest.warns(UserWarning, match=STARVES) as caught:
-        starvation.Starvation().warn({"fc.weight": 12}, {"fc.weight": 100}, p)
+        starvation.Starvation().warn(survivors, outputs, config)
     assert advice in str(caught[0].message)
+
+
+def test_the_warning_says_if_there_are_fewer_survivors_than_outputs_in_all():
+    with pytest.warns(UserWarning, match="all layers have 22 survivors for 164 outputs, so lower final_rate"):
+        starvation.Starvation().warn({"fc": 12, "conv": 10}, {"fc": 100, "conv": 64}, Config(final_rate=0.99))
 
 
 # -- copies, loads and frozen models ----------------------------------------------------------------------------------
@@ -179,7 +193,7 @@ def test_copies_do_not_warn_again():
     _, twin = copy.deepcopy((model, controller))
     assert warnings_of_steps(twin, 60) == []
     twin.report()
-    pickle.loads(pickle.dumps(controller._starvation)).warn({"4.weight": 2}, {"4.weight": 4}, 3.0)
+    pickle.loads(pickle.dumps(controller._starvation)).warn({"4.weight": 2}, {"4.weight": 4}, Config(final_rate=0.9))
 
 
 def test_a_warning_of_a_copy_does_not_silence_the_original():

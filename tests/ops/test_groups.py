@@ -30,10 +30,17 @@ def test_each_weight_has_a_threshold_of_its_own():
         assert float(group.threshold) == twins.threshold([WEIGHTS[name]], ZEROS[name])
         assert group.threshold.dtype == (torch.float64 if name == "float64" else torch.float32)
     counts, found = count_zeros(WEIGHTS, groups), masks(WEIGHTS, groups)
-    assert [count.zeros for count in counts.values()] == [150, 0, 2, 7, 0]  # all elements that are zero count
-    assert counts["ties"].ties == 1
-    assert [int((~mask).sum()) for mask in found.values()] == [150, 0, 2, 7, 0]
+    assert [count.zeros for count in counts.values()] == [*ZEROS.values()]
+    assert (counts["ties"].ties, counts["zeros"].ties) == (1, 4)  # four elements that are zero are kept
+    assert [int((~mask).sum()) for mask in found.values()] == [*ZEROS.values()]
     assert found["ties"].tolist() == [False, False, True, True]
+
+
+def test_all_elements_that_are_zero_are_pruned_if_there_are_more_of_them_than_zeros():
+    zeros = {"float64": 0, "bfloat16": 0, "ties": 2, "zeros": 3, "empty": 0}
+    groups = group_each(WEIGHTS, zeros)
+    assert [count.zeros for count in count_zeros(WEIGHTS, groups).values()] == [0, 0, 2, 7, 0]
+    assert [int((~mask).sum()) for mask in masks(WEIGHTS, groups).values()] == [0, 0, 2, 7, 0]
 
 
 @pytest.mark.parametrize("add_up", [None, lambda counts: counts], ids=["alone", "with other processes"])
