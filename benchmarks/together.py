@@ -183,10 +183,13 @@ class Network(RunTraining):
 
 
 def execute(runs: Sequence[Run], data: ImageData, device: torch.device, folder: Path) -> None:
-    """Make some runs at once, and write the JSON file of each, as `cifar100_run.execute` does for one."""
+    """Make some runs at once, and write the JSON file of each, as `cifar100_run.execute` does for one.
+
+    The seconds of a run are the time of all, divided by their number.
+    """
     machine, start = timing.machine(), time.monotonic()
     networks = train(runs, data, device)
-    seconds = time.monotonic() - start
+    seconds = (time.monotonic() - start) / len(networks)
     for network in networks:
         loss, accuracy = network.evaluate(network.model)
         if network.controller is not None:
