@@ -226,7 +226,7 @@ def test_a_layer_with_no_survivors_is_named_once_in_training_and_at_desparsify()
         model[4].weight.mul_(1e-6)
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=4, end_step=2)
     with pytest.warns(
-        UserWarning, match=r"nothing survives in 4\.weight: .*lower final_rate, p or .*exclude"
+        UserWarning, match=r"nothing survives in 4\.weight: .*what helps, the best first: p=1, .*exclude"
     ) as caught:
         controller.step()
     controller.step()
