@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -244,3 +245,22 @@ def test_the_largest_threshold_is_the_controllers():
     groups = controller._shared.position.groups
     assert controller.threshold == max(group.threshold for group in groups)
     assert len({float(group.threshold) for group in groups}) == 3
+
+
+def test_a_plan_is_followed_by_its_zeros_below_and_by_its_survivors_above():
+    weights = {"a": torch.randn(100), "b": torch.randn(200), "dense": torch.randn(50)}
+    allocation = allocations.from_plan({"a": 60, "b": 180, "dense": 0})
+
+    def zeros(total):
+        return [group.zeros for group in allocation(weights, total, {})]
+
+    assert zeros(120) == [30, 90, 0]
+    assert zeros(240) == [60, 180, 0]  # as listed
+    assert zeros(270) == [80, 190, 0]  # half of the listed survivors, 40 and 20
+    assert zeros(300) == [100, 200, 0]
+    with pytest.raises(
+        ValueError, match=r"room for 301 zeros, got one in which the weights that are not dense can have 300"
+    ):
+        zeros(301)
+    by_step = [zeros(total) for total in range(301)]
+    assert all(a <= b for one, more in pairwise(by_step) for a, b in zip(one, more, strict=True))
