@@ -108,7 +108,7 @@ PROTOCOLS = {
     "ten": Protocol(
         widths={"mobilenet_v1": 0.5, "resnet20": 16},
         rates=PAPERS_RATES[::-1],  # the methods differ most at the largest rates, which are therefore the first
-        methods=(*CORE, *ALLOCATIONS, *VARIANTS, *(f"p_0.5_{name}" for name in VARIANTS)),
+        methods=(*CORE, *ALLOCATIONS, *VARIANTS),
         seeds=3,
         epochs=20,
         dataset="ten",
@@ -120,7 +120,8 @@ PROTOCOLS = {
     "digits": Protocol(
         widths={"resnet20": 0},
         rates=(*PAPERS_RATES, 0.998),
-        methods=("feather", "soft", "one_shot", "gradual"),
+        methods=("feather", "soft", "p_0.5", "one_shot", "gradual"),
+        drawn=("feather", "soft", "p_0.5", "gradual", "one_shot"),
         seeds=3,
         epochs=24,
         dataset="digits",

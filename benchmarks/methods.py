@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -131,6 +131,3 @@ METHODS = {
     "ham": Method("p = 3, HAM's mirror step after each step of the optimizer", mirror=True),
 }
 """The methods by name. The first seven are those of the paper's protocol."""
-
-for _name in ("late_freeze", "late_end", "warm_up", "ema", "ham"):
-    METHODS[f"p_0.5_{_name}"] = replace(METHODS[_name], about=METHODS[_name].about.replace("p = 3", "p = 1/2"), p=0.5)

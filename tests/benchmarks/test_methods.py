@@ -37,16 +37,6 @@ def test_the_guard_is_a_quarter_of_the_mean_number_of_survivors():
     assert "min_nonzero_per_layer" not in METHODS["feather"].settings(model(), 0.9, 100)
 
 
-def test_each_variant_also_exists_with_p_one_half():
-    for name, method in METHODS.items():
-        if name.startswith("p_0.5_") and name.removeprefix("p_0.5_") in METHODS:
-            other = METHODS[name.removeprefix("p_0.5_")]
-            assert (method.p, other.p) == (0.5, 3.0)
-            assert {key: value for key, value in vars(method).items() if key not in ("p", "about")} == {
-                key: value for key, value in vars(other).items() if key not in ("p", "about")
-            }
-
-
 def test_the_mirror_step_is_that_of_the_equation():
     layer = nn.Linear(3, 4)
     layer(torch.randn(8, 3)).square().sum().backward()
