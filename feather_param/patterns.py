@@ -3,8 +3,6 @@
 A pattern divides each weight into *units*. Allocations, thresholds and masks see the magnitudes of the units in the
 place of the elements. A unit is pruned as a whole. The default, `elements`, prunes each element by itself.
 
-If k elements shall be zero and a unit has s elements, ``k // s`` units are pruned.
-
 Shapes: `n_m` and `blocks` take a weight as it is stored. Dimension 0 has the outputs of Linear and Conv layers, and
 dimension 1 their inputs. A transposed convolution and the ``Conv1D`` of transformers store them the other way round.
 
@@ -74,27 +72,32 @@ class Pattern:
         found = {name: misfit for name, weight in weights.items() if (misfit := self.misfit(weight.shape))}
         if found:
             names = ", ".join(f"{name} ({misfit})" for name, misfit in found.items())
-            raise ValueError(
-                f"expected weights that {self} divides without a remainder, got {names}; leave them dense with "
-                f"exclude={list(found)} (add your other globs)"
-            )
-
-    # -- on many weights --------------------------------------------------------------------------------------------
+            hint = f"leave them dense with exclude={list(found)} (add your other globs)"
+            raise ValueError(f"expected weights that {self} divides without a remainder, got {names}; {hint}")
 
     def allocate(
         self, allocation: Allocation, weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]
     ) -> list[Group]:
-        """Call an allocation, and return groups whose zeros are numbers of units.
-
-        Args:
-            allocation: the allocation.
-            weights: the dense weights by name.
-            zeros: the number of zero elements, a multiple of `size`.
-            guards: the most zero elements of a weight, by name.
+        """Call an allocation with numbers of elements, and return groups whose zeros are numbers of units.
 
         Raises:
             ValueError: a weight is sharded, there are fewer units, or the zeros do not add up.
         """
+        units, count, limits = self.in_units(weights, zeros, guards)
+        groups = allocation(self.allocated(weights), zeros, guards)
+        require_total(groups, zeros, name_of(allocation))
+        if any(len(group.names) > 1 for group in groups):  # it ranks magnitudes: those of the units
+            groups = allocation(units, count, limits)
+            require_total(groups, count, name_of(allocation))
+            return groups
+        most = {name: limits.get(name, each.numel()) for name, each in units.items()}
+        given = {group.names[0]: group.zeros for group in groups if group.names}
+        return group_each(units, split(count, given, dict.fromkeys(units, 0), most))
+
+    def in_units(
+        self, weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]
+    ) -> tuple[Mapping[str, Tensor], int, Mapping[str, int]]:
+        """Return the magnitudes of the units, and numbers of zero elements as numbers of units."""
         units = self._units_of(weights)
         total = self.size * sum(each.numel() for each in units.values())
         if zeros > total:
@@ -102,16 +105,8 @@ class Pattern:
                 f"expected at most {total:,} zeros with {self}, got {zeros:,}; give sparsify the pattern of the run "
                 "that saved this state"
             )
-        limits = {name: most // self.size for name, most in guards.items()}
-        limits = {name: most for name, most in limits.items() if most < units[name].numel()}
-        count = zeros // self.size
-        groups = allocation(self.allocated(weights), zeros, guards)
-        require_total(groups, zeros, name_of(allocation))
-        if any(len(group.names) != 1 for group in groups):  # it ranks magnitudes: those of the units
-            return allocation(units, count, limits)
-        most = {name: limits.get(name, each.numel()) for name, each in units.items()}
-        given = {group.names[0]: group.zeros for group in groups}
-        return group_each(units, split(count, given, dict.fromkeys(units, 0), most))
+        limits = {name: most // self.size for name, most in guards.items() if most < self.size * units[name].numel()}
+        return units, zeros // self.size, limits
 
     def allocated(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return what an allocation is called with at first: the weights without values.
@@ -186,6 +181,11 @@ class _Elements(Pattern):
         groups = allocation(weights, zeros, guards)
         require_total(groups, zeros, name_of(allocation))
         return groups
+
+    def in_units(
+        self, weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]
+    ) -> tuple[Mapping[str, Tensor], int, Mapping[str, int]]:
+        return weights, zeros, guards
 
     def allocated(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return weights
@@ -323,10 +323,9 @@ def n_m(n: int, m: int) -> Pattern:
 def blocks(rows: int, columns: int) -> Pattern:
     """Prune blocks of neighbouring outputs and inputs together, by their root mean square.
 
-    A weight is taken as the matrix ``weight.flatten(1)``, [outputs, inputs * kernel positions]. This is the matrix that
-    `feather_param.inference` and block-sparse kernels multiply by. A block has ``rows`` neighbouring rows and
-    ``columns`` neighbouring columns of it. In a convolution, neighbouring columns are first the kernel positions of one
-    input channel.
+    A weight is taken as the matrix ``weight.flatten(1)``, [outputs, inputs * kernel positions], by which inference and
+    block-sparse kernels multiply. A block has ``rows`` neighbouring rows and ``columns`` neighbouring columns of it. In
+    a convolution, neighbouring columns are first the kernel positions of one input channel.
 
     The magnitude of a block is ``sqrt(mean(w^2))``, in float32, or float64 if the weight is float64. The number of
     zeros is the largest multiple of ``rows * columns`` up to ``round(rate * N)``.

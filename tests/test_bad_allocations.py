@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import feather_param
-from feather_param import allocations
-from feather_param.allocations import from_plan, global_magnitude, in_proportion, per_layer
+from feather_param import allocations, patterns
+from feather_param.allocations import Group, from_plan, global_magnitude, in_proportion, per_layer
 from tests.network import net
 
 
@@ -176,3 +177,48 @@ def test_an_allocation_that_is_wrong_during_the_schedule_is_refused_at_that_step
     with pytest.raises(ValueError, match=r"the allocation allocation to give 1211 zeros .* got 605"):
         controller.step()
     assert controller.step_count == 0
+
+
+def without_guards(weights, zeros, guards):
+    return global_magnitude(weights, zeros, {})
+
+
+def half_with_values(weights, zeros, guards):
+    return global_magnitude(weights, zeros if next(iter(weights.values())).is_meta else zeros // 2, guards)
+
+
+def twice_the_threshold(weights, zeros, guards):
+    return [replace(group, threshold=2 * group.threshold) for group in global_magnitude(weights, zeros, guards)]
+
+
+@pytest.mark.parametrize("pattern", [patterns.blocks(1, 4), patterns.n_m(1, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("allocation", "message"),
+    [
+        (without_guards, "at most 9 zeros, its guard, got "),
+        (half_with_values, "zeros to all weights together, got "),
+        (twice_the_threshold, "-th smallest magnitude of "),
+        (in_proportion(lambda name, weight: float(weight.abs().mean())), "to accept weights on the meta device, got"),
+    ],
+)
+def test_the_groups_of_units_are_checked_too(allocation, message, pattern):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    nn.init.normal_(model[0].weight, std=0.01)
+    guards = {"max_rate_per_layer": 0.6} if pattern.size == 4 else {"max_rate_per_layer": 9 / 64}
+    rate = 0.5 if pattern.size == 4 else 0.12
+    with pytest.raises(ValueError, match=r"expected the allocation .*" + re.escape(message)):
+        feather_param.sparsify(model, final_rate=rate, total_steps=2, allocation=allocation, pattern=pattern, **guards)
+
+
+def test_an_empty_group_changes_nothing_with_a_pattern():
+    def with_empty(weights, zeros, guards):
+        return [Group((), 0, torch.zeros(())), *allocations.erk(weights, zeros, guards)]
+
+    found = []
+    for allocation in (with_empty, allocations.erk):
+        arguments = {"final_rate": 0.5, "allocation": allocation, "pattern": patterns.blocks(1, 4)}
+        found.append(
+            [row.zeros for row in feather_param.plan(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), **arguments).rows]
+        )
+    assert found[0] == found[1]

@@ -32,16 +32,31 @@ def final_groups(config: Config, weights: Mapping[str, Tensor]) -> list[Group]:
     budget = config.budget({name: weight.numel() for name, weight in weights.items()})
     zeros, guards = budget.zeros(config.final_rate), budget.guards
     seen = config.pattern.allocated(weights)
-    groups = config.allocation(seen, zeros, guards)
     allocation = f"the allocation {name_of(config.allocation)}"
+    try:
+        groups = config.allocation(seen, zeros, guards)
+    except (RuntimeError, NotImplementedError) as error:
+        if not any(weight.is_meta for weight in seen.values()):
+            raise
+        raise ValueError(
+            f"expected {allocation} to accept weights on the meta device, got {type(error).__name__} ({error}); for "
+            "these let it return global_magnitude(weights, zeros, guards) if it reads values"
+        ) from error
     if not isinstance(groups, list) or not all(isinstance(group, Group) for group in groups):
         kind = f"a list of {type(groups[0]).__name__}" if isinstance(groups, list) else type(groups).__name__
         raise TypeError(f"expected {allocation} to return a list of Group, got {kind}; end it with group_each")
     _check_types(groups, allocation, weights)
     _check(groups, allocation, budget.sizes, zeros)
-    if not any(weight.is_meta for weight in seen.values()):
-        _check_values(groups, allocation, seen, guards)
-    return config.pattern.allocate(config.allocation, weights, zeros, guards)
+    for group in groups:
+        if len(group.names) == 1 and seen[group.names[0]].is_meta:
+            _check_guard(group.names[0], group.zeros, guards, allocation)
+    groups = config.pattern.allocate(config.allocation, weights, zeros, guards)
+    units, zeros, guards = config.pattern.in_units(weights, zeros, guards)
+    _check_types(groups, allocation, units)
+    _check(groups, allocation, {name: each.numel() for name, each in units.items()}, zeros)
+    if not any(each.is_meta for each in units.values()):
+        _check_values(groups, allocation, units, guards)
+    return groups
 
 
 def _check_types(groups: list[Group], allocation: str, weights: Mapping[str, Tensor]) -> None:
@@ -92,10 +107,15 @@ def _check_values(
                 f"expected {allocation} to return the {group.zeros}-th smallest magnitude of {', '.join(group.names)} "
                 f"as the threshold, got {float(group.threshold)}; compute it with group_each"
             )
-    for name, guard in guards.items():
+    for name in guards:
         pruned = counts[name].zeros
-        if pruned > guard and pruned > int((weights[name] == 0).sum()):
-            raise ValueError(
-                f"expected {allocation} to give {name} at most {guard} zeros, its guard, got {pruned}; respect the "
-                "argument guards, or drop max_rate_per_layer and min_nonzero_per_layer"
-            )
+        if pruned > int((weights[name] == 0).sum()):
+            _check_guard(name, pruned, guards, allocation)
+
+
+def _check_guard(name: str, zeros: int, guards: Mapping[str, int], allocation: str) -> None:
+    if zeros > guards.get(name, zeros):
+        raise ValueError(
+            f"expected {allocation} to give {name} at most {guards[name]} zeros, its guard, got {zeros}; respect the "
+            "argument guards, or drop max_rate_per_layer and min_nonzero_per_layer"
+        )
