@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import feather_param
 from feather_param import allocations, schedules
 
-__all__ = ["DENSE", "METHODS", "Method", "mirror_step"]
+__all__ = ["DENSE", "METHODS", "Method", "mirror_factor", "mirror_step"]
 
 
 @dataclass(frozen=True)
@@ -78,25 +78,36 @@ class Method:
         return self.freeze is not None and step == int(self.freeze * total_steps)
 
 
-@torch.no_grad()
-def mirror_step(optimizer: torch.optim.Optimizer, alpha: float = 200.0, beta: float = 1e-3) -> None:
-    """Multiply each weight w with gradient g by ``exp(lr * (-alpha * sign(w) * g - beta))``.
+def mirror_factor(
+    weight: Tensor, gradient: Tensor, lr: float | Tensor, alpha: float = 200.0, beta: float = 1e-3
+) -> Tensor:
+    """Return the factor ``exp(lr * (-alpha * sign(w) * g - beta))`` of each weight w with gradient g.
 
-    It is the mirror step of HAM and follows the step of the optimizer. Vectors (biases, batch norm) are left out.
-    HAM limits the norm of the gradient to 20; the recipe limits it to 3 already.
+    It is the mirror step of HAM. HAM limits the norm of the gradient to 20; the recipe limits it to 3 already.
 
     Args:
-        optimizer: an optimizer that has made its step.
+        weight: the weight after the step of the optimizer.
+        gradient: its gradient in this step.
+        lr: learning rate.
         alpha: strength of the gradient in the exponent.
         beta: strength of the decay.
 
     Source: Jacobs et al. 2026, "Hyperbolic Aware Minimization" (https://arxiv.org/abs/2506.02630). The defaults are
     those of the authors' code (https://github.com/TomJacobs05/HAM).
     """
+    return torch.exp(-lr * (alpha * weight.sign() * gradient + beta))
+
+
+@torch.no_grad()
+def mirror_step(optimizer: torch.optim.Optimizer, alpha: float = 200.0, beta: float = 1e-3) -> None:
+    """Multiply each weight by its `mirror_factor`, after the optimizer has made its step.
+
+    Vectors (biases, batch norm) and weights without a gradient are left out.
+    """
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if weight.ndim > 1 and weight.grad is not None:
-                weight.mul_(torch.exp(-group["lr"] * (alpha * weight.sign() * weight.grad + beta)))
+                weight.mul_(mirror_factor(weight, weight.grad, group["lr"], alpha, beta))
 
 
 DENSE = "dense"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.cifar100_run import BATCH, Run, RunTraining, content
-from benchmarks.methods import METHODS
+from benchmarks.methods import METHODS, mirror_factor
 from examples.cifar100 import CLIP, MOMENTUM
 from examples.data import ImageData, TrainBatches
 from feather_param.core.freezing import restore_zeros
@@ -125,8 +125,7 @@ class Network(RunTraining):
         torch._foreach_sub_(self.parameters, torch._foreach_mul(self.momenta, lr))
         if self.method and self.method.mirror:
             for i in self.matrices:
-                weight = self.parameters[i]
-                weight.mul_(torch.exp(-lr * (200.0 * weight.sign() * clipped[i] + 1e-3)))  # as `mirror_step`
+                self.parameters[i].mul_(mirror_factor(self.parameters[i], clipped[i], lr))
         if self.averages:
             assert self.method is not None
             assert self.method.average is not None

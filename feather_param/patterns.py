@@ -117,8 +117,11 @@ class Pattern:
 
     def survivors(self, weight: Tensor, threshold: Tensor) -> Tensor:
         """Return the number of elements that the operator does not make zero: int64, 0-dim. It does not wait."""
-        own = rounded_down(threshold, weight.dtype).to(weight.device)
-        return torch.count_nonzero(self.shrink(weight.detach(), own, p=math.inf))
+        return torch.count_nonzero(self._hard(weight, threshold))
+
+    def _hard(self, weight: Tensor, threshold: Tensor) -> Tensor:
+        """Return a weight with zeros where the operator makes zeros."""
+        return self.shrink(weight.detach(), rounded_down(threshold, weight.dtype).to(weight.device), p=math.inf)
 
     def masks(self, weights: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, Tensor]:
         """Return the mask of each weight, as `ops.groups.masks` does.
@@ -128,7 +131,7 @@ class Pattern:
         """
         kept = masks(self._units_of(weights), groups)
         zeros = self.size * sum(group.zeros for group in groups)
-        exceed = sum(int((weight == 0).sum()) for weight in weights.values()) > zeros
+        exceed = any(g.threshold == 0 for g in groups) and sum(int((w == 0).sum()) for w in weights.values()) > zeros
         found: dict[str, Tensor] = {}
         for group in groups:
             for name in group.names:
@@ -144,10 +147,8 @@ class Pattern:
         counts: dict[str, PruneCount] = {}
         for group in groups:
             for name in group.names:
-                weight, mask = weights[name].detach(), found[name]
-                threshold = rounded_down(group.threshold, weight.dtype).to(weight.device)
-                ties = mask & (self.shrink(weight, threshold, p=math.inf) == 0)
-                counts[name] = PruneCount(int((~mask).sum()), int(ties.sum()))
+                ties = found[name] & (self._hard(weights[name], group.threshold) == 0)
+                counts[name] = PruneCount(int((~found[name]).sum()), int(ties.sum()))
         return {name: counts[name] for name in weights}
 
     def _units_of(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

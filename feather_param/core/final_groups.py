@@ -47,6 +47,9 @@ def final_groups(config: Config, weights: Mapping[str, Tensor]) -> list[Group]:
         raise TypeError(f"expected {allocation} to return a list of Group, got {kind}; end it with group_each")
     _check_types(groups, allocation, weights)
     _check(groups, allocation, budget.sizes, zeros)
+    if not any(weight.is_meta for weight in seen.values()):  # called with the values, so these are the final groups
+        _check_values(groups, allocation, seen, guards)
+        return groups
     for group in groups:
         if len(group.names) == 1 and seen[group.names[0]].is_meta:
             _check_guard(group.names[0], group.zeros, guards, allocation)
