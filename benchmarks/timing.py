@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 
 from feather_param.files.atomic import atomic_write
 
-__all__ = ["machine", "medians", "ratio", "rounds", "show", "write", "write_whole"]
+__all__ = ["machine", "medians", "ratio", "rounds", "set_commit", "show", "write", "write_whole"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -63,20 +64,57 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "torchvision": _version("torchvision"),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": _given_commit or _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+_given_commit = ""
+
+
+def set_commit(commit: str) -> None:
+    """Tell `machine` the commit of a copy of the tree without .git. An empty one returns to that of git."""
+    global _given_commit
+    _given_commit = commit
 
 
 @cache
 def _commit() -> str:
     """Return the commit at the first call: a long process keeps the code that it has loaded."""
     root = Path(__file__).parent.parent
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    except OSError:  # there is no git
+        return ""
     return done.stdout.strip()
+
+
+@cache
+def _driver() -> str | None:
+    """Return the version of the driver of the GPU."""
+    if not torch.cuda.is_available():
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().partition("\n")[0] or None
+
+
+def _version(package: str) -> str | None:
+    """Return the version of an installed package without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:
