@@ -11,10 +11,15 @@ from typing import Any
 from benchmarks import cifar100_run, timing
 from benchmarks.methods import DENSE
 
-__all__ = ["Cells", "Result", "cells", "full_title", "mine", "networks", "read", "spread", "write"]
+__all__ = ["Cells", "Result", "cells", "full_title", "mine", "networks", "read", "sections", "spread", "write"]
 
 Result = dict[str, Any]
 """The content of the JSON file of a run."""
+
+CAPTION = (
+    "Test accuracy in %, mean ± standard deviation over the seeds (with their number n where there are fewer than "
+    "elsewhere), and the difference to the dense network."
+)
 
 Cells = dict[tuple[str, float], list[float]]
 """The accuracies of the seeds in percent, by method and rate."""
@@ -77,16 +82,25 @@ def write(
 
 
 def _page(results: Sequence[Result], about: Mapping[str, str], title: str, pictures: Mapping[str, str]) -> str:
-    lines = [
-        f"# {full_title(results, title)}",
-        "",
-        "Test accuracy in %, mean ± standard deviation over the seeds (with their number n where there are fewer than "
-        "elsewhere), and the difference to the dense network. Written by `benchmarks/cifar100_table.py`.",
-        "",
-    ]
+    lines = [f"# {full_title(results, title)}", "", f"{CAPTION} Written by `benchmarks/cifar100_table.py`.", ""]
+    lines += sections(results, about)
+    for picture, description in pictures.items():
+        lines += [f"![{description}]({picture})", ""]
+    return "\n".join(lines)
+
+
+def sections(results: Sequence[Result], about: Mapping[str, str], heading: str = "##") -> list[str]:
+    """Return the lines of a section with a table for each network, of the facts below them, and of the methods.
+
+    Args:
+        results: the contents of the JSON files of the runs.
+        about: the methods in the order of the table, with a short description of each.
+        heading: what the heading of a section begins with.
+    """
+    lines = []
     for network in networks(results):
         own = mine(results, network)
-        lines += [f"## {network}{_width(own[0])}", "", _table(own, about), ""]
+        lines += [f"{heading} {network}{_width(own[0])}", "", _table(own, about), ""]
     exact = all(result["zeros"] == result["promised"] for result in results if result["run"]["rate"])
     lines += [
         f"The number of zeros is {'exactly' if exact else 'NOT'} the promised one in each of the {len(results)} runs; "
@@ -99,9 +113,7 @@ def _page(results: Sequence[Result], about: Mapping[str, str], title: str, pictu
         *(f"| {name} | {what} |" for name, what in about.items() if any(r["run"]["method"] == name for r in results)),
         "",
     ]
-    for picture, description in pictures.items():
-        lines += [f"![{description}]({picture})", ""]
-    return "\n".join(lines)
+    return lines
 
 
 def _width(result: Result) -> str:

@@ -77,6 +77,7 @@ class Part:
         file: the name of its JSON file.
         plan: returns the pieces from the records so far, and the expected seconds of work that still fit.
         prepare: called before the first piece.
+        close: called at the end.
         most: the time that the part may take in a call, so that an unexpectedly slow part leaves time to the next.
     """
 
@@ -85,6 +86,7 @@ class Part:
     file: str
     plan: Callable[[Records, float], Sequence[Piece]]
     prepare: Callable[[], object] = lambda: None
+    close: Callable[[], object] = lambda: None
     most: float = math.inf
 
 
@@ -166,7 +168,8 @@ class _Work:
     """The pieces of a part in one call."""
 
     def __init__(self, part: Part, place: Place, call: Call) -> None:
-        self.part, self.place, self.call = part, place, call
+        self.part, self.place, self.whole = part, place, call
+        self.call = Call(min(call.left(), part.most), call.clock, call.stopped)  # the time of the part
         self.path = place.folder / part.file
         content = read(self.path)
         if content.get("rehearsed", place.rehearsed) != place.rehearsed:
@@ -178,12 +181,6 @@ class _Work:
         self.error: dict[str, Any] | None = None
         self.machine: dict[str, Any] = {"gpu": None}
         self.tried: set[str] = set()  # in this call
-        self.until = min(call.left(), part.most)
-        self.spare = call.left() - self.until  # seconds of the call that are not for this part
-
-    def left(self) -> float:
-        """Return the seconds that are left for the part."""
-        return self.call.left() - self.spare
 
     def scale(self) -> float:
         return MARGIN * scale(self.records.values(), self.machine["gpu"])
@@ -195,11 +192,12 @@ class _Work:
             self.machine = self.place.machine()
             self.part.prepare()
             while not self.call.stopped():
-                pieces = self.part.plan(self.records, self.left() / self.scale())
+                pieces = self.part.plan(self.records, self.call.left() / self.scale())
                 piece = next((piece for piece in pieces if self.ready(piece)), None)
                 if piece is None:
                     break
                 self.make(piece)
+            self.part.close()
         except Exception as error:  # no fault of a part may keep the others from their time
             self.error = failure(error)
             self.place.say(f"{self.part.letter}  raised {type(error).__name__}: {str(error)[:200]}")
@@ -211,7 +209,7 @@ class _Work:
         """Return whether a piece is to be made, and fits into the time."""
         if piece.name in self.tried or finished(self.records.get(piece.name)):
             return False
-        return self.scale() * (piece.seconds if piece.least is None else piece.least) <= self.left()
+        return self.scale() * (piece.seconds if piece.least is None else piece.least) <= self.call.left()
 
     def make(self, piece: Piece) -> None:
         """Make a piece and write its record."""
@@ -229,14 +227,14 @@ class _Work:
         self.save()
         self.place.tidy()
         outcome = record.get("unfinished", "raised " + record["error"]["type"] if "error" in record else "done")
-        times = f"{record['seconds']:.1f} s, {self.call.left():.0f} s left"
+        times = f"{record['seconds']:.1f} s, {self.whole.left():.0f} s left"
         self.place.say(f"{self.part.letter}  {piece.name}: {outcome}, {times}")
 
     def note_not_started(self, pieces: Iterable[Piece]) -> None:
         """Record the pieces that did not fit."""
         for piece in pieces:
             if piece.name not in self.records:
-                self.records[piece.name] = {"expected": piece.seconds, "left": round(max(0.0, self.left()), 1)}
+                self.records[piece.name] = {"expected": piece.seconds, "left": round(max(0.0, self.call.left()), 1)}
 
     def save(self) -> None:
         content: dict[str, Any] = {"part": self.part.letter, "title": self.part.title}

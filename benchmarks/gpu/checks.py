@@ -30,11 +30,11 @@ def part(sizes: Sizes) -> Part:
         Piece(file, sizes.pace * seconds, "start of a process, and its tests", partial(_check, file, options))
         for file, options, seconds in sizes.tests
     ]
-    return Part("a", "Tests that need a GPU", "a_checks.json", lambda records, room: pieces, most=sizes.pace * 120.0)
+    return Part("a", "Tests that need a GPU", "a_checks.json", lambda records, room: pieces, most=120.0)
 
 
 def _check(file: str, options: Sequence[str], call: Call) -> Figures:
-    """Run a test file within the time that is left, and return the counts and the failures.
+    """Run a test file within the time that is left to the part, and return the counts and the failures.
 
     Raises:
         RuntimeError: the process crashed, or the time was over. The message has the last lines of its output.

@@ -1,0 +1,162 @@
+"""Part c: seconds of an epoch of the networks of CIFAR-100, trained in several ways, on random images.
+
+Some steps are timed after a warm-up and multiplied by the steps of an epoch. Part d trains in the fastest way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.cifar100_run import Run, RunTraining
+from benchmarks.gpu.budget import Call, Figures, Part, Piece, Records, finished
+from benchmarks.gpu.sizes import Sizes
+from benchmarks.methods import DENSE
+from benchmarks.together import Together
+from examples.images import ImageData, Split
+
+__all__ = ["COMPILING", "Warm", "Way", "part", "ways"]
+
+COMPILING = 45.0  # seconds to compile a network on 16 cores, forward and backward; measured on an H200
+_CLASSES = 100
+_RATE = 0.98
+
+Warm = set[str]
+"""The networks that this process has compiled for training together."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train a network.
+
+    Attributes:
+        network: its name.
+        width: its width.
+        count: number of networks that train at once.
+        compiled: whether `torch.compile` is used.
+        captured: whether the step is recorded in a CUDA graph; else the plain loop makes it.
+    """
+
+    network: str
+    width: float
+    count: int
+    compiled: bool
+    captured: bool
+
+    @property
+    def name(self) -> str:
+        """The name of the piece."""
+        method = {
+            (False, False): "plain loop",
+            (True, False): "plain loop, compiled",
+            (False, True): "captured",
+            (True, True): "compiled and captured",
+        }
+        return f"{self.network} x {self.count}, {method[self.compiled, self.captured]}"
+
+
+def ways(sizes: Sizes) -> list[Way]:
+    """Return the ways in the order of their worth: first those that part d may choose."""
+    several = [
+        Way(*network, sizes.together, compiled, True) for compiled in (False, True) for network in sizes.networks
+    ]
+    alone = [(False, True), (False, False), (True, True), (True, False)]
+    return several + [Way(*network, 1, *kind) for kind in alone for network in sizes.networks]
+
+
+def part(sizes: Sizes, device: torch.device, warm: Warm) -> Part:
+    """Return the part."""
+    loaded: list[ImageData] = []
+
+    def plan(records: Records, room: float) -> list[Piece]:
+        pieces, ready = [], set(warm)
+        for way in ways(sizes):
+            seconds, reason = _expected(way, ready, sizes.pace)
+            if way.compiled and way.captured and seconds <= room and not finished(records.get(way.name)):
+                ready.add(way.network)  # by this piece, before the later ones
+            pieces.append(Piece(way.name, seconds, reason, _maker(way)))
+        return pieces
+
+    def _maker(way: Way) -> Callable[[Call], Figures]:
+        def make(call: Call) -> Figures:
+            if not loaded:
+                loaded.append(_random_images(sizes, device))
+            figures = _measure(way, sizes, loaded[0], device)
+            if way.compiled and way.captured:
+                warm.add(way.network)
+            return figures
+
+        return make
+
+    return Part("c", "Seconds of an epoch", "c_epochs.json", plan, most=240.0)
+
+
+def _expected(way: Way, ready: Warm, pace: float) -> tuple[float, str]:
+    if way.compiled and not way.captured:
+        return pace * (2 * COMPILING + 6.0), f"two compilations of {COMPILING:.0f} s, one of each network"
+    seconds, reason = (12.0, "two groups of eight: 4 s to build and record one, 70 steps of 12 ms")
+    if way.count == 1:
+        seconds, reason = 6.0, "two networks: 2 s to build one, 70 steps of 3 to 15 ms"
+    if way.compiled and way.network not in ready:
+        seconds, reason = seconds + COMPILING, f"{reason}; a compilation of {COMPILING:.0f} s"
+    return pace * seconds, reason
+
+
+def _random_images(sizes: Sizes, device: torch.device) -> ImageData:
+    """Return random images in the shape of CIFAR-100."""
+
+    def split(count: int) -> Split:
+        shape = (count, 3, sizes.image, sizes.image)
+        images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+        return Split(images, torch.arange(count, device=device) % _CLASSES)
+
+    mean, std = (0.5,) * 3, (0.29,) * 3
+    return ImageData(split(sizes.images), split(_CLASSES), _CLASSES, padding=4, flip=True, mean=mean, std=std)
+
+
+def _measure(way: Way, sizes: Sizes, data: ImageData, device: torch.device) -> Figures:
+    """Return the times of a step and an epoch of one network, dense and sparse, and their ratio."""
+    figures: dict[str, Any] = {"network": way.network, "count": way.count}
+    figures |= {"compiled": way.compiled, "captured": way.captured}
+    for kind, method, rate in (("sparse", "feather", _RATE), ("dense", DENSE, 0.0)):
+        runs = [Run(way.network, way.width, method, rate, 0, 160, None) for _ in range(way.count)]
+        advance, steps = _trainer(way, runs, sizes, data, device)
+        seconds = _timed(advance, sizes, device) / way.count
+        figures[kind] = {"step": seconds, "epoch": seconds * steps}
+    figures["sparse over dense"] = figures["sparse"]["step"] / figures["dense"]["step"]
+    return figures
+
+
+def _trainer(
+    way: Way, runs: Sequence[Run], sizes: Sizes, data: ImageData, device: torch.device
+) -> tuple[Callable[[int], None], int]:
+    """Return a function that makes a number of steps of all runs, and the number of steps of an epoch."""
+    backend = sizes.backend if way.compiled else None
+    if way.captured:
+        together = Together(runs, data, device, backend=backend)
+        return together.advance, together.steps_per_epoch
+    training = RunTraining(runs[0], data, device)
+    if backend:
+        training.forward = torch.compile(training.model, backend=backend)
+
+    def advance(count: int) -> None:
+        for _ in range(count):
+            training.next_step()
+
+    return advance, training.batches.steps_per_epoch
+
+
+def _timed(advance: Callable[[int], None], sizes: Sizes, device: torch.device) -> float:
+    """Return the seconds of a step, the mean over some steps after a warm-up."""
+    advance(sizes.warm_up)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    advance(sizes.steps)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / sizes.steps

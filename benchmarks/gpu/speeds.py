@@ -1,0 +1,95 @@
+"""How many networks train at once, and in which way: what part c measured decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from benchmarks.gpu.budget import Records, finished
+from benchmarks.gpu.epochs import COMPILING
+
+__all__ = ["Choice", "Speed", "choose", "speeds"]
+
+_SETUP = 10.0  # seconds to build eight networks, to record their step, and to evaluate them at the end
+
+# Seconds of a step of one network, alone and among eight, captured. ResNet-20 and MobileNetV1 were measured on an H200.
+# DenseNet is a guess from its work, which is four times that of ResNet-20.
+_KNOWN = {"mobilenet_v1": (3.2e-3, 1.5e-3), "resnet20": (2.9e-3, 1.7e-3), "densenet": (9.0e-3, 6.5e-3)}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast networks of a kind train together.
+
+    Attributes:
+        alone: seconds of a step of one network.
+        together: seconds of a step of `count` networks, over their number.
+        count: the most networks that train at once.
+        compiled: whether they are compiled.
+    """
+
+    alone: float
+    together: float
+    count: int
+    compiled: bool = False
+
+    def step(self, count: int) -> float:
+        """Return the seconds of a step of this number of networks. A few take as long as one."""
+        return max(self.alone, count * self.together)
+
+    def seconds(self, count: int, steps: int, warm: bool) -> float:
+        """Return the seconds of a training of this number of networks, whose kind is compiled already if warm."""
+        return _SETUP + (COMPILING if self.compiled and not warm else 0.0) + steps * self.step(count)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A number of networks, their speed, and the seconds of their training."""
+
+    count: int
+    speed: Speed
+    seconds: float
+
+
+def speeds(measured: Records, network: str, gpu: str | None, most: int) -> list[Speed]:
+    """Return the speeds of a network: those that part c measured on this GPU, or else those of an H200.
+
+    Args:
+        measured: the records of part c.
+        network: the name of the network.
+        gpu: the name of the GPU.
+        most: the most networks that train at once.
+    """
+    figures = [
+        record["figures"] for record in measured.values() if finished(record) and record["machine"]["gpu"] == gpu
+    ]
+    own = [each for each in figures if each["network"] == network and each["captured"]]
+    found = []
+    for compiled in (False, True):
+        steps = {each["count"]: each["sparse"]["step"] for each in own if each["compiled"] == compiled}
+        if steps:
+            count = min(steps, key=steps.__getitem__)
+            found.append(Speed(steps.get(1, steps[count]), steps[count], min(count, most), compiled))
+    return found or [Speed(*_KNOWN[network], most)]
+
+
+def choose(found: Iterable[Speed], runs: int, steps: int, room: float, warm: bool) -> Choice | None:
+    """Return the largest number of runs that are expected to end within the room; the fastest speed for it.
+
+    Args:
+        found: the speeds of the network.
+        runs: number of runs.
+        steps: number of steps of a run.
+        room: the seconds that are left.
+        warm: whether the network is compiled already.
+
+    Returns:
+        None if not even one run fits.
+    """
+    fitting = [
+        Choice(count, speed, seconds)
+        for speed in found
+        for count in range(1, min(runs, speed.count) + 1)
+        if (seconds := speed.seconds(count, steps, warm)) <= room
+    ]
+    return min(fitting, key=lambda choice: (-choice.count, choice.seconds)) if fitting else None
