@@ -73,7 +73,7 @@ def _run(arguments: argparse.Namespace, chosen: Sequence[budget.Part], clock: Ca
             for part in chosen:
                 if not call.stopped():
                     good = budget.run(part, place, call) and good
-                    page.write(arguments.out)
+                    good = _written(arguments.out, say) and good
     finally:
         torch.backends.cudnn.benchmark = benchmark
         timing.set_commit("")
@@ -82,6 +82,16 @@ def _run(arguments: argparse.Namespace, chosen: Sequence[budget.Part], clock: Ca
         print("stopped; the same command continues", file=sys.stderr)
         return 128 + request.signal
     return 0 if good else 1
+
+
+def _written(folder: Path, say: Callable[[str], object]) -> bool:
+    """Write the page, and return whether that worked. A fault in it may not keep the parts from their time."""
+    try:
+        page.write(folder)
+    except Exception as error:
+        say(f"the page raised {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def _tidy() -> None:
