@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import feather_param
+from feather_param.ops.gpu_kernels import kernels
 from feather_param.ops.kth import kth_magnitude
+from feather_param.ops.kth_gpu import kth_by_bits, kth_by_digits
 from tests import twins
 from tests.training import zeros_in
 
@@ -42,6 +44,20 @@ def test_the_kth_magnitude_equals_that_of_a_cpu(dtype, k):
     weights = {"a": torch.randn(90, 100).to(dtype), "b": torch.zeros(1000, dtype=dtype)}
     on_gpu = {name: weight.cuda() for name, weight in weights.items()}
     assert torch.equal(kth_magnitude(on_gpu, k).cpu(), kth_magnitude(weights, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ks", [[70, 3, 0], [2105, 500, 3], [1, 250, 2]])
+def test_the_kth_magnitudes_of_several_sets_equal_those_of_a_cpu(dtype, ks):
+    gpu = kernels(torch.device("cuda"))
+    if gpu is None:
+        pytest.skip("needs triton")
+    sets = [[torch.randn(30, 70), torch.zeros(5)], [torch.randn(500)], [torch.ones(3)]]
+    sets = [[tensor.to(dtype) for tensor in tensors] for tensors in sets]
+    on_gpu = [[tensor.cuda() for tensor in tensors] for tensors in sets]
+    expected = kth_by_bits(sets, ks, lambda n: n)
+    for given in (ks, torch.tensor(ks, device="cuda")):
+        assert torch.equal(kth_by_digits(on_gpu, given, lambda n: n, gpu.kth).cpu(), expected)
 
 
 @pytest.mark.parametrize("p", [0.25, 0.5, 1.0, 2.0, 3.0, 5.0, float("inf")])
