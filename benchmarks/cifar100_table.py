@@ -30,8 +30,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import cifar100_pictures, cifar100_results, timing, together
-from benchmarks.cifar100_run import Run, execute
+from benchmarks.cifar100_run import BATCH, Run, execute
 from benchmarks.methods import DENSE, METHODS
+from benchmarks.network import possible
 from examples.data import ImageData, load_data
 from examples.resumable import StopRequest, UserError
 
@@ -156,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 device = torch.device(arguments.device)
                 source = chosen.dataset, Path(arguments.data_dir), chosen.train_size
                 if arguments.together:
-                    status = _work_together(missing, source, device, folder, arguments.together)
+                    backend = "inductor" if arguments.compile else None
+                    status = _work_together(missing, source, device, folder, arguments.together, backend)
                 else:
                     jobs = arguments.jobs or ((os.cpu_count() or 1) if device.type == "cpu" else 4)
                     status = _work(missing, source, device, folder, jobs)
@@ -185,7 +187,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--together",
         type=_count,
-        help="train this number of networks at once in one process, on a GPU in one CUDA graph; Ctrl-C waits for them",
+        help="train this number of networks at once in one process, on a GPU in one CUDA graph; Ctrl-C waits for the "
+        "end of an epoch",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="with --together: use torch.compile, which first takes a minute for each kind of network",
     )
     parser.add_argument("--networks", nargs="+", choices=PROTOCOLS["paper"].widths, help="only these")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these, in addition to the dense network")
@@ -228,21 +236,36 @@ def _folder(text: str) -> Path:
 Source = tuple[str, Path, int | None]
 
 
-def _work_together(runs: Sequence[Run], source: Source, device: torch.device, folder: Path, count: int) -> int:
+def _groups(runs: Sequence[Run], folder: Path, count: int) -> list[list[Run]]:
+    """Return the runs in groups of this number that train at once: first those that were stopped."""
+    stopped = [group for group in together.unfinished(folder) if {*group} <= {*runs}]
+    continued = {run for group in stopped for run in group}
+    groups = stopped
+    for network in dict.fromkeys(run.network for run in runs):
+        own = [run for run in runs if run.network == network and run not in continued]
+        groups += [own[first : first + count] for first in range(0, len(own), count)]
+    return groups
+
+
+def _work_together(
+    runs: Sequence[Run], source: Source, device: torch.device, folder: Path, count: int, backend: str | None
+) -> int:
     """Make the runs, some at once, and return the exit status."""
     data = load_data(*source).to(device)
     torch.backends.cudnn.benchmark = True
-    chosen = [run for run in runs if together.possible(run)]
-    networks = dict.fromkeys(run.network for run in chosen)
-    with StopRequest() as request, tqdm(total=len(chosen), unit="run") as bar:
-        for network in networks:
-            own = [run for run in chosen if run.network == network]
-            for first in range(0, len(own), count):
-                if request.signal is not None:
-                    print("stopped; the same command continues", file=sys.stderr)
-                    return 128 + request.signal
-                together.execute(own[first : first + count], data, device, folder)
-                bar.update(len(own[first : first + count]))
+    chosen = [run for run in runs if possible(run)]
+    steps = len(data.train) // BATCH
+    total = sum(run.epochs for run in chosen) * steps
+    with StopRequest() as request, tqdm(total=total, unit="step", desc="runs", smoothing=0.02) as bar:
+
+        def stopped() -> bool:
+            return request.signal is not None
+
+        for group in _groups(chosen, folder, count):
+            together.execute(group, data, device, folder, backend=backend, advance=bar.update, stopped=stopped)
+            if request.signal is not None:
+                print("stopped; the same command continues", file=sys.stderr)
+                return 128 + request.signal
     if left := len(runs) - len(chosen):
         print(f"left out {left} runs that need the host at each step; make them without --together", file=sys.stderr)
     return 0
@@ -251,7 +274,7 @@ def _work_together(runs: Sequence[Run], source: Source, device: torch.device, fo
 def _work(runs: Sequence[Run], source: Source, device: torch.device, folder: Path, jobs: int) -> int:
     """Make the runs in parallel jobs, with one progress bar, and return the exit status."""
     data = load_data(*source)  # loaded here first, so that a missing data set gives one message
-    steps = -(-len(data.train) // 128)
+    steps = -(-len(data.train) // BATCH)
     context = multiprocessing.get_context("spawn")
     progress, stop = context.Queue(), context.Event()
     failed: list[str] = []

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from benchmarks import together
+from benchmarks import cifar100_table, together
 from benchmarks.cifar100_run import BATCH, Run, RunTraining
 from benchmarks.cifar100_table import main
 from benchmarks.methods import METHODS
+from benchmarks.network import possible
+from benchmarks.together import Together
 from examples.data import load_data
 from examples.images import ImageData, Split
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:nothing survives")
-ONE_BY_ONE = [name for name in METHODS if not together.possible(Run("resnet20", 2, name, 0.5, 0, 1, None))]
+ONE_BY_ONE = [name for name in METHODS if not possible(Run("resnet20", 2, name, 0.5, 0, 1, None))]
+TOGETHER = ["dense", *(name for name in METHODS if name not in ONE_BY_ONE)]
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +33,26 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
     return replace(digits, train=Split(digits.train.images[: 2 * BATCH], digits.train.labels[: 2 * BATCH]))
 
 
+def a_run(method: str, network: str = "mobilenet_v1", epochs: int = 2) -> Run:
+    """Return a run whose network computes in float32 on a CPU if it is a MobileNetV1."""
+    return Run(network, 0.25 if network == "mobilenet_v1" else 2, method, 0.5 * (method != "dense"), 0, epochs, None)
+
+
 def weights_of(training: RunTraining) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in training.model.parameters()])
 
 
-@pytest.mark.parametrize("method", ["dense", *(name for name in METHODS if name not in ONE_BY_ONE)])
+def trained(runs: list[Run], data: ImageData, backend: str | None = None) -> Together:
+    group = Together(runs, data, CPU, backend=backend)
+    group.advance(group.steps)
+    group.finish()
+    return group
+
+
+@pytest.mark.parametrize("method", TOGETHER)
 def test_a_network_among_others_trains_as_it_does_alone(method, data):
-    run = Run("mobilenet_v1", 0.25, method, 0.0 if method == "dense" else 0.5, 0, 2, None)  # float32 on a CPU
-    network, _ = together.train([run, replace(run, seed=1, method="soft", rate=0.5)], data, CPU)
+    run = a_run(method)
+    network, _ = trained([run, replace(run, seed=1, method="soft", rate=0.5)], data).networks
     alone = RunTraining(run, data, CPU, least=BATCH)
     while alone.step_count < len(alone.batches):
         alone.next_step()
@@ -48,13 +67,87 @@ def test_a_network_among_others_trains_as_it_does_alone(method, data):
         assert network.controller.report().zeros == alone.controller.report().zeros
 
 
+def test_all_networks_of_a_kind_use_one_compiled_graph_and_train_as_without_it(data):
+    methods = ["dense", "feather", "soft", "one_shot", "ema"]  # one_shot fixes its masks after half of the steps
+    runs = [a_run(method, "resnet20") for method in methods]
+    before = counters["stats"]["unique_graphs"]
+    compiled = trained(runs, data, "aot_eager")
+    assert counters["stats"]["unique_graphs"] == before + 1
+    for ours, plain in zip(compiled.networks, trained(runs, data).networks, strict=True):
+        assert torch.equal(weights_of(ours), weights_of(plain))
+        for name, buffer in plain.model.named_buffers():
+            assert torch.equal(ours.model.get_buffer(name), buffer)
+
+
+@pytest.mark.parametrize("method", TOGETHER)
+def test_a_group_that_was_stopped_continues_to_the_same_result(method, data, tmp_path):
+    runs = [a_run(method, "resnet20", epochs=4), replace(a_run("dense", "resnet20", epochs=4), seed=1)]
+
+    def results(folder: Path) -> list[dict[str, object]]:
+        contents = [run.done(folder) for run in runs]
+        return [{k: v for k, v in found.items() if k not in ("seconds", "machine")} for found in contents if found]
+
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    assert together.execute(runs, data, CPU, tmp_path / "whole")
+    steps: list[int] = []
+    for expected in ([4], [4, 4], [8, 4]):  # of two networks
+        assert not together.execute(runs, data, CPU, tmp_path / "parts", advance=steps.append, stopped=lambda: True)
+        assert steps == expected
+        assert together.unfinished(tmp_path / "parts") == [runs]
+        steps.clear()
+    assert together.execute(runs, data, CPU, tmp_path / "parts")
+    assert together.unfinished(tmp_path / "parts") == []
+    assert len(results(tmp_path / "whole")) == 2
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+
+
+def test_a_stopped_group_and_another_one_keep_their_checkpoints(data, tmp_path):
+    groups = [[a_run("dense")], [a_run("soft")]]
+    for group in groups:
+        assert not together.execute(group, data, CPU, tmp_path, stopped=lambda: True)
+    assert sorted(together.unfinished(tmp_path), key=str) == groups
+
+
+def test_runs_that_cannot_train_at_once_are_refused(data):
+    run = a_run("feather")
+    with pytest.raises(
+        ValueError, match=r"expected runs with one number of epochs, got \[2, 3\]; train them in groups"
+    ):
+        Together([run, replace(run, epochs=3)], data, CPU)
+    with pytest.raises(ValueError, match=r"expected runs with one number of epochs, got \[\]"):
+        Together([], data, CPU)
+    with pytest.raises(ValueError, match=r"need nothing from the host, got mobilenet_v1_guard_0\.5_seed0"):
+        Together([run, replace(run, method="guard")], data, CPU)
+
+
 def test_methods_that_need_the_host_are_known():
     assert ONE_BY_ONE == ["theta_falling", "theta_vanishing", "theta_late", "guard"]
 
 
+COMMAND = "--protocol=digits --methods feather guard --rates 0.9 --seeds=1 --device=cpu --together=3"
+
+
 def test_the_table_makes_its_runs_together(tmp_path, capsys):
-    command = "--protocol=digits --methods feather guard --rates 0.9 --seeds=1 --epochs=1 --device=cpu --together=3"
-    assert main([*command.split(), f"--results={tmp_path}"]) == 0
+    assert main([*COMMAND.split(), "--epochs=1", f"--results={tmp_path}"]) == 0
     found = sorted(path.name for path in (tmp_path / "digits_1_epochs").glob("*.json"))
     assert found == ["resnet20_dense_0.0_seed0.json", "resnet20_feather_0.9_seed0.json"]
     assert "left out 1 runs that need the host" in capsys.readouterr().err
+
+
+def test_the_table_continues_a_group_after_ctrl_c(tmp_path, capsys, monkeypatch):
+    command = [*COMMAND.split(), "--epochs=2", f"--results={tmp_path}"]
+    update = cifar100_table.tqdm.update
+
+    def interrupt(bar, n=1):
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(bar, n)
+
+    monkeypatch.setattr(cifar100_table.tqdm, "update", interrupt)
+    assert main(command) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    folder = tmp_path / "digits_2_epochs"
+    assert [path.suffix for path in folder.iterdir()] == [".pt"]
+    monkeypatch.setattr(cifar100_table.tqdm, "update", update)
+    assert main([*command, "--seeds=1"]) == 0
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json"]
