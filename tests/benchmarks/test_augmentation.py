@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import augmentation
+from benchmarks import augmentation, together
+from benchmarks.cifar100_run import BATCH as OF_A_RUN
 from examples.data import Epoch, TrainBatches, crop_and_flip
 from examples.images import ImageData, Split
 from tests.test_gpu import no_waiting
@@ -87,6 +88,20 @@ def test_on_a_cpu_a_batch_equals_that_of_a_run(channels, size, padding, dtype):
     for step in range(NUMBER // BATCH):
         got = augmentation.augment(data, drawn_for(data), torch.tensor([step]), BATCH, dtype)
         assert_same(got, with_torch(data, drawn_for(data), step).to(dtype))
+
+
+def test_networks_that_train_together_see_the_batches_of_a_run(data):
+    several = 2 * OF_A_RUN + 3
+    train = Split(data.train.images[:several], data.train.labels[:several])
+    data = ImageData(train, data.test, data.classes, data.padding, data.flip, data.mean, data.std)
+    batches, alone = together.Batches(data, 3, seed=1), TrainBatches(data, OF_A_RUN, 3, seed=1, least=OF_A_RUN)
+    assert batches.steps == alone.steps_per_epoch == 2
+    for epoch, step in itertools.product((0, 2, 1), range(2)):  # in any order
+        batches.load(epoch)
+        images, labels = batches.at(torch.tensor([step]))
+        expected, expected_labels = alone[epoch * 2 + step]
+        assert_same(images, data.normalise(expected))
+        assert torch.equal(labels, expected_labels)
 
 
 def check_kernel() -> None:
