@@ -2,12 +2,13 @@
 
 `examples.data.TrainBatches` crops, mirrors and normalises a whole batch at once. Most CIFAR scripts apply torchvision's
 transforms to one image at a time in a DataLoader, with or without worker processes. A batch has 128 normalised images
-of CIFAR-100 on the training device.
+of CIFAR-100 on the training device. On a GPU, `benchmarks.augmentation` also makes them in one kernel.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks import timing
+from benchmarks.augmentation import augment
 from examples.data import ImageData, TrainBatches, load_data
 
 BATCH = 128
@@ -63,6 +65,13 @@ def several(make: Callable[[], Tensor], count: int) -> Callable[[], None]:
     return work
 
 
+def in_one_kernel(data: ImageData, batches: TrainBatches) -> Callable[[], Tensor]:
+    """Return a function that makes the next batch of the first epoch, in float32."""
+    drawn, device = batches.draw(0), data.train.images.device
+    steps = itertools.cycle(torch.arange(len(data.train) // BATCH, device=device).split(1))
+    return lambda: augment(data, drawn, next(steps), BATCH, torch.float32)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="data")
@@ -79,6 +88,8 @@ def main() -> None:
     variants: dict[str, Callable[[], object]] = {
         "whole batches (ours)": several(lambda: on_device.normalise(batches[next(steps)][0]), arguments.batches)
     }
+    if device.type == "cuda":
+        variants["in one kernel"] = several(in_one_kernel(on_device, batches), arguments.batches)
     for workers in arguments.workers:
         loader = DataLoader(
             OneByOne(data),

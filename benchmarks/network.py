@@ -96,7 +96,7 @@ class Network(RunTraining):
         module, _, attribute = name.rpartition(".")
         tensor = getattr(self.model.get_submodule(module), attribute)
         # A graph for tensors does not accept Parameters, so a dense network would be compiled by itself.
-        return tensor.view_as(tensor) if isinstance(tensor, nn.Parameter) else tensor
+        return tensor[...] if isinstance(tensor, nn.Parameter) else tensor
 
     def _update(self, gradients: list[Tensor], lr: Tensor, step: Tensor) -> None:
         """Clip the gradients, and make a step of SGD with momentum and weight decay, as `Training` does."""

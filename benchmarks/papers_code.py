@@ -29,7 +29,13 @@ class PapersOperator(torch.autograd.Function):
         return grads[0] * mask, None, None
 
 
-def papers_threshold(weights: Iterable[Tensor]) -> float:
-    """Return the threshold: concatenate, abs, sort, read."""
-    values = torch.cat([weight.detach().abs().flatten() for weight in weights])
-    return values.sort().values[round(RATE * values.numel()) - 1].item()
+def papers_threshold(weights: Iterable[Tensor], rate: float = RATE) -> float:
+    """Return the threshold of a rate: concatenate, abs, sort, read.
+
+    It is interpolated linearly between the two magnitudes around the position ``rate * (number - 1)``.
+    """
+    values = torch.cat([weight.detach().abs().flatten() for weight in weights]).sort().values
+    position = rate * (values.numel() - 1)
+    below = int(position)
+    low, high = values[[below, min(below + 1, values.numel() - 1)]].tolist()
+    return low + (high - low) * (position - below)

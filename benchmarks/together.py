@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
+from benchmarks.augmentation import augment
 from benchmarks.cifar100_run import BATCH, Run, content
 from benchmarks.network import Network, possible
-from examples.data import ImageData, TrainBatches
+from examples.data import Epoch, ImageData, TrainBatches
 from examples.resumable import save
 
 __all__ = ["Together", "execute", "unfinished"]
@@ -34,32 +35,28 @@ _WARM_UP = 3  # steps before the graph is recorded: they choose algorithms and c
 
 
 class Batches:
-    """The batches of one seed. The images of an epoch are on the device, where the graph reads them."""
+    """The batches of one seed. The random numbers of an epoch are on the device, where the graph reads them."""
 
     def __init__(self, data: ImageData, epochs: int, seed: int) -> None:
         self.data = data
         self.steps = len(data.train) // BATCH  # in an epoch
-        self._epochs = TrainBatches(data, self.steps * BATCH, epochs, seed, least=BATCH)
-        self._parts = len(self._epochs) // epochs  # the first part of an epoch has all whole batches
-        images, labels = self._epochs[0]
-        self.images, self.labels = self._prepared(images), labels.view(self.steps, BATCH).clone()
+        self._epochs = TrainBatches(data, BATCH, epochs, seed, least=BATCH)
+        first = self._epochs.draw(0)
+        self._drawn = Epoch(first.order.clone(), first.shifts.clone(), first.flips.clone())
+        self._dtype = torch.bfloat16 if data.train.images.is_cuda else torch.float32
 
     def load(self, epoch: int) -> None:
-        """Put the images of an epoch in their place."""
-        images, labels = self._epochs[epoch * self._parts]
-        self.images.copy_(self._prepared(images))
-        self.labels.copy_(labels.view_as(self.labels))
+        """Put the random numbers of an epoch in their place."""
+        drawn = self._epochs.draw(epoch)
+        self._drawn.order.copy_(drawn.order)
+        self._drawn.shifts.copy_(drawn.shifts)
+        self._drawn.flips.copy_(drawn.flips)
 
     def at(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images and labels of a step of the epoch, given as int64 [1]."""
-        images = self.images.index_select(0, step)[0].permute(0, 3, 1, 2)
-        return images, self.labels.index_select(0, step)[0]
-
-    def _prepared(self, images: Tensor) -> Tensor:
-        """Return byte images as normalised ones, [steps, batch, height, width, channels]."""
-        normal = self.data.normalise(images).permute(0, 2, 3, 1)
-        dtype = torch.bfloat16 if images.is_cuda else torch.float32
-        return normal.reshape(self.steps, BATCH, *normal.shape[1:]).to(dtype)
+        images = augment(self.data, self._drawn, step, BATCH, self._dtype)
+        chosen = self._drawn.order[: self.steps * BATCH].view(self.steps, BATCH).index_select(0, step)[0]
+        return images, self.data.train.labels.index_select(0, chosen)
 
 
 class Together:
@@ -112,6 +109,7 @@ class Together:
         """Make a number of steps. On a GPU the call returns before they are finished."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "nothing survives|fewer survivors")  # the results list the survivors
+            warnings.filterwarnings("ignore", "The .grad attribute")  # torch.compile asks every tensor for it
             for _ in range(count):
                 self._advance()
 

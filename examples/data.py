@@ -23,8 +23,14 @@ from examples.resumable import UserError
 
 
 @dataclass(frozen=True)
-class _Epoch:
-    """The random numbers of one epoch: the order of the images, and the crop and the mirroring of each."""
+class Epoch:
+    """The random numbers of one epoch.
+
+    Attributes:
+        order: the images in the order of the epoch, int64 [number].
+        shifts: upper and left edge of each crop in the padded image, in the same order, int64 [2, number].
+        flips: whether each is mirrored, in the same order, bool [number].
+    """
 
     order: Tensor
     shifts: Tensor
@@ -50,7 +56,7 @@ class TrainBatches(Dataset[Batch]):
         self.epochs = epochs
         self.seed = seed
         self.steps_per_epoch = max(1, -(-(len(data.train) - least + 1) // batch_size))
-        self._last: tuple[int, _Epoch] | None = None  # cache of the last epoch
+        self._last: tuple[int, Epoch] | None = None  # cache of the last epoch
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch
@@ -58,13 +64,13 @@ class TrainBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         """Return the byte images and the labels of a step."""
         epoch, i = divmod(step, self.steps_per_epoch)
-        drawn = self._draw(epoch)
+        drawn = self.draw(epoch)
         part = slice(i * self.batch_size, (i + 1) * self.batch_size)
         train, chosen = self.data.train, drawn.order[part]
         images = crop_and_flip(train.images[chosen], self.data.padding, drawn.shifts[:, part], drawn.flips[part])
         return images, train.labels[chosen]
 
-    def _draw(self, epoch: int) -> _Epoch:
+    def draw(self, epoch: int) -> Epoch:
         """Return the random numbers of an epoch on the device of the images. A GPU waits for them once an epoch."""
         if self._last is None or self._last[0] != epoch:
             count, device = len(self.data.train), self.data.train.images.device
@@ -72,7 +78,7 @@ class TrainBatches(Dataset[Batch]):
             order = random.permutation(count)
             shifts = random.integers(0, 2 * self.data.padding + 1, size=(2, count))
             flips = random.integers(0, 2, size=count).astype(bool) & self.data.flip
-            drawn = _Epoch(*(torch.from_numpy(values).to(device) for values in (order, shifts, flips)))
+            drawn = Epoch(*(torch.from_numpy(values).to(device) for values in (order, shifts, flips)))
             self._last = (epoch, drawn)
         return self._last[1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -67,13 +67,16 @@ class ImageData:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Return byte images as floats with mean 0 and deviation 1 in each channel, channels last in memory."""
-        mean, std = (_per_channel(values, images.device) for values in (self.mean, self.std))
+        mean, std = (per_channel(values, images.device) for values in (self.mean, self.std))
         return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-@lru_cache(maxsize=8)
-def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return numbers in the shape [1, channels, 1, 1]. They are cached, because a copy to a GPU blocks."""
+@cache
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers in the shape [1, channels, 1, 1].
+
+    They are cached, because a copy to a GPU blocks, and kept, because a CUDA graph may read them at each replay.
+    """
     with torch.inference_mode(False):
         return torch.tensor(values, device=device).view(1, -1, 1, 1)
 

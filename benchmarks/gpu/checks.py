@@ -30,7 +30,7 @@ def part(sizes: Sizes) -> Part:
         Piece(file, sizes.pace * seconds, "start of a process, and its tests", partial(_check, file, options))
         for file, options, seconds in sizes.tests
     ]
-    return Part("a", "Tests that need a GPU", "a_checks.json", lambda records, room: pieces, most=120.0)
+    return Part("a", "Tests that need a GPU", "a_checks.json", lambda records, room: pieces, most=150.0)
 
 
 def _check(file: str, options: Sequence[str], call: Call) -> Figures:

@@ -54,6 +54,12 @@ REAL = Sizes(
     pace=1.0,
     tests=(
         ("tests/test_gpu.py", (), 35.0),  # half a minute on an H200, most of it to compile kernels
+        ("tests/benchmarks/test_together.py", ("-k", "cuda_graph"), 20.0),  # parts c and d train so; one compilation
+        (
+            "tests/benchmarks/test_augmentation.py",
+            ("-k", "on_a_gpu or graph"),
+            15.0,
+        ),  # a kernel for each of eight cases
         ("tests/inference/test_semi_structured.py", (), 10.0),  # 5 s on a CPU, and 13 short tests of cuSPARSELt
         ("tests/ops/test_triton.py", (), 15.0),  # the interpreter of the triton that is installed; 23 s on a slow core
     ),

@@ -87,7 +87,7 @@ def test_the_next_call_makes_nothing_again(rehearsed, tmp_path, capsys):
 def test_the_plan_starts_nothing(tmp_path, capsys):
     assert command.main(["--plan", "--data", "nowhere", "--out", str(tmp_path / "none")]) == 0
     shown = capsys.readouterr().out
-    for letter, least in (("a", "60"), ("b", "136"), ("c", "366")):
+    for letter, least in (("a", "95"), ("b", "136"), ("c", "366")):
         assert re.search(rf"\| {letter} \| \*\*sum of .*\*\* \| \*\*{least}\*\* \|", shown)
     assert "| d | mobilenet_v1_feather_0.995_seed0 and 7 more | 759 | 8 at once, 62400 steps of 12.0 ms" in shown
     assert not (tmp_path / "none").exists()
@@ -212,3 +212,13 @@ def test_the_real_sizes_are_those_of_the_task():
     assert REAL.weights == 25_000_000
     root = Path(command.__file__).parents[2]
     assert all((root / file).is_file() for sizes in (REAL, REHEARSAL) for file, _, _ in sizes.tests)
+
+
+def test_all_test_files_with_tests_for_a_gpu_are_run():
+    root = Path(command.__file__).parents[2]
+    found = {
+        path.relative_to(root).as_posix()
+        for path in (root / "tests").rglob("test_*.py")
+        if "skipif(not torch.cuda.is_available()" in path.read_text(encoding="utf-8") and path != Path(__file__)
+    }
+    assert {"tests/test_gpu.py"} <= found <= {file for file, _, _ in REAL.tests}

@@ -1,0 +1,162 @@
+"""The paper's code beside the library: `python -m benchmarks.parity --data-dir DATA`.
+
+All train MobileNetV1 of width 0.5 with protocol `ten` of `benchmarks.cifar100_table`: the same batches, recipe and
+schedule, p = 3. ``papers`` has the operator and the threshold of the paper's code, with a sort of all weights in each
+step. ``default_init`` uses the library, but the initialisation is the default of torch's layers instead of that of
+`archs`. The results of the library itself are those of the table, in the folder ``ten``.
+
+Each run takes some minutes on one CPU core. The file ``parity.json`` is written after each run, and only the missing
+runs are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+
+from benchmarks import timing
+from benchmarks.cifar100_run import Run, RunTraining
+from benchmarks.cifar100_table import PROTOCOLS
+from benchmarks.papers_code import PapersOperator, papers_threshold
+from examples.data import ImageData, load_data
+from examples.resumable import UserError
+from feather_param import schedules
+
+__all__ = ["CODES", "DefaultInit", "PapersTraining", "main"]
+
+RATES = (0.9, 0.98, 0.995)
+NETWORK = "mobilenet_v1"
+
+
+class _Papers(nn.Module):
+    """The parametrization of the paper's code: all weights have one threshold."""
+
+    def __init__(self, theta: float) -> None:
+        super().__init__()
+        self.theta = theta
+        self.threshold = 0.0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return PapersOperator.apply(weight, self.threshold, self.theta)
+
+
+class PapersTraining(RunTraining):
+    """The training of a run with the operator and the threshold of the paper's code."""
+
+    def sparsify(self) -> None:
+        """Register the paper's operator on the weights of all convolutions and linear layers."""
+        layers = [module for module in self.model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        self._operators = [_Papers(0.5 if self.run.rate > 0.95 else 1.0) for _ in layers]
+        self._dense = [layer.weight for layer in layers]
+        for layer, operator in zip(layers, self._operators, strict=True):
+            parametrize.register_parametrization(layer, "weight", operator)
+
+    def next_step(self) -> None:
+        """Train on the next batch, and compute the threshold from the new weights."""
+        super().next_step()
+        progress = min(1.0, self.step_count / (len(self.batches) // 2))
+        threshold = papers_threshold(self._dense, self.run.rate * schedules.cubic(progress))
+        for operator in self._operators:
+            operator.threshold = threshold
+
+    def zeros(self) -> int:
+        """Return the number of weights up to the threshold."""
+        pairs = zip(self._dense, self._operators, strict=True)
+        return sum(int((weight.abs() <= operator.threshold).sum()) for weight, operator in pairs)
+
+
+class DefaultInit(RunTraining):
+    """The training of a run with the default initialisation of torch's layers."""
+
+    def network(self) -> nn.Module:
+        """Return a new network. The global seed of PyTorch determines its initialisation."""
+        network = super().network()
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.reset_parameters()
+        return network
+
+    def zeros(self) -> int:
+        """Return the number of zeros."""
+        assert self.controller is not None
+        return self.controller.report().zeros
+
+
+CODES: dict[str, tuple[str, type[PapersTraining | DefaultInit]]] = {
+    "papers": ("the paper's code", PapersTraining),
+    "default_init": ("feather_param, torch's initialisation", DefaultInit),
+}
+
+
+def train(code: str, run: Run, data: ImageData, device: torch.device) -> dict[str, Any]:
+    """Train a run with one of `CODES`, and return the results."""
+    machine, start = timing.machine(), time.monotonic()
+    training = CODES[code][1](run, data, device)
+    for _ in tqdm(range(len(training.batches)), desc=f"{code}, {run.name}", unit="step", leave=False):
+        training.next_step()
+    _, accuracy = training.evaluate(training.model)
+    seconds = round(time.monotonic() - start, 1)
+    return {"run": asdict(run), "accuracy": accuracy, "zeros": training.zeros(), "seconds": seconds, "machine": machine}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the missing runs, print the table, and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of CIFAR-100")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--codes", nargs="+", choices=CODES, default=list(CODES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--results", type=Path, default=timing.RESULTS, help="parent of parity.json and of the folder ten"
+    )
+    arguments = parser.parse_args(argv)
+    protocol, device = PROTOCOLS["ten"], torch.device(arguments.device)
+    path = arguments.results / "parity.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    runs = [
+        Run(NETWORK, protocol.widths[NETWORK], "feather", rate, seed, protocol.epochs, protocol.train_size)
+        for seed in range(arguments.seeds)
+        for rate in RATES
+    ]
+    missing = [(code, run) for code in arguments.codes for run in runs if f"{code}_{run.name}" not in found]
+    try:
+        data = load_data(protocol.dataset, arguments.data_dir).to(device) if missing else None
+        library = {f"library_{run.name}": run.done(arguments.results / "ten") for run in runs}
+    except (UserError, ValueError) as error:
+        print(f"parity: error: {error}", file=sys.stderr)
+        return 2
+    for code, run in missing:
+        assert data is not None
+        found[f"{code}_{run.name}"] = train(code, run, data, device)
+        timing.write_whole(path, json.dumps(found, indent=1) + "\n")
+    about = {"library": "feather_param", **{code: name for code, (name, _) in CODES.items()}}
+    rows = []
+    for code, name in about.items():
+        results = [(run, (library | found).get(f"{code}_{run.name}")) for run in runs]
+        rows.append([name, *(_cell([r["accuracy"] for run, r in results if r and run.rate == rate]) for rate in RATES)])
+    print(timing.show(["test accuracy, %", *(f"{rate:.1%} zeros" for rate in RATES)], rows))
+    return 0
+
+
+def _cell(accuracies: Sequence[float]) -> str:
+    if not accuracies:
+        return "not run"
+    percent = [100 * accuracy for accuracy in accuracies]
+    spread = f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
+    return f"{statistics.fmean(percent):.1f}{spread} (n = {len(percent)})"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
