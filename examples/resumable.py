@@ -73,7 +73,11 @@ def load_checkpoint(path: Path, program: str) -> dict[str, Any]:
             f"expected --resume to name a checkpoint, got {path}, which is damaged or something else "
             f"({type(error).__name__})"
         ) from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != format_of(program) or not checkpoint.keys() >= _KEYS:
+    if (
+        not isinstance(checkpoint, dict)
+        or checkpoint.get("format") != format_of(program)
+        or not checkpoint.keys() >= _KEYS
+    ):
         raise UserError(f"expected --resume to name a checkpoint of this script, got {path}, a file of another program")
     if checkpoint.get("version") != _VERSION:
         raise UserError(
