@@ -82,9 +82,20 @@ class Recipe:
         # A `multi_avg_fn` would mix sharded parameters and whole buffers in one operation, which torch refuses.
         return AveragedModel(model, avg_fn=get_ema_avg_fn(1 - alpha), use_buffers=True)
 
-    def update_average(self, average: AveragedModel, model: nn.Module, step: int, epoch: int, epochs: int) -> None:
-        """Update the average at every `model_ema_steps`-th step of an epoch. In the warm-up, it is a plain copy."""
-        if step % self.model_ema_steps == 0:
+    def update_average(self, average: AveragedModel, model: nn.Module, left: int, epoch: int, epochs: int) -> None:
+        """Update the average at every `model_ema_steps`-th step of an epoch. In the warm-up, it is a plain copy.
+
+        Steps are counted from the end of the epoch, so that the average then has the zeros of the model. The reference
+        script counts them from the start, with as many updates.
+
+        Args:
+            average: what `average` returned.
+            model: the model in training.
+            left: number of steps that are left in this epoch.
+            epoch: number of finished epochs.
+            epochs: number of epochs.
+        """
+        if left % self.model_ema_steps == 0:
             average.update_parameters(model)
             if epoch < self.warmup_epochs(epochs):
                 average.n_averaged.fill_(0)

@@ -97,7 +97,8 @@ class Training:
             except ValueError as error:  # a weight is no longer finite
                 raise TrainingFailed(f"at step {self.step_count + 1}: {error}") from error
         if self.ema is not None:
-            self.recipe.update_average(self.ema, self.model, in_epoch, epoch, self.options.epochs)
+            left = self.data.steps_per_epoch - 1 - in_epoch
+            self.recipe.update_average(self.ema, self.model, left, epoch, self.options.epochs)
         if in_epoch == 0:
             self.loss_sum.zero_()
         self.loss_sum += loss.detach()
