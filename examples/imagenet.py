@@ -167,43 +167,18 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
         UserError: the device, the folder, the network or the checkpoint does not fit.
     """
     training, checkpoint = start(options, processes)
-    log = None
+    controller, images, log = training.controller, training.data.images_per_step, None
     if processes.first:
         folder = options.resume.parent if checkpoint else resumable.new_folder(parent, options.sname)
-        log = RunLog(folder, options, training.controller, processes.count, checkpoint, PROGRAM, "ImageNet")
+        log = RunLog(folder, options, controller, processes.count, checkpoint, PROGRAM, "ImageNet")
     # The log reads masks. If the weights are divided over the processes, all of them must take part.
-    controller = training.controller
     history = History(controller) if controller is not None and training.sharded and log is None else None
-    images, data = training.data.images_per_step, training.data
-    bar = tqdm(total=training.steps * images, unit="img", unit_scale=True, disable=log is None, desc=options.sname)
+    done, total = training.step_count * images, training.steps * images
+    bar = tqdm(total=total, initial=done, desc=options.sname, unit="img", unit_scale=True, disable=log is None)
     bar.mininterval = 0.2 if sys.stderr.isatty() else 30.0
-    bar.update(training.step_count * images)
     with bar, closing(log) if log else nullcontext():
         while training.step_count < training.steps:
-            for batch in data.train_batches(training.step_count, options.workers, training.device.type == "cuda"):
-                training.step(batch)
-                bar.update(images)
-                epoch_ended = training.step_count % data.steps_per_epoch == 0
-                stopped = processes.any(stop.signal is not None)
-                if training.step_count % max(1, training.steps // LOGGED_STEPS) == 0:
-                    now = training.progress()
-                    bar.set_postfix(loss=f"{now['train_loss']:.3f}", sparsity=f"{now['rate']:.2%}", refresh=False)
-                    if log is not None:
-                        log.add_step(now)
-                if epoch_ended:
-                    bar.set_description(f"{options.sname}, evaluating", refresh=sys.stderr.isatty())
-                    row = training.end_epoch()
-                    if log is not None:
-                        log.add_epoch(row)
-                    elif history is not None:
-                        history.record()
-                    bar.set_description(options.sname, refresh=False)
-                if epoch_ended or stopped:
-                    state = training.state_dict()
-                    if log is not None:
-                        log.save_checkpoint(state)
-                if stopped:
-                    raise Stopped(log and log.checkpoint)
+            train_epoch(training, stop, log, history, bar)
         report = controller and controller.report()
         results = bake(training, "" if log is None else log.folder.name)
         if log is None:
@@ -211,6 +186,49 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
         log.finish(results, report, training.device)
         ema = results.get("ema")
         return f"{log}" + (f"\nEMA            {ema['accuracy']:.2%} test accuracy: {ema['model']}" if ema else "")
+
+
+def train_epoch(
+    training: Training, stop: StopRequest, log: RunLog | None, history: History | None, bar: tqdm[Any]
+) -> None:
+    """Train to the end of the epoch, evaluate, and save a checkpoint.
+
+    Args:
+        training: the training.
+        stop: saves a checkpoint earlier, if one process has received a signal.
+        log: where to write; None in all processes but the first.
+        history: one that is not written, in a process that only takes part in gathering the masks.
+        bar: the progress bar.
+
+    Raises:
+        Stopped: a stop was requested, and the checkpoint is saved.
+        TrainingFailed: the training diverged.
+    """
+    data, workers, pinned = training.data, training.options.workers, training.device.type == "cuda"
+    for batch in data.train_batches(training.step_count, workers, pinned):
+        training.step(batch)
+        bar.update(data.images_per_step)
+        stopped = training.processes.any(stop.signal is not None)
+        if training.step_count % max(1, training.steps // LOGGED_STEPS) == 0:
+            now = training.progress()
+            bar.set_postfix(loss=f"{now['train_loss']:.3f}", sparsity=f"{now['rate']:.2%}", refresh=False)
+            if log is not None:
+                log.add_step(now)
+        epoch_ended = training.step_count % data.steps_per_epoch == 0
+        if epoch_ended:
+            bar.set_description(f"{training.options.sname}, evaluating", refresh=sys.stderr.isatty())
+            row = training.end_epoch()
+            if log is not None:
+                log.add_epoch(row)
+            elif history is not None:
+                history.record()
+            bar.set_description(training.options.sname, refresh=False)
+        if epoch_ended or stopped:
+            state = training.state_dict()
+            if log is not None:
+                log.save_checkpoint(state)
+        if stopped:
+            raise Stopped(log and log.checkpoint)
 
 
 def bake(training: Training, name: str) -> dict[str, Any]:

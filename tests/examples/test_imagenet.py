@@ -97,10 +97,10 @@ def test_a_dense_run_compiled(
     compiled: list[nn.Module] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
-    assert imagenet.main([*TINY, str(images), "--dense", "--epochs", "1", "--amp", "--compile"]) == 0
+    assert imagenet.main([*TINY, str(images), "--dense", "--recipe", "v2", "--epochs", "1", "--amp", "--compile"]) == 0
     assert len(compiled) == 1
     assert results_of(tmp_path)["layers"] == []
-    assert models(tmp_path).keys() == {"imagenet"}
+    assert models(tmp_path).keys() == {"imagenet", "imagenet_ema"}
     assert "(0.000%)" in capsys.readouterr().out
 
 
