@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import signal
 import sys
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -36,9 +33,11 @@ import archs
 import feather_param
 from examples import resumable
 from examples.data import TrainBatches, batch_loader, load_data
-from examples.processes import ALONE, Processes, choose_device, joined
+from examples.processes import ALONE, Processes, choose_device
 from examples.resumable import RunLog, Stopped, StopRequest, UserError
+from examples.script import TrainingFailed, measured, run
 
+PROGRAM = "cifar100.py"
 NETWORKS = {"resnet20": archs.resnet20, "mobilenet_v1": archs.mobilenet_v1, "densenet": archs.densenet}
 ALLOCATIONS = ("global_magnitude", "uniform", "erk", "square_root", "lamp", "normalised")
 MOMENTUM = 0.9
@@ -48,17 +47,13 @@ LOGGED_STEPS = 500  # of a whole run: to log a step, the program waits for the G
 FREE = ("gpu", "no_cuda", "workers", "data_dir")  # a resumed run may change them: they do not change the result
 
 
-class TrainingFailed(Exception):
-    """The training diverged, or the saved model is not what was requested."""
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of a run.
 
     Raises:
         UserError: an option is unknown, out of its range, or differs from the checkpoint to resume.
     """
-    parser = resumable.Parser(FREE, "cifar100.py", __doc__)
+    parser = resumable.Parser(FREE, PROGRAM, __doc__)
     option = parser.option
     option("--gpu", 0, "index of the GPU to train on", {"at least": 0})
     option("--no-cuda", False, "train on the CPU")
@@ -241,23 +236,7 @@ def bake(training: Training, path: Path) -> dict[str, Any]:
         raise TrainingFailed(
             f"expected {path} to have the test accuracy of the model in training, {expected:.4%}, got {accuracy:.4%}"
         )
-    rows = feather_param.plan(plain, final_rate=0.5).rows  # the prunable weights, which are the same for any rate
-    total = sum(row.total for row in rows)
-    zeros = sum(int((plain.get_parameter(row.name) == 0).sum()) for row in rows)
-    requested = round(training.options.ptarget * total)
-    if requested and zeros != requested:
-        raise TrainingFailed(f"expected {path} to hold exactly {requested:,} zeros, got {zeros:,}")
-    content = path.read_bytes()
-    return {
-        "accuracy": accuracy,
-        "test_loss": loss,
-        "total": total,
-        "zeros": zeros,
-        "rate": zeros / total,
-        "bytes": len(content),
-        "bytes_compressed": len(zlib.compress(content, level=9)),
-        "model": str(path),
-    }
+    return {"accuracy": accuracy, "test_loss": loss, **measured(path, plain, training.options.ptarget)}
 
 
 def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processes: Processes = ALONE) -> RunLog | None:
@@ -277,7 +256,7 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
         data = data.to(device)
     batches = TrainBatches(data, options.batch_size, options.epochs, options.seed, least=2 * processes.count)
     training = Training(options, batches, device, processes)
-    checkpoint = options.resume and resumable.load_checkpoint(options.resume)
+    checkpoint = options.resume and resumable.load_checkpoint(options.resume, PROGRAM)
     if checkpoint:
         try:
             training.load_state_dict(checkpoint["training"])
@@ -287,7 +266,7 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
     log = None
     if processes.first:
         folder = options.resume.parent if checkpoint else resumable.new_folder(parent, options.sname)
-        log = RunLog(folder, options, training.controller, processes.count, checkpoint)
+        log = RunLog(folder, options, training.controller, processes.count, checkpoint, PROGRAM, options.dataset)
     bar = tqdm(total=len(batches), initial=training.step_count, desc=options.sname, unit="step", disable=log is None)
     bar.mininterval = 0.2 if sys.stderr.isatty() else 30.0
     with bar, closing(log) if log else nullcontext():
@@ -321,29 +300,7 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit status: 0, 1 (failed), 2 (wrong use) or 128 + the signal that stopped it."""
-    first = os.environ.get("RANK", "0") == "0"
-    processes = ALONE
-    stop = StopRequest()
-    try:
-        with stop:
-            options = parse(argv)
-            with joined(cuda=torch.cuda.is_available() and not options.no_cuda) as processes:
-                log = train(options, Path("runs"), stop, processes)
-    except UserError as error:
-        if first:  # all processes have the same error
-            print(f"cifar100.py: error: {error}", file=sys.stderr)
-        return 2
-    except (TrainingFailed, OSError) as error:
-        print(f"cifar100.py: failed: {error}", file=sys.stderr)
-        return 1
-    except Stopped as checkpoint:
-        if first:
-            launcher = "python" if processes.count == 1 else f"torchrun --nproc-per-node={processes.count}"
-            print(f"stopped; to go on: {launcher} {sys.argv[0]} --resume '{checkpoint}'")
-        return 128 + (stop.signal or signal.SIGINT)
-    if log is not None:
-        print(log)
-    return 0
+    return run(PROGRAM, lambda: parse(argv), lambda *run: train(run[0], Path("runs"), *run[1:]))
 
 
 if __name__ == "__main__":

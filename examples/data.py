@@ -91,12 +91,12 @@ def batch_loader(batches: TrainBatches, first_step: int, workers: int, device: t
         sampler=range(first_step, len(batches)),
         num_workers=workers,
         pin_memory=workers > 0 and device.type == "cuda",
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # the default would draw from the global generator
     )
 
 
-def _ignore_interrupts(worker: int) -> None:
+def ignore_interrupts(worker: int) -> None:
     # Ctrl-C reaches every process of the terminal, but the program still needs its workers to stop at a checkpoint.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -46,6 +46,22 @@ class Processes:
         dist.all_reduce(flag)
         return bool(flag)
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of the tensors of all processes, on the CPU."""
+        total = tensor.detach().cpu().clone()
+        if self.count > 1:
+            dist.all_reduce(total)
+        return total
+
+    def copy_statistics(self, model: nn.Module) -> None:
+        """Copy the batch norm statistics of the first process to all. They are of its own images."""
+        if self.count == 1:
+            return
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, src=0)
+
     def same(self, tensor: Tensor) -> bool:
         """Return whether all processes have equal tensors."""
         if self.count == 1:

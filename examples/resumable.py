@@ -1,10 +1,11 @@
-"""What makes `cifar100.py` safe to interrupt: options that a checkpoint keeps, stop requests, the log of a run."""
+"""What makes a training script safe to interrupt: options that a checkpoint keeps, stop requests, the log of a run."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import operator
+import os
 import platform
 import signal
 import sys
@@ -28,7 +29,6 @@ from feather_param.reports.history import History
 from feather_param.reports.report import Report
 from feather_param.reports.tensorboard import add_record
 
-_FORMAT = "feather_param/examples/cifar100"
 _VERSION = 2
 _KEYS = {"settings", "training", "log"}
 _COMPARISONS = {"at least": operator.ge, "above": operator.gt, "below": operator.lt}
@@ -49,8 +49,13 @@ def save(content: Any, path: Path) -> None:
         torch.save(content, file)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of a file that `RunLog.save_checkpoint` wrote: settings, training and log.
+def format_of(program: str) -> str:
+    """Return the entry of a checkpoint that names the script which wrote it, for example ``cifar100.py``."""
+    return f"feather_param/examples/{program.removesuffix('.py')}"
+
+
+def load_checkpoint(path: Path, program: str) -> dict[str, Any]:
+    """Return the content of a file that `RunLog.save_checkpoint` of a script wrote: settings, training and log.
 
     Raises:
         UserError: the file is missing, damaged or not a checkpoint of the script.
@@ -68,7 +73,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"expected --resume to name a checkpoint, got {path}, which is damaged or something else "
             f"({type(error).__name__})"
         ) from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != _FORMAT or not checkpoint.keys() >= _KEYS:
+    if (
+        not isinstance(checkpoint, dict)
+        or checkpoint.get("format") != format_of(program)
+        or not checkpoint.keys() >= _KEYS
+    ):
         raise UserError(f"expected --resume to name a checkpoint of this script, got {path}, a file of another program")
     if checkpoint.get("version") != _VERSION:
         raise UserError(
@@ -120,7 +129,7 @@ class Parser(argparse.ArgumentParser):
         if options.resume is not None:
             path = Path(options.resume)
             path = path / "checkpoint.pt" if path.is_dir() else path
-            saved = load_checkpoint(path)["settings"]
+            saved = load_checkpoint(path, self.prog)["settings"]
             if saved.keys() != settings(options).keys():
                 raise UserError("expected the settings of this script in the checkpoint, got those of another version")
             self.set_defaults(**saved)
@@ -161,8 +170,9 @@ def new_folder(parent: Path, name: str) -> Path:
 class StopRequest:
     """Record SIGINT (Ctrl-C) and SIGTERM instead of ending the program, inside a ``with`` block.
 
-    A second signal has its usual effect. Outside the main thread, where Python allows no signal handlers, nothing is
-    recorded.
+    A second signal has its usual effect, except under `torchrun`: it passes on a Ctrl-C that the processes of the
+    terminal have received already, and kills them after 30 seconds. Outside the main thread, where Python allows no
+    signal handlers, nothing is recorded.
 
     Attributes:
         signal: the signal received, or None.
@@ -187,7 +197,8 @@ class StopRequest:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        self._restore()
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -206,6 +217,8 @@ class RunLog:
         controller: its sparsity; None for a dense run.
         processes: number of processes that train together.
         resumed: the checkpoint of the run to resume; None for a new run.
+        program: the script, for example ``cifar100.py``.
+        dataset: name of the data set.
 
     Attributes:
         rows: one row for each finished epoch.
@@ -220,8 +233,11 @@ class RunLog:
         controller: Controller | None,
         processes: int,
         resumed: Mapping[str, Any] | None,
+        program: str,
+        dataset: str,
     ) -> None:
-        self.folder = folder
+        self.folder, self.dataset = folder, dataset
+        self._format = format_of(program)
         self.checkpoint = folder / "checkpoint.pt"
         self.rows: list[dict[str, float]] = []
         self.history = None if controller is None else History(controller)
@@ -268,7 +284,7 @@ class RunLog:
         history = None if self.history is None else self.history.state_dict()
         log = {"rows": self.rows, "seconds": time.monotonic() - self._start, "history": history}
         content = {"settings": self._settings, "training": training, "log": log}
-        save({"format": _FORMAT, "version": _VERSION, **content}, self.checkpoint)
+        save({"format": self._format, "version": _VERSION, **content}, self.checkpoint)
 
     def finish(self, results: Mapping[str, Any], report: Report | None, device: torch.device) -> None:
         """Write results.json, with a row for each layer and each epoch, and the picture summary.png."""
@@ -284,9 +300,9 @@ class RunLog:
             "epochs": self.rows,
         }
         self._write("results.json", self.results)
-        name, model, dataset = (self._settings[key] for key in ("sname", "model", "dataset"))
+        name, model = self._settings["sname"], self._settings["model"]
         sparsity = "dense" if report is None else f"{results['rate']:.1%} zeros"
-        title = f"{name}: {model} on {dataset}, {sparsity}, test accuracy {results['accuracy']:.2%}"
+        title = f"{name}: {model} on {self.dataset}, {sparsity}, test accuracy {results['accuracy']:.2%}"
         figure = draw(report, history=self.history, accuracy={"test": self.accuracy}, title=title)
         figure.savefig(self.folder / "summary.png")
 

@@ -1,4 +1,4 @@
-"""A finished run of the training script, which several tests read."""
+"""A finished run of `cifar100.py`, and a fake ImageNet, which several tests read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples import cifar100
+from tests.examples.imagenet import draw
 from tests.examples.runs import TINY
 
 
@@ -18,3 +19,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         assert cifar100.main([*TINY, "--sname", "whole"]) == 0
     return folder
+
+
+@pytest.fixture(scope="package")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a fake ImageNet."""
+    return draw(tmp_path_factory.mktemp("images"))

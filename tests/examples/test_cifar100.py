@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import archs
 import feather_param
-from examples import cifar100
+from examples import cifar100, script
 from examples.cifar100 import Training
 from examples.processes import Processes
 from examples.resumable import Stopped
@@ -160,7 +160,7 @@ def test_a_stopped_run_of_several_processes_is_resumed_as_such(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cifar100, "train", stopped)
-    monkeypatch.setattr(cifar100, "joined", two)
+    monkeypatch.setattr(script, "joined", two)
     assert cifar100.main(TINY) == 130
     assert "to go on: torchrun --nproc-per-node=2 " in capsys.readouterr().out
 

@@ -104,7 +104,7 @@ def test_options_of_a_resumed_run_come_from_the_checkpoint(tmp_path: Path) -> No
     saved = parse(["--lr=0.3", "--epochs=7", "--workers=2", "--data-dir=there", "--no-amp", "--compile"])
     path = tmp_path / "checkpoint.pt"
     content = {"settings": settings(saved), "training": {}, "log": {}}
-    save({"format": resumable._FORMAT, "version": resumable._VERSION, **content}, path)
+    save({"format": resumable.format_of(cifar100.PROGRAM), "version": resumable._VERSION, **content}, path)
 
     def resumed(options: str = "") -> dict[str, object]:
         return settings(parse([f"--resume={path}", *options.split()]))

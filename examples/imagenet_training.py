@@ -1,0 +1,215 @@
+"""The training of `imagenet.py`: the network, its moving average, and everything that changes them."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import feather_param
+from examples import sharding
+from examples.imagenet_data import Batch, ImageNet, mixed_seed
+from examples.imagenet_recipe import RECIPES
+from examples.processes import ALONE, Processes
+from examples.resumable import UserError
+from examples.script import TrainingFailed
+
+
+class Training:
+    """A network, its moving average, and everything that changes them: optimizer, learning rate and sparsity.
+
+    Args:
+        options: what `parse` returns.
+        data: the images.
+        device: where to train.
+        processes: the processes that train together.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, data: ImageNet, device: torch.device, processes: Processes = ALONE
+    ) -> None:
+        torch.manual_seed(options.seed)
+        self.options, self.data, self.device, self.processes = options, data, device, processes
+        self.recipe = RECIPES[options.recipe]
+        self.amp: bool = device.type == "cuda" if options.amp is None else options.amp
+        self.sharded: bool = options.parallel == "fsdp"
+        self.steps: int = options.epochs * data.steps_per_epoch
+        self.model = self.build()
+        sizes = (options.image_size, self.recipe.val_sizes(options.image_size)[1])
+        require_fit(self.model, options.model, sizes, options.image_size)
+        self.controller = self.sparsify()
+        self.ema = self.recipe.average(self.model, data.images_per_step, options.epochs)
+        if self.sharded:
+            for module in (self.model, *([self.ema.module] if self.ema else [])):
+                sharding.shard(module, device, processes)
+        self.optimizer = self.recipe.optimizer(self.model, options.lr)
+        self.scheduler = LambdaLR(self.optimizer, lambda epoch: self.recipe.lr_factor(epoch, options.epochs))
+        self.step_count = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of the steps of this epoch
+        wrapped = self.model if self.sharded else processes.wrap(self.model)
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(wrapped) if options.compile else wrapped
+
+    def build(self) -> nn.Module:
+        """Return a new network on the device. ``fully_shard`` takes only contiguous weights, not channels last."""
+        network = torchvision.models.get_model(self.options.model, weights=None, num_classes=self.data.classes)
+        layout = torch.contiguous_format if self.sharded else torch.channels_last
+        return network.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
+
+    def sparsify(self) -> feather_param.Controller | None:
+        """Sparsify the model to --ptarget until --end. Return None if it stays dense."""
+        options, kind = self.options, getattr(feather_param.allocations, self.options.allocation)
+        if options.ptarget == 0:
+            return None
+        end = None if options.end is None else options.end * self.data.steps_per_epoch
+        settings = {"final_rate": options.ptarget, "total_steps": self.steps, "end_step": end}
+        try:
+            return feather_param.sparsify(self.model, **settings, allocation=kind, p=options.p)
+        except ValueError as error:
+            raise UserError(f"--ptarget {options.ptarget} cannot be reached: {error}") from error
+
+    def on_device(self, batch: Batch) -> Batch:
+        """Return a batch on the device, with its channels last."""
+        images, labels = (part.to(self.device, non_blocking=True) for part in batch)
+        return images.contiguous(memory_format=torch.channels_last), labels
+
+    def step(self, batch: Batch) -> None:
+        """Train on one batch."""
+        epoch, in_epoch = divmod(self.step_count, self.data.steps_per_epoch)
+        torch.manual_seed(mixed_seed(self.options.seed, self.step_count, self.processes.rank))  # of mixup and dropout
+        self.model.train()
+        images, labels = self.recipe.mix(*self.on_device(batch), self.data.classes)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            loss = F.cross_entropy(self.forward(images), labels, label_smoothing=self.recipe.label_smoothing)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        if self.controller is not None:
+            try:
+                self.controller.step()
+            except ValueError as error:  # a weight is no longer finite
+                raise TrainingFailed(f"at step {self.step_count + 1}: {error}") from error
+        if self.ema is not None:
+            left = self.data.steps_per_epoch - 1 - in_epoch
+            self.recipe.update_average(self.ema, self.model, left, epoch, self.options.epochs)
+        if in_epoch == 0:
+            self.loss_sum.zero_()
+        self.loss_sum += loss.detach()
+        self.step_count += 1
+        if self.step_count % self.data.steps_per_epoch == 0:
+            self.scheduler.step()
+
+    def progress(self) -> dict[str, float]:
+        """Return the step, the mean loss of the epoch up to it, and the current rate, threshold and learning rate.
+
+        Call this in all processes: the loss is the mean over them.
+        """
+        steps = (self.step_count - 1) % self.data.steps_per_epoch + 1
+        loss = float(self.processes.sum(self.loss_sum)) / self.processes.count / steps
+        if not math.isfinite(loss):
+            raise TrainingFailed(f"at step {self.step_count}: the loss is {loss}; lower the learning rate")
+        rate, threshold = (self.controller.rate, float(self.controller.threshold)) if self.controller else (0.0, 0.0)
+        lr = float(self.scheduler.get_last_lr()[0])
+        return {"step": self.step_count, "train_loss": loss, "rate": rate, "threshold": threshold, "lr": lr}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Return the mean loss and the accuracies of a model on the validation images, each of them counted once.
+
+        Call this in all processes: each evaluates a part. Equal weights give equal results.
+        """
+        model.eval()
+        left = self.data.val_count
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, correct in five, images
+        sums[3] = left
+        # Algorithms chosen by a benchmark may differ from call to call, and with them the last bits.
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+        with torch.no_grad(), exact, torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            for batch in self.data.val_batches(self.options.workers, self.device.type == "cuda"):
+                images, labels = self.on_device(batch)
+                logits, labels = model(images)[:left], labels[:left]  # without the repetitions at the end
+                hits = logits.topk(min(5, self.data.classes)).indices == labels[:, None]
+                sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+                sums[1] += hits[:, 0].sum()
+                sums[2] += hits.sum()
+                left -= len(labels)
+        loss, top1, top5, count = self.processes.sum(sums).tolist()
+        return {"test_loss": loss / count, "accuracy": top1 / count, "top5": top5 / count, "images": int(count)}
+
+    def end_epoch(self) -> dict[str, float]:
+        """Return `progress` and what the model and its average measure. Call this in all processes."""
+        self.processes.copy_statistics(self.model)
+        row = {**self.progress(), **self.evaluate(self.model)}
+        if self.ema is not None:
+            self.processes.copy_statistics(self.ema)
+            measured = self.evaluate(self.plain(self.plain_state(self.ema.module)))
+            row |= {f"ema_{name}": measured[name] for name in ("test_loss", "accuracy", "top5")}
+        return row
+
+    def plain_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the whole state of the plain model, with its zeros. Call this in all processes."""
+        state = model.state_dict() if self.controller is None else feather_param.baked_state_dict(model)
+        return {name: sharding.whole(value) for name, value in state.items()}
+
+    def plain(self, state: dict[str, Tensor]) -> nn.Module:
+        """Return a new network with this state."""
+        network = self.build()
+        network.load_state_dict(state)
+        return network
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to continue as if there had been no interruption. Call this in all processes."""
+        for model in (self.model, self.ema):
+            if model is not None:
+                self.processes.copy_statistics(model)
+        states = {name: part.state_dict() for name, part in self._parts().items()}
+        states |= {name: sharding.state_dict(model, self.sharded) for name, model in self._models().items()}
+        states["optimizer"] = sharding.optimizer_state(self.model, self.optimizer, self.sharded)
+        loss = float(self.processes.sum(self.loss_sum)) / self.processes.count
+        return {**states, "step": self.step_count, "loss_sum": loss, "processes": self.processes.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        for name, model in self._models().items():
+            sharding.load(model, state[name], self.sharded)
+        sharding.load_optimizer(self.model, self.optimizer, state["optimizer"], self.sharded)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        if self.controller is not None:
+            self.controller.refresh()  # sharded weights do not notice a load
+        self.step_count = state["step"]
+        self.loss_sum.fill_(state["loss_sum"])
+
+    def _models(self) -> dict[str, nn.Module]:
+        return {"model": self.model} if self.ema is None else {"model": self.model, "ema": self.ema}
+
+    def _parts(self) -> dict[str, Any]:
+        return {"scheduler": self.scheduler, **({"controller": self.controller} if self.controller else {})}
+
+
+def require_fit(network: nn.Module, name: str, sizes: tuple[int, int], option: int) -> None:
+    """Raise a `UserError` unless a network takes training and validation images of these sizes.
+
+    It is tried on the meta device, which computes shapes only.
+    """
+    network = copy.deepcopy(network).to("meta")
+    for training, size in zip((True, False), sizes, strict=True):
+        try:
+            output = network.train(training)(torch.empty(2, 3, size, size, device="meta"))
+        except Exception as error:  # networks raise any error
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"expected --model {name} to take images of {size} pixels, got {reason!r}: choose another --image-size "
+                f"than {option}, or --recipe v1, whose training and validation images have one size"
+            ) from error
+        if not isinstance(output, Tensor):
+            raise UserError(
+                f"expected --model to be a network with one output, got {name}, which has auxiliary ones in training: "
+                "choose another, for example resnet50"
+            )

@@ -1,0 +1,104 @@
+"""A fake ImageNet of 64 pictures, short runs of `imagenet.py` on it, and checks that run in two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.models import get_model
+
+import feather_param
+from examples import imagenet, resumable
+from examples.imagenet import Training, parse
+from examples.processes import Processes
+from examples.resumable import Stopped, StopRequest
+from tests.examples.runs import identical, only
+
+MODEL, RATE, CLASSES = "shufflenet_v2_x0_5", 0.5, 4
+TRAIN, VAL, BATCH = 47, 17, 8  # odd numbers, which leave images over in every division
+STEPS = 2 * (TRAIN // BATCH)
+TINY = f"--model {MODEL} --image-size 32 --epochs 2 --batch-size {BATCH} --lr 0.01 --ptarget {RATE}".split()
+TINY += ["--allocation", "uniform", "--no-cuda", "--workers", "0", "--data-dir"]
+
+
+def draw(folder: Path) -> Path:
+    """Draw the pictures: noise, in another colour for each class."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        for i in range(count):
+            path = folder / split / f"n0000000{i % CLASSES}" / f"{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = random.integers(0, 128, (40, 48, 3)) + np.array([0, 40 * (i % CLASSES), 0])
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return folder
+
+
+def zeros_in(state: dict[str, Tensor]) -> tuple[int, int]:
+    """Return the zeros and the number of prunable weights of a state, which a new network has to load."""
+    network = get_model(MODEL, num_classes=CLASSES)
+    network.load_state_dict(state)
+    weights = [network.get_parameter(row.name) for row in feather_param.plan(network, final_rate=RATE).rows]
+    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    return json.loads(only(folder, "runs/*/results.json").read_text())
+
+
+def train(arguments: list[str], rank: int, world: int, folder: Path, at: int = -1) -> None:
+    """Train in one of several processes, in the folder. Stop as if by Ctrl-C at a step, and resume."""
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    torch.distributed.barrier()  # the working folder is one for all
+    processes, stop, step = Processes(rank, world, rank), StopRequest(), Training.step
+
+    def interrupted(self: Training, batch: tuple[Tensor, Tensor]) -> None:
+        step(self, batch)
+        if self.step_count == at and rank == 1:  # only one process gets the signal
+            stop.signal = resumable.signal.SIGINT
+
+    Training.step = interrupted
+    try:
+        imagenet.train(parse(arguments), Path("runs"), stop, processes)
+    except Stopped:
+        torch.distributed.barrier()  # the first process has saved the checkpoint
+        resumed = parse(["--resume", str(only(folder, "runs/*"))])
+        imagenet.train(resumed, Path("runs"), StopRequest(), processes)
+    finally:
+        Training.step = step
+    torch.distributed.barrier()
+
+
+def end_with_exact_zeros(
+    rank: int, world: int, folder: Path, *, arguments: tuple[str, ...], name: str, interrupted: bool
+) -> None:
+    arguments_of = [*TINY, str(folder / "images"), "--epochs", "1", *arguments]
+    train(arguments_of, rank, world, folder / name, at=1 if interrupted else -1)
+    if rank > 0:
+        return
+    for path in (folder / name / "models").iterdir():
+        state = torch.load(path, weights_only=True)
+        zeros, total = zeros_in(state)
+        assert zeros == round(RATE * total)
+    results = results_of(folder / name)
+    assert [(row["step"], row["images"]) for row in results["epochs"]] == [(2, VAL)]
+    assert results["layers"]
+    assert ("ema" in results) == ("v2" in arguments)
+
+
+def resumed_equals_uninterrupted(rank: int, world: int, folder: Path, *, names: tuple[str, str]) -> None:
+    if rank > 0:
+        return
+    states = [{p.stem[20:]: torch.load(p) for p in (folder / name / "models").iterdir()} for name in names]
+    assert states[0].keys() == states[1].keys()
+    assert all(identical(state, states[1][name]) for name, state in states[0].items())
+    rows = [results_of(folder / name)["epochs"] for name in names]
+    for first, second in zip(*rows, strict=True):  # the loss of each process is saved as the mean over them
+        assert {**first, "train_loss": 0} == {**second, "train_loss": 0}
+        assert abs(first["train_loss"] - second["train_loss"]) < 1e-6

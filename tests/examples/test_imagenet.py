@@ -1,0 +1,239 @@
+"""The ImageNet script: its runs, its help and its errors, on 64 pictures of noise."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import types
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from examples import imagenet
+from examples.imagenet import Training, parse
+from examples.imagenet_data import ImageNet
+from examples.imagenet_recipe import RECIPES
+from examples.imagenet_training import require_fit
+from examples.processes import Processes
+from examples.resumable import UserError
+from tests.examples.imagenet import (
+    BATCH,
+    RATE,
+    STEPS,
+    TINY,
+    VAL,
+    draw,
+    end_with_exact_zeros,
+    results_of,
+    resumed_equals_uninterrupted,
+    zeros_in,
+)
+from tests.examples.runs import identical, only
+from tests.processes.launch import run
+
+ROOT = Path(imagenet.__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the working folder of an uninterrupted run of recipe v2."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert imagenet.main([*TINY, str(images), "--recipe", "v2"]) == 0
+    return folder
+
+
+def models(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Return the saved weights of the network and of its average."""
+    return {path.stem[20:]: torch.load(path, weights_only=True) for path in folder.glob("models/*")}
+
+
+def test_a_run_writes_a_network_and_its_average_with_exact_zeros(finished: Path) -> None:
+    saved = models(finished)
+    assert saved.keys() == {"imagenet", "imagenet_ema"}
+    for state in saved.values():
+        zeros, total = zeros_in(state)
+        assert zeros == round(RATE * total)
+    results = results_of(finished)
+    assert (results["zeros"], results["ema"]["zeros"]) == (zeros, zeros)
+    assert [(row["step"], row["images"]) for row in results["epochs"]] == [(STEPS // 2, VAL), (STEPS, VAL)]
+    assert results["accuracy"] == results["epochs"][-1]["accuracy"]
+    assert results["ema"]["accuracy"] == results["epochs"][-1]["ema_accuracy"]
+    files = {path.name.partition(".")[0] for path in only(finished, "runs/*").iterdir()}
+    assert files == {"config", "results", "summary", "checkpoint", "events"}
+
+
+@pytest.mark.parametrize("at", [3, STEPS // 2])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(
+    at: int, finished: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Training.step
+
+    def interrupted(self: Training, batch: tuple[Tensor, Tensor]) -> None:
+        if self.step_count == at - 1:
+            signal.raise_signal(signal.SIGINT)
+        step(self, batch)
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "step", interrupted)
+        assert imagenet.main([*TINY, str(images), "--recipe", "v2"]) == 130
+    folder = only(tmp_path, "runs/*")
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["training"]["step"] == at
+    assert imagenet.main(["--resume", str(folder)]) == 0
+    ours, theirs = models(tmp_path), models(finished)
+    assert all(identical(ours[name], state) for name, state in theirs.items())
+    assert results_of(tmp_path)["epochs"] == results_of(finished)["epochs"]
+
+
+def test_a_dense_run_compiled(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    assert imagenet.main([*TINY, str(images), "--dense", "--recipe", "v2", "--epochs", "1", "--amp", "--compile"]) == 0
+    assert len(compiled) == 1
+    assert results_of(tmp_path)["layers"] == []
+    assert models(tmp_path).keys() == {"imagenet", "imagenet_ema"}
+    assert "(0.000%)" in capsys.readouterr().out
+
+
+def test_the_rate_is_final_from_the_given_epoch_on(images: Path) -> None:
+    def rates(*arguments: str) -> list[float]:
+        options = parse([*TINY, str(images), "--epochs", "4", *arguments])
+        data = ImageNet(images, RECIPES["v1"], 32, BATCH, 0, Processes())
+        controller = Training(options, data, torch.device("cpu")).controller
+        assert controller
+        return [controller._shared.config.rate(epoch * data.steps_per_epoch) for epoch in range(1, 5)]
+
+    assert [rate == RATE for rate in rates()] == [False, True, True, True]
+    assert [rate == RATE for rate in rates("--end", "3")] == [False, False, True, True]
+
+
+FSDP = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # that of torch 2.6 does not run on a CPU
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_end_with_exact_zeros_also_if_interrupted(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").symlink_to(images)
+    ddp, fsdp = ((), "ddp"), (("--recipe", "v2", "--parallel", "fsdp"), "fsdp")
+    checks = [
+        partial(end_with_exact_zeros, arguments=arguments, name=f"{name}_{interrupted}", interrupted=interrupted)
+        for (arguments, name), interrupted in ((ddp, True), (fsdp, False), (fsdp, True))
+    ]
+    checks.append(partial(resumed_equals_uninterrupted, names=("fsdp_False", "fsdp_True")))
+    if not FSDP:
+        del checks[1:]
+    assert not run(checks, 2, tmp_path)
+
+
+def test_the_help_says_what_90_epochs_cost() -> None:
+    path = ROOT / "benchmarks" / "results" / "training_step_gpu.json"
+    seconds = json.loads(path.read_text())["figures"]["resnet50"]["seconds"]
+    steps = 90 * 1_281_167 / (8 * 16)  # of 8 GPUs with a batch of 16 images each
+    sparse, dense = (steps * seconds[kind] / 3600 for kind in ("sparse", "dense"))
+    assert imagenet.__doc__
+    text = " ".join(imagenet.__doc__.split())
+    assert f"at most {sparse:.1f} hours of 8 NVIDIA H200" in text
+    assert f"or {dense:.1f} hours dense" in text
+    assert f"{round(steps):,} steps with batch 16 a GPU" in text
+    assert f"takes {seconds['sparse']:.4f} s (dense {seconds['dense']:.4f} s)" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (
+            ["--model", "resnet5"],
+            "expected --model to be a network of torchvision, got 'resnet5'; do you mean resnet50",
+        ),
+        (["--ptarget", "1"], "expected --ptarget to be at least 0 and below 1"),
+        (["--ptarget", "0.9999999"], "--ptarget 0.9999999 cannot be reached"),
+        (["--end", "3"], "expected --end to be at most --epochs 2, got 3"),
+        (["--batch-size", "1"], "expected --batch-size to be at least 2"),
+        (["--batch-size", "48"], "expected a batch of 48 images for each of 1 processes, got 47 images in"),
+        (["--parallel", "fsdp"], "expected several processes for --parallel fsdp, got one: start it with torchrun"),
+        (["--parallel", "fsdp", "--compile"], "expected --compile without --parallel fsdp"),
+        (["--parallel", "fsdp", "--allocation", "lamp"], "expected whole weights for --allocation lamp"),
+        (["--sname", "../up"], "expected --sname to be a file name"),
+        (["--recipe", "v3"], "argument --recipe: invalid choice"),
+        (
+            ["--data-dir", "nowhere"],
+            "in nowhere/train .* got a folder which does not exist: ImageNet may not be passed",
+        ),
+        (["--data-dir", "empty"], "in empty/train .* got a folder which has none for some or all classes: .*unpacks"),
+        (["--data-dir", "differ"], "expected the same class folders in .* got 4 and 3, for example n00000003 in one"),
+        (["--resume", "missing.pt"], "expected --resume to name a checkpoint file or the folder of a run"),
+    ],
+)
+def test_wrong_options_get_one_sentence(
+    argv: list[str],
+    sentence: str,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty/train").mkdir(parents=True)
+    Path("differ/val").mkdir(parents=True)
+    Path("differ/train").symlink_to(images / "train")
+    for name in range(3):
+        Path(f"differ/val/n0000000{name}").symlink_to(images / "val" / f"n0000000{name}")
+    assert imagenet.main([*TINY, str(images), *argv]) == 2
+    out, err = capsys.readouterr()
+    assert re.search(sentence, err)
+    assert (out, err.count("\n")) == ("", 1)
+    assert not Path("runs").exists()
+
+
+def test_resume_refuses_other_checkpoints(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = torch.load(only(finished, "runs/*") / "checkpoint.pt", weights_only=True)
+    path, training, settings = tmp_path / "checkpoint.pt", checkpoint["training"], checkpoint["settings"]
+    for changed, sentence in (
+        ({"format": "feather_param/examples/cifar100"}, "a file of another program"),
+        ({"training": {**training, "processes": 8}}, "expected 8 processes as in the run to resume, got 1"),
+        ({"settings": {**settings, "ptarget": 0.25}}, "expected a checkpoint of this network and these images, got"),
+    ):
+        torch.save({**checkpoint, **changed}, path)
+        assert imagenet.main(["--resume", str(path)]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_networks_that_do_not_fit_are_refused() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[-1] == 224, "Wrong image height!"
+            return x
+
+    require_fit(Fixed(), "vit", (224, 224), 224)
+    with pytest.raises(
+        UserError, match=r"expected --model vit to take images of 176 pixels, got 'Wrong image height!'"
+    ):
+        require_fit(Fixed(), "vit", (176, 224), 176)
+
+    class Auxiliary(nn.Module):
+        def forward(self, x: Tensor) -> object:
+            return types.SimpleNamespace(logits=x) if self.training else x
+
+    with pytest.raises(UserError, match="expected --model to be a network with one output, got googlenet"):
+        require_fit(Auxiliary(), "googlenet", (224, 224), 224)
+
+
+def test_a_damaged_image_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = draw(tmp_path / "images") / "train" / "n00000001" / "1.JPEG"
+    path.write_bytes(path.read_bytes()[:300])
+    assert imagenet.main([*TINY, "images"]) == 1
+    assert re.search(r"failed: the image .*n00000001/1\.JPEG cannot be read: ", capsys.readouterr().err)
