@@ -1,9 +1,12 @@
 """The paper's code beside the library: `python -m benchmarks.parity --data-dir DATA`.
 
 All train MobileNetV1 of width 0.5 with protocol `ten` of `benchmarks.cifar100_table`: the same batches, recipe and
-schedule, p = 3. ``papers`` has the operator and the threshold of the paper's code, with a sort of all weights in each
-step. ``default_init`` uses the library, but the initialisation is the default of torch's layers instead of that of
-`archs`. The results of the library itself are those of the table, in the folder ``ten``.
+schedule, p = 3.
+
+* ``library`` is the plain loop of the example with `feather_param.sparsify`.
+* ``together`` trains the rates of a seed at once, with `benchmarks.together` and `torch.compile`.
+* ``papers`` has the operator and the threshold of the paper's code, with a sort of all weights in each step.
+* ``default_init`` is ``library`` with the default initialisation of torch's layers instead of that of `archs`.
 
 Each run takes some minutes on one CPU core. The file ``parity.json`` is written after each run, and only the missing
 runs are made.
@@ -16,7 +19,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,12 +33,14 @@ from benchmarks import timing
 from benchmarks.cifar100_run import Run, RunTraining
 from benchmarks.cifar100_table import PROTOCOLS
 from benchmarks.papers_code import PapersOperator, papers_threshold
+from benchmarks.together import Together
 from examples.data import ImageData, load_data
 from examples.resumable import UserError
 from feather_param import schedules
 
 __all__ = ["CODES", "DefaultInit", "PapersTraining", "main"]
 
+Result = dict[str, Any]
 RATES = (0.9, 0.98, 0.995)
 NETWORK = "mobilenet_v1"
 
@@ -88,64 +93,83 @@ class DefaultInit(RunTraining):
                 module.reset_parameters()
         return network
 
-    def zeros(self) -> int:
-        """Return the number of zeros."""
-        assert self.controller is not None
-        return self.controller.report().zeros
 
-
-CODES: dict[str, tuple[str, type[PapersTraining | DefaultInit]]] = {
-    "papers": ("the paper's code", PapersTraining),
-    "default_init": ("feather_param, torch's initialisation", DefaultInit),
+CODES = {
+    "papers": "the paper's code",
+    "library": "feather_param",
+    "together": "feather_param, compiled, three networks at once",
+    "default_init": "feather_param, torch's initialisation",
 }
+_CLASSES: dict[str, type[RunTraining]] = {"papers": PapersTraining, "library": RunTraining, "default_init": DefaultInit}
 
 
-def train(code: str, run: Run, data: ImageData, device: torch.device) -> dict[str, Any]:
-    """Train a run with one of `CODES`, and return the results."""
+def train(code: str, runs: Sequence[Run], data: ImageData, device: torch.device) -> Iterator[tuple[Run, Result]]:
+    """Train some runs of a seed with one of `CODES`, and yield each with its results."""
     machine, start = timing.machine(), time.monotonic()
-    training = CODES[code][1](run, data, device)
-    for _ in tqdm(range(len(training.batches)), desc=f"{code}, {run.name}", unit="step", leave=False):
-        training.next_step()
+    if code == "together":
+        group = Together(runs, data, device, backend="inductor")
+        for _ in tqdm(range(group.steps), desc=f"{code}, {len(runs)} runs", unit="step", leave=False):
+            group.advance(1)
+        group.finish()
+        seconds = (time.monotonic() - start) / len(runs)
+        for network in group.networks:
+            yield network.run, _result(network, seconds, machine)
+        return
+    for run in runs:
+        machine, start = timing.machine(), time.monotonic()
+        training = _CLASSES[code](run, data, device)
+        for _ in tqdm(range(len(training.batches)), desc=f"{code}, {run.name}", unit="step", leave=False):
+            training.next_step()
+        yield run, _result(training, time.monotonic() - start, machine)
+
+
+def _result(training: RunTraining, seconds: float, machine: Mapping[str, Any]) -> Result:
     _, accuracy = training.evaluate(training.model)
-    seconds = round(time.monotonic() - start, 1)
-    return {"run": asdict(run), "accuracy": accuracy, "zeros": training.zeros(), "seconds": seconds, "machine": machine}
+    if isinstance(training, PapersTraining):
+        zeros = training.zeros()
+    else:
+        assert training.controller is not None
+        zeros = training.controller.report().zeros
+    seconds = round(seconds, 1)
+    return {"run": asdict(training.run), "accuracy": accuracy, "zeros": zeros, "seconds": seconds, "machine": machine}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the missing runs, print the table, and return the exit status."""
+    """Make the missing runs, print the table of all, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of CIFAR-100")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--codes", nargs="+", choices=CODES, default=list(CODES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--results", type=Path, default=timing.RESULTS, help="parent of parity.json and of the folder ten"
-    )
+    parser.add_argument("--results", type=Path, default=timing.RESULTS, help="folder of parity.json")
     arguments = parser.parse_args(argv)
     protocol, device = PROTOCOLS["ten"], torch.device(arguments.device)
-    path = arguments.results / "parity.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path: Path = arguments.results / "parity.json"
+    found: dict[str, Result] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     runs = [
         Run(NETWORK, protocol.widths[NETWORK], "feather", rate, seed, protocol.epochs, protocol.train_size)
         for seed in range(arguments.seeds)
         for rate in RATES
     ]
-    missing = [(code, run) for code in arguments.codes for run in runs if f"{code}_{run.name}" not in found]
-    try:
-        data = load_data(protocol.dataset, arguments.data_dir).to(device) if missing else None
-        library = {f"library_{run.name}": run.done(arguments.results / "ten") for run in runs}
-    except (UserError, ValueError) as error:
-        print(f"parity: error: {error}", file=sys.stderr)
-        return 2
-    for code, run in missing:
-        assert data is not None
-        found[f"{code}_{run.name}"] = train(code, run, data, device)
-        timing.write_whole(path, json.dumps(found, indent=1) + "\n")
-    about = {"library": "feather_param", **{code: name for code, (name, _) in CODES.items()}}
+    data: ImageData | None = None
+    for code in arguments.codes:
+        for seed in range(arguments.seeds):
+            missing = [run for run in runs if run.seed == seed and f"{code}_{run.name}" not in found]
+            if missing and data is None:
+                try:
+                    data = load_data(protocol.dataset, arguments.data_dir).to(device)
+                except UserError as error:
+                    print(f"parity: error: {error}", file=sys.stderr)
+                    return 2
+            for run, result in train(code, missing, data, device) if missing and data else ():
+                found[f"{code}_{run.name}"] = result
+                timing.write_whole(path, json.dumps(found, indent=1) + "\n")
     rows = []
-    for code, name in about.items():
-        results = [(run, (library | found).get(f"{code}_{run.name}")) for run in runs]
-        rows.append([name, *(_cell([r["accuracy"] for run, r in results if r and run.rate == rate]) for rate in RATES)])
+    for code, name in CODES.items():
+        results = [(run, found[key]) for run in runs if (key := f"{code}_{run.name}") in found]
+        rows.append(
+            [name, *(_cell([result["accuracy"] for run, result in results if run.rate == rate]) for rate in RATES)]
+        )
     print(timing.show(["test accuracy, %", *(f"{rate:.1%} zeros" for rate in RATES)], rows))
     return 0
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
+import feather_param
 from benchmarks import parity
-from benchmarks.cifar100_run import Run, RunTraining
-from benchmarks.cifar100_table import PROTOCOLS
+from benchmarks.cifar100_run import Run, RunTraining, build
 from benchmarks.papers_code import papers_threshold
+from benchmarks.together import Together
 from examples.data import load_data
-from tests.benchmarks.results import made_up
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:nothing survives")
@@ -53,25 +51,33 @@ def test_the_default_initialisation_is_that_of_torch(tmp_path):
 def test_only_missing_runs_are_made_and_the_table_has_them_all(tmp_path, monkeypatch, capsys):
     trained = []
 
-    def train(code, run, data, device):
-        trained.append((code, run.seed, run.rate))
-        return {"accuracy": 0.5 + run.seed / 100}
+    def train(code, runs, data, device):
+        for run in runs:
+            trained.append((code, run.seed, run.rate))
+            yield run, {"accuracy": 0.5 + run.seed / 100}
 
     monkeypatch.setattr(parity, "train", train)
     monkeypatch.setattr(parity, "load_data", lambda *_: load_data("digits", tmp_path))
     command = ["--results", str(tmp_path), "--codes", "papers", "--seeds"]
     assert parity.main([*command, "1"]) == 0
     assert trained == [("papers", 0, rate) for rate in parity.RATES]
-    run = Run("mobilenet_v1", 0.5, "feather", 0.98, 0, PROTOCOLS["ten"].epochs, None)
-    (tmp_path / "ten").mkdir()
-    result = {**made_up("feather", 0.98, 0, 0.625), "run": vars(run), "loss": 1.0, "promised": 0}
-    (tmp_path / "ten" / f"{run.name}.json").write_text(json.dumps(result))
     capsys.readouterr()
     assert parity.main([*command, "2"]) == 0
     assert len(trained) == 6
     out = capsys.readouterr().out
     assert "| the paper's code | 50.5 ± 0.7 (n = 2) | 50.5 ± 0.7 (n = 2) | 50.5 ± 0.7 (n = 2) |" in out
-    assert "| feather_param | not run | 62.5 (n = 1) | not run |" in out
+    assert "| feather_param | not run | not run | not run |" in out
+
+
+@pytest.mark.parametrize("code", parity.CODES)
+def test_each_code_trains_all_its_runs(code, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "Together", lambda *arguments, backend: Together(*arguments))
+    runs = [Run("mobilenet_v1", 0.25, "feather", rate, 0, 1, 256) for rate in (0.5, 0.98)]
+    found = list(parity.train(code, runs, load_data("digits", tmp_path, 256), CPU))
+    assert [run for run, _ in found] == runs
+    for run, result in found:
+        total = sum(row.total for row in feather_param.plan(build(run, 10, 1), final_rate=0.5).rows)
+        assert abs(result["zeros"] - round(run.rate * total)) <= (code == "papers")
 
 
 def test_missing_data_are_reported_in_one_sentence(tmp_path, monkeypatch, capsys):
