@@ -103,7 +103,7 @@ class Together:
         self._done, self._within = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
         self._streams = [torch.cuda.Stream(device) for _ in runs] if device.type == "cuda" else []
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._warm = 0  # number of steps made by this object
+        self._warm = 0  # number of steps made since the operations of a step changed
 
     def advance(self, count: int) -> None:
         """Make a number of steps. On a GPU the call returns before they are finished."""
@@ -122,8 +122,8 @@ class Together:
         freezing = [network for network in self.networks if network.freeze_step == self.step_count]
         for network in freezing:
             network.tell(self.step_count)
-        if freezing:
-            self._graph = None
+        if freezing:  # a step has other operations from now on
+            self._graph, self._warm = None, 0
         if not self._captured:
             self._step()
         elif self._warm < _WARM_UP:
@@ -140,9 +140,11 @@ class Together:
     def _replay(self) -> None:
         if self._graph is None:
             torch.cuda.synchronize(self._device)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            graph = torch.cuda.CUDAGraph()
+            # The outer context restores the stream if the recording fails. torch's context leaves its own stream then.
+            with torch.cuda.stream(torch.cuda.current_stream(self._device)), torch.cuda.graph(graph):
                 self._step()
+            self._graph = graph
         self._graph.replay()
 
     def _step(self) -> None:
@@ -153,8 +155,9 @@ class Together:
                 network.step_on(*inputs[network.run.seed], self._done)
         else:
             main = torch.cuda.current_stream(self._device)
-            for network, stream in zip(self.networks, self._streams, strict=True):
+            for stream in self._streams:  # before any network: `main` may be one of them, as torch has 32 streams only
                 stream.wait_stream(main)
+            for network, stream in zip(self.networks, self._streams, strict=True):
                 with torch.cuda.stream(stream):
                     network.step_on(*inputs[network.run.seed], self._done)
             for stream in self._streams:
