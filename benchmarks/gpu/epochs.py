@@ -37,35 +37,27 @@ class Way:
         network: its name.
         width: its width.
         count: number of networks that train at once.
-        compiled: whether `torch.compile` is used.
         captured: whether the step is recorded in a CUDA graph; else the plain loop makes it.
+        compiled: whether `torch.compile` is used as well.
     """
 
     network: str
     width: float
     count: int
-    compiled: bool
     captured: bool
+    compiled: bool = False
 
     @property
     def name(self) -> str:
         """The name of the piece."""
-        method = {
-            (False, False): "plain loop",
-            (True, False): "plain loop, compiled",
-            (False, True): "captured",
-            (True, True): "compiled and captured",
-        }
-        return f"{self.network} x {self.count}, {method[self.compiled, self.captured]}"
+        method = "compiled and captured" if self.compiled else "captured" if self.captured else "plain loop"
+        return f"{self.network} x {self.count}, {method}"
 
 
 def ways(sizes: Sizes) -> list[Way]:
-    """Return the ways in the order of their worth: first those that part d may choose."""
-    several = [
-        Way(*network, sizes.together, compiled, True) for compiled in (False, True) for network in sizes.networks
-    ]
-    alone = [(False, True), (False, False), (True, True), (True, False)]
-    return several + [Way(*network, 1, *kind) for kind in alone for network in sizes.networks]
+    """Return the ways in the order of their worth: first those that part d may choose, the fastest to measure first."""
+    kinds = [(sizes.together, True), (1, True), (sizes.together, True, True), (1, False), (1, True, True)]
+    return [Way(*network, *kind) for kind in kinds for network in sizes.networks]
 
 
 def part(sizes: Sizes, device: torch.device, warm: Warm) -> Part:
@@ -76,7 +68,7 @@ def part(sizes: Sizes, device: torch.device, warm: Warm) -> Part:
         pieces, ready = [], set(warm)
         for way in ways(sizes):
             seconds, reason = _expected(way, ready, sizes.pace)
-            if way.compiled and way.captured and seconds <= room and not finished(records.get(way.name)):
+            if way.compiled and seconds <= room and not finished(records.get(way.name)):
                 ready.add(way.network)  # by this piece, before the later ones
             pieces.append(Piece(way.name, seconds, reason, _maker(way)))
         return pieces
@@ -86,7 +78,7 @@ def part(sizes: Sizes, device: torch.device, warm: Warm) -> Part:
             if not loaded:
                 loaded.append(_random_images(sizes, device))
             figures = _measure(way, sizes, loaded[0], device)
-            if way.compiled and way.captured:
+            if way.compiled:
                 warm.add(way.network)
             return figures
 
@@ -96,8 +88,6 @@ def part(sizes: Sizes, device: torch.device, warm: Warm) -> Part:
 
 
 def _expected(way: Way, ready: Warm, pace: float) -> tuple[float, str]:
-    if way.compiled and not way.captured:
-        return pace * (2 * COMPILING + 6.0), f"two compilations of {COMPILING:.0f} s, one of each network"
     seconds, reason = (12.0, "two groups of eight: 4 s to build and record one, 70 steps of 12 ms")
     if way.count == 1:
         seconds, reason = 6.0, "two networks: 2 s to build one, 70 steps of 3 to 15 ms"
@@ -135,13 +125,10 @@ def _trainer(
     way: Way, runs: Sequence[Run], sizes: Sizes, data: ImageData, device: torch.device
 ) -> tuple[Callable[[int], None], int]:
     """Return a function that makes a number of steps of all runs, and the number of steps of an epoch."""
-    backend = sizes.backend if way.compiled else None
     if way.captured:
-        together = Together(runs, data, device, backend=backend)
+        together = Together(runs, data, device, backend=sizes.backend if way.compiled else None)
         return together.advance, together.steps_per_epoch
     training = RunTraining(runs[0], data, device)
-    if backend:
-        training.forward = torch.compile(training.model, backend=backend)
 
     def advance(count: int) -> None:
         for _ in range(count):

@@ -37,6 +37,11 @@ class Speed:
         """Return the seconds of a step of this number of networks. A few take as long as one."""
         return max(self.alone, count * self.together)
 
+    @property
+    def as_one(self) -> int:
+        """How many networks take as long as one."""
+        return max(1, min(self.count, int(self.alone / self.together)))
+
     def seconds(self, count: int, steps: int, warm: bool) -> float:
         """Return the seconds of a training of this number of networks, whose kind is compiled already if warm."""
         return _SETUP + (COMPILING if self.compiled and not warm else 0.0) + steps * self.step(count)

@@ -47,12 +47,12 @@ def test_a_rehearsal_makes_all_parts(rehearsed):
             assert record["machine"]["commit"] == "abc1234"
             assert record["machine"].keys() >= {"gpu", "driver", "cuda", "torch", "triton", "torchvision"}
     tests = pieces(rehearsed, "a")
-    assert tests["tests/ops/test_triton.py"]["figures"]["passed"] == 2
+    assert tests["tests/benchmarks/test_augmentation.py"]["figures"]["passed"] >= 1
     if not torch.cuda.is_available():
         assert tests["tests/test_gpu.py"]["figures"]["passed"] == 0
         assert tests["tests/test_gpu.py"]["figures"]["skipped"] > 50
     assert len(pieces(rehearsed, "b")) == 4
-    assert len(pieces(rehearsed, "c")) == 6
+    assert len(pieces(rehearsed, "c")) == 5
     runs = [result["run"]["method"] for result in tables.contents(pieces(rehearsed, "d"))]
     assert runs == ["feather", "soft", "dense"]
     assert [result["zeros"] == result["promised"] for result in tables.contents(pieces(rehearsed, "e"))] == [True]
@@ -66,7 +66,7 @@ def test_the_page_shows_all_parts(rehearsed):
         assert f"\n## {title}" in text
     for row in ("tests/test_gpu.py", "Controller.step(), captured", "operator, one tensor, p = 0.5, captured"):
         assert f"\n| {row} | " in text
-    for row in ("resnet20, compiled and captured", "resnet20 x 2, captured", "resnet20 x 1, plain loop, compiled"):
+    for row in ("resnet20, compiled and captured", "resnet20 x 2, captured", "resnet20 x 1, plain loop"):
         assert f"\n| {row} | " in text
     assert "\n### mobilenet_v1, width 0.25\n" in text
     assert "exactly the promised one in each of the 4 runs" in text
@@ -87,7 +87,7 @@ def test_the_next_call_makes_nothing_again(rehearsed, tmp_path, capsys):
 def test_the_plan_starts_nothing(tmp_path, capsys):
     assert command.main(["--plan", "--data", "nowhere", "--out", str(tmp_path / "none")]) == 0
     shown = capsys.readouterr().out
-    for letter, least in (("a", "95"), ("b", "136"), ("c", "366")):
+    for letter, least in (("a", "100"), ("b", "136"), ("c", "174")):
         assert re.search(rf"\| {letter} \| \*\*sum of .*\*\* \| \*\*{least}\*\* \|", shown)
     assert "| d | mobilenet_v1_feather_0.995_seed0 and 7 more | 759 | 8 at once, 62400 steps of 12.0 ms" in shown
     assert not (tmp_path / "none").exists()

@@ -133,24 +133,29 @@ def test_the_host_does_as_much_in_a_step_of_a_long_training_as_in_one_of_a_short
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of faster arithmetic on some GPUs
 @pytest.mark.parametrize("backend", [None, "inductor"])
-def test_networks_in_a_cuda_graph_train_as_one_by_one(backend, data):
+def test_networks_in_a_cuda_graph_train_as_without_it_and_as_one_by_one(backend, data):
     device = torch.device("cuda")
     on_gpu = data.to(device)
-    runs = [replace(a_run(method, "resnet20", epochs=4), width=8) for method in ("dense", "feather", "one_shot", "ema")]
-    group = Together(runs, on_gpu, device, backend=backend)
-    group.advance(group.steps)
-    group.finish()
-    for run, network in zip(runs, group.networks, strict=True):
-        alone = RunTraining(run, on_gpu, device, least=BATCH)
-        while alone.step_count < len(alone.batches):
-            alone.next_step()
-        alone.finish()
-        ours, expected = weights_of(network), weights_of(alone)
-        # bfloat16 rounds by 2^-9. Eight steps with a learning rate of 0.1 enlarge the difference ten times or so.
-        assert (ours - expected).norm() <= 0.05 * expected.norm()
-        if alone.controller is not None:
-            assert network.controller is not None
-            assert network.controller.report().zeros == alone.controller.report().zeros
+    runs = [replace(a_run(method, "resnet20", epochs=6), width=8) for method in ("dense", "feather", "one_shot", "ema")]
+    runs[1] = replace(runs[1], seed=1)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        groups = [Together(runs, on_gpu, device, backend=backend, captured=captured) for captured in (True, False)]
+        for group in groups:  # three steps before a graph, three with it, and as many once one_shot has fixed its masks
+            group.advance(group.steps)
+            group.finish()
+        for run, network, twin in zip(runs, groups[0].networks, groups[1].networks, strict=True):
+            ours, expected = weights_of(network), weights_of(twin)
+            assert (ours - expected).norm() == 0  # the same operations
+            alone = RunTraining(run, on_gpu, device, least=BATCH)
+            while alone.step_count < len(alone.batches):
+                alone.next_step()
+            alone.finish()
+            # bfloat16 rounds by 2^-9. On a CPU, a training in float32 differs by up to 8 % from one in bfloat16 after as
+            # many steps. So two orders of the roundings may differ by twice as much.
+            assert (ours - weights_of(alone)).norm() <= 0.16 * expected.norm()
+            if alone.controller is not None:
+                assert network.controller is not None
+                assert network.controller.report().zeros == alone.controller.report().zeros
 
 
 def test_a_stopped_group_and_another_one_keep_their_checkpoints(data, tmp_path):
