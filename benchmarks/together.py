@@ -183,7 +183,7 @@ class Together:
             network.load_state_dict(own)
         self.step_count = state["step"]
         self._done.fill_(self.step_count)
-        self._graph = None
+        self._graph, self._warm = None, 0
 
 
 def execute(
@@ -209,6 +209,9 @@ def execute(
 
     Returns:
         True if the runs are finished. False if they were stopped; the same call then continues at that epoch.
+
+    Raises:
+        ValueError: the weights of a network are not finite. The other runs have their files.
     """
     machine, start = timing.machine(), time.monotonic()
     group = Together(runs, data, device, backend=backend, captured=captured)
@@ -230,14 +233,26 @@ def execute(
             return False
     group.finish()
     seconds = (time.monotonic() - start) / len(runs)
+    errors = []
     for network in group.networks:
-        loss, accuracy = network.evaluate(network.model)
-        if network.controller is not None:
-            network.controller.desparsify()
-        result = content(network.run, network.model, accuracy, loss, seconds, machine)
-        timing.write_whole(folder / f"{network.run.name}.json", json.dumps(result, indent=1) + "\n")
+        try:
+            result = _result(network, seconds, machine)
+        except ValueError as error:
+            errors.append(error)
+        else:
+            timing.write_whole(folder / f"{network.run.name}.json", json.dumps(result, indent=1) + "\n")
     checkpoint.unlink(missing_ok=True)
+    if errors:
+        raise errors[0]
     return True
+
+
+def _result(network: Network, seconds: float, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluate a network after its training, bake its zeros, and return the content of its JSON file."""
+    loss, accuracy = network.evaluate(network.model)
+    if network.controller is not None:
+        network.controller.desparsify()
+    return content(network.run, network.model, accuracy, loss, seconds, machine)
 
 
 def unfinished(folder: Path) -> list[list[Run]]:

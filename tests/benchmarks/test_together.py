@@ -16,7 +16,7 @@ from benchmarks import cifar100_table, together
 from benchmarks.cifar100_run import BATCH, Run, RunTraining
 from benchmarks.cifar100_table import main
 from benchmarks.methods import METHODS
-from benchmarks.network import possible
+from benchmarks.network import Network, possible
 from benchmarks.together import Together
 from examples.data import load_data
 from examples.images import ImageData, Split
@@ -150,12 +150,28 @@ def test_networks_in_a_cuda_graph_train_as_without_it_and_as_one_by_one(backend,
             while alone.step_count < len(alone.batches):
                 alone.next_step()
             alone.finish()
-            # bfloat16 rounds by 2^-9. On a CPU, a training in float32 differs by up to 8 % from one in bfloat16 after as
-            # many steps. So two orders of the roundings may differ by twice as much.
+            # bfloat16 rounds by 2^-9. On a CPU, a training in float32 differs from one in bfloat16 by up to 8 % after
+            # as many steps. So two orders of the roundings may differ by twice as much.
             assert (ours - weights_of(alone)).norm() <= 0.16 * expected.norm()
             if alone.controller is not None:
                 assert network.controller is not None
                 assert network.controller.report().zeros == alone.controller.report().zeros
+
+
+def test_a_network_that_diverges_does_not_take_the_results_of_the_others(data, tmp_path, monkeypatch):
+    runs = [a_run(method, "resnet20", epochs=1) for method in ("soft", "feather", "dense")]
+    finish = Network.finish
+
+    def diverge(network: Network) -> None:
+        finish(network)
+        if network.run == runs[0]:
+            with torch.no_grad():
+                network.parameters[0].fill_(torch.nan)
+
+    monkeypatch.setattr(Network, "finish", diverge)
+    with pytest.raises(ValueError, match="expected finite weights"):
+        together.execute(runs, data, CPU, tmp_path)
+    assert [run.done(tmp_path) is not None for run in runs] == [False, True, True]
 
 
 def test_a_stopped_group_and_another_one_keep_their_checkpoints(data, tmp_path):
