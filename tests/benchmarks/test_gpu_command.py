@@ -187,9 +187,9 @@ def test_a_failing_a_hanging_and_a_crashing_test_file(tmp_path):
     (tmp_path / "test_slow.py").write_text("import time\ndef test_slow(): time.sleep(60)\n")
     (tmp_path / "test_crash.py").write_text("import os\ndef test_crash(): os._exit(3)\n")
 
-    def check(name: str, seconds: float) -> dict[str, Any]:
+    def check(name: str, seconds: float, later: float = 0.0) -> dict[str, Any]:
         options = ("-p", "no:hypothesispytest", f"--rootdir={tmp_path}", "-c", "/dev/null")
-        return checks._check(str(tmp_path / name), options, Call(seconds))
+        return checks._check(str(tmp_path / name), options, later, Call(seconds))
 
     figures = check("test_bad.py", 60.0)
     assert [figures[key] for key in ("passed", "failed", "skipped")] == [1, 1, 0]
@@ -199,7 +199,7 @@ def test_a_failing_a_hanging_and_a_crashing_test_file(tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)test_crash\.py ended with status 3 .*test_crash"):
         check("test_crash.py", 60.0)
     with pytest.raises(RuntimeError, match=r"test_slow\.py did not end in time"):
-        check("test_slow.py", 1.0)
+        check("test_slow.py", 61.0, later=60.0)
 
 
 def test_synchronisations_are_not_counted_on_a_cpu():
