@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import doctest
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +14,9 @@ from benchmarks import augmentation, together
 from benchmarks.cifar100_run import BATCH as OF_A_RUN
 from examples.data import Epoch, TrainBatches, crop_and_flip
 from examples.images import ImageData, Split
+from tests.interpreter import interpret
 from tests.test_gpu import no_waiting
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = ((1, 1), (5, 7), (32, 32), (19, 27))  # 3 x 32 x 32 and 3 x 19 x 27 need several programs an image
 CASES = list(itertools.product((1, 3), SIZES, (0, 1, 4), DTYPES))
@@ -123,15 +119,7 @@ def check_kernel() -> None:
 
 
 def test_in_the_interpreter_the_kernel_equals_torchs_operations():
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", "from tests.benchmarks.test_augmentation import check_kernel as check; check()"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    interpret(check_kernel)
 
 
 def test_the_example_of_the_docstring_runs():
