@@ -5,7 +5,7 @@ of its own, and one graph records a step of all networks: batch, forward and bac
 only replays the graph. The graph reads what changes from step to step by a counter that it advances itself.
 
 The training is that of `RunTraining`, except that the smaller last batch of an epoch is left out. On a CPU the same
-operations run without a graph. `benchmarks.cifar100_table --together 8` makes its runs in this way.
+operations run without a graph. `benchmarks.cifar100_table --together 8` uses it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many networks train at once, and in which way: what part c measured decides."""
+"""How many networks train at once, and whether they are compiled: what part c measured decides."""
 
 from __future__ import annotations
 
