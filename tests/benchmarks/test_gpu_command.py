@@ -181,6 +181,25 @@ def test_a_signal_ends_the_call_with_its_files_whole(tmp_path, monkeypatch, caps
     assert "stopped; the same command continues" in capsys.readouterr().err
 
 
+def test_a_new_process_makes_the_later_parts_once_the_gpu_does_not_answer(tmp_path, monkeypatch):
+    def bad(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def execv(path: str, arguments: list[str]) -> None:
+        raise SystemExit(arguments[1:])
+
+    monkeypatch.setattr("benchmarks.gpu.epochs._measure", bad)
+    monkeypatch.setattr(torch, "ones", bad)
+    monkeypatch.setattr("os.execv", execv)
+    given = [*REHEARSE, str(tmp_path), "--parts", "c", "d", "e"]
+    clock = iter([0.0, *[100.0] * 1000]).__next__
+    with pytest.raises(SystemExit) as ended:
+        command.main(given, clock)
+    assert ended.value.code == ["-m", "benchmarks.gpu", *given, "--parts", "d", "e", "--minutes", "3.333"]
+    assert "illegal memory" in (tmp_path / "page.md").read_text()
+    assert command.main([*given, "--parts", "c"]) == 1  # no part is left
+
+
 def test_a_failing_a_hanging_and_a_crashing_test_file(tmp_path):
     code = "import os, time\ndef test_a(): assert 1 == 2, 'one is not two'\ndef test_b(): pass\n"
     (tmp_path / "test_bad.py").write_text(code)
