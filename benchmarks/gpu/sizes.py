@@ -80,10 +80,7 @@ def _run(network: str, width: float, method: str, rate: float) -> Run:
 
 REHEARSAL = Sizes(
     pace=0.1,
-    tests=(
-        ("tests/test_gpu.py", (), 35.0),
-        ("tests/benchmarks/test_augmentation.py", ("-k", "on_a_gpu or refused"), 35.0),
-    ),
+    tests=(("tests/benchmarks/test_augmentation.py", ("-k", "on_a_gpu or refused"), 35.0),),
     weights=100_000,
     rounds=2,
     step_network="resnet20",

@@ -46,11 +46,10 @@ def test_a_rehearsal_makes_all_parts(rehearsed):
             assert record.keys() == {"expected", "machine", "figures", "seconds"}, name
             assert record["machine"]["commit"] == "abc1234"
             assert record["machine"].keys() >= {"gpu", "driver", "cuda", "torch", "triton", "torchvision"}
-    tests = pieces(rehearsed, "a")
-    assert tests["tests/benchmarks/test_augmentation.py"]["figures"]["passed"] >= 1
+    (tests,) = pieces(rehearsed, "a").values()
+    assert tests["figures"]["failed"] == 0
     if not torch.cuda.is_available():
-        assert tests["tests/test_gpu.py"]["figures"]["passed"] == 0
-        assert tests["tests/test_gpu.py"]["figures"]["skipped"] > 50
+        assert (tests["figures"]["passed"], tests["figures"]["skipped"]) == (1, 8)
     assert len(pieces(rehearsed, "b")) == 4
     assert len(pieces(rehearsed, "c")) == 5
     runs = [result["run"]["method"] for result in tables.contents(pieces(rehearsed, "d"))]
@@ -64,7 +63,11 @@ def test_the_page_shows_all_parts(rehearsed):
     assert re.search(r"\| 1 \| .* \| abc1234 \| ", text)
     for title in ("a. Tests that need a GPU", "b. Kernels and whole", "c. Seconds of an epoch", "d. A smaller p"):
         assert f"\n## {title}" in text
-    for row in ("tests/test_gpu.py", "Controller.step(), captured", "operator, one tensor, p = 0.5, captured"):
+    for row in (
+        "tests/benchmarks/test_augmentation.py",
+        "Controller.step(), captured",
+        "operator, one tensor, p = 0.5, captured",
+    ):
         assert f"\n| {row} | " in text
     for row in ("resnet20, compiled and captured", "resnet20 x 2, captured", "resnet20 x 1, plain loop"):
         assert f"\n| {row} | " in text
@@ -191,6 +194,7 @@ def test_a_new_process_makes_the_later_parts_once_the_gpu_does_not_answer(tmp_pa
     monkeypatch.setattr("benchmarks.gpu.epochs._measure", bad)
     monkeypatch.setattr(torch, "ones", bad)
     monkeypatch.setattr("os.execv", execv)
+    monkeypatch.setattr(command, "_tidy", lambda: None)  # it takes half a second
     given = [*REHEARSE, str(tmp_path), "--parts", "c", "d", "e"]
     clock = iter([0.0, *[100.0] * 1000]).__next__
     with pytest.raises(SystemExit) as ended:
