@@ -182,7 +182,7 @@ class RunTraining(Training):
     def next_step(self) -> None:
         """Train on the next batch, freeze the mask where the method does, and update the moving average."""
         self.step(*self.batches[self.step_count])
-        if self.method and self.controller and self.method.freezes_after(self.step_count, len(self.batches)):
+        if self.method and self.controller and self.step_count == self.method.freeze_step(len(self.batches)):
             self.controller.freeze()
         if self.average is not None:
             self.average.update_parameters(self.model)

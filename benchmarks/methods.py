@@ -73,9 +73,9 @@ class Method:
         """Sparsify a model with this method."""
         return feather_param.sparsify(model, **self.settings(model, rate, total_steps))
 
-    def freezes_after(self, step: int, total_steps: int) -> bool:
-        """Return whether the mask is frozen after this step."""
-        return self.freeze is not None and step == int(self.freeze * total_steps)
+    def freeze_step(self, total_steps: int) -> int | None:
+        """Return the number of steps after which the masks are fixed; None for never."""
+        return None if self.freeze is None else int(self.freeze * total_steps)
 
 
 def mirror_factor(

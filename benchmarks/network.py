@@ -62,13 +62,7 @@ class Network(RunTraining):
         self.lr = torch.tensor(lr, device=device)
         self.zeros = None if self.controller is None else torch.tensor(self._zeros_of_each_step(), device=device)
         self.backend = backend
-
-    @property
-    def freeze_step(self) -> int | None:
-        """The number of steps after which the masks are fixed; None for never."""
-        return next(
-            (step for step in range(self.steps) if self.method and self.method.freezes_after(step, self.steps)), None
-        )
+        self.freeze_step = self.method and self.method.freeze_step(self.steps)
 
     def step_on(self, images: Tensor, labels: Tensor, step: Tensor) -> None:
         """Make a step, whose number is given as int64 [1]."""

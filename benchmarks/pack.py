@@ -152,7 +152,8 @@ def steps(folder: Path, repository: int, parts: Sequence[Part], limit: float, ro
             f"1. Carry the repository and {first}, without {second}. There: mkdir -p KEPT && cp -r {first} KEPT/first",
             f"2. Carry the repository and {second}, without {first}. There: cp -r {second} KEPT/second",
             f"3. In the same transfer or later, there: python3 KEPT/first/{_SCRIPT} DATA KEPT/second",
-            "   It checks the SHA-1 of the files in DATA/cifar-100-binary. Give DATA to the benchmarks as --data-dir.",
+            "   It checks the SHA-1 of the files in DATA/cifar-100-binary. Give DATA to the benchmarks as --data-dir,",
+            "   and to benchmarks.gpu as --data.",
         ]
     )
 

@@ -5,7 +5,7 @@ of its own, and one graph records a step of all networks: batch, forward and bac
 only replays the graph. The graph reads what changes from step to step by a counter that it advances itself.
 
 The training is that of `RunTraining`, except that the smaller last batch of an epoch is left out. On a CPU the same
-operations run without a graph. `benchmarks.cifar100_table --together 8` makes its runs in this way.
+operations run without a graph. `benchmarks.cifar100_table --together 8` uses it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Together:
         self._done, self._within = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
         self._streams = [torch.cuda.Stream(device) for _ in runs] if device.type == "cuda" else []
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._warm = 0  # number of steps made by this object
+        self._warm = 0  # number of steps made since the operations of a step changed
 
     def advance(self, count: int) -> None:
         """Make a number of steps. On a GPU the call returns before they are finished."""
@@ -122,8 +122,8 @@ class Together:
         freezing = [network for network in self.networks if network.freeze_step == self.step_count]
         for network in freezing:
             network.tell(self.step_count)
-        if freezing:
-            self._graph = None
+        if freezing:  # a step has other operations from now on
+            self._graph, self._warm = None, 0
         if not self._captured:
             self._step()
         elif self._warm < _WARM_UP:
@@ -140,9 +140,11 @@ class Together:
     def _replay(self) -> None:
         if self._graph is None:
             torch.cuda.synchronize(self._device)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            graph = torch.cuda.CUDAGraph()
+            # The outer context restores the stream if the recording fails. torch's context leaves its own stream then.
+            with torch.cuda.stream(torch.cuda.current_stream(self._device)), torch.cuda.graph(graph):
                 self._step()
+            self._graph = graph
         self._graph.replay()
 
     def _step(self) -> None:
@@ -153,8 +155,9 @@ class Together:
                 network.step_on(*inputs[network.run.seed], self._done)
         else:
             main = torch.cuda.current_stream(self._device)
-            for network, stream in zip(self.networks, self._streams, strict=True):
+            for stream in self._streams:  # before any network: `main` may be one of them, as torch has 32 streams only
                 stream.wait_stream(main)
+            for network, stream in zip(self.networks, self._streams, strict=True):
                 with torch.cuda.stream(stream):
                     network.step_on(*inputs[network.run.seed], self._done)
             for stream in self._streams:
@@ -180,7 +183,7 @@ class Together:
             network.load_state_dict(own)
         self.step_count = state["step"]
         self._done.fill_(self.step_count)
-        self._graph = None
+        self._graph, self._warm = None, 0
 
 
 def execute(
@@ -206,6 +209,9 @@ def execute(
 
     Returns:
         True if the runs are finished. False if they were stopped; the same call then continues at that epoch.
+
+    Raises:
+        ValueError: the weights of a network are not finite. The other runs have their files.
     """
     machine, start = timing.machine(), time.monotonic()
     group = Together(runs, data, device, backend=backend, captured=captured)
@@ -227,14 +233,26 @@ def execute(
             return False
     group.finish()
     seconds = (time.monotonic() - start) / len(runs)
+    errors = []
     for network in group.networks:
-        loss, accuracy = network.evaluate(network.model)
-        if network.controller is not None:
-            network.controller.desparsify()
-        result = content(network.run, network.model, accuracy, loss, seconds, machine)
-        timing.write_whole(folder / f"{network.run.name}.json", json.dumps(result, indent=1) + "\n")
+        try:
+            result = _result(network, seconds, machine)
+        except ValueError as error:
+            errors.append(error)
+        else:
+            timing.write_whole(folder / f"{network.run.name}.json", json.dumps(result, indent=1) + "\n")
     checkpoint.unlink(missing_ok=True)
+    if errors:
+        raise errors[0]
     return True
+
+
+def _result(network: Network, seconds: float, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluate a network after its training, bake its zeros, and return the content of its JSON file."""
+    loss, accuracy = network.evaluate(network.model)
+    if network.controller is not None:
+        network.controller.desparsify()
+    return content(network.run, network.model, accuracy, loss, seconds, machine)
 
 
 def unfinished(folder: Path) -> list[list[Run]]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -51,13 +53,15 @@ def main(argv: Sequence[str] | None = None, clock: Callable[[], float] = time.mo
         if arguments.only_page:
             page.write(folder)
             return 0
-        return _run(arguments, chosen, clock)
+        return _run(arguments, chosen, clock, sys.argv[1:] if argv is None else argv)
     except (ValueError, FileExistsError) as error:
         print(f"benchmarks.gpu: error: {error}", file=sys.stderr)
         return 2
 
 
-def _run(arguments: argparse.Namespace, chosen: Sequence[budget.Part], clock: Callable[[], float]) -> int:
+def _run(
+    arguments: argparse.Namespace, chosen: Sequence[budget.Part], clock: Callable[[], float], argv: Sequence[str]
+) -> int:
     if arguments.parts is None and "d" not in {part.letter for part in chosen}:
         print("left out parts d and e: they need --data", file=sys.stderr)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -70,10 +74,13 @@ def _run(arguments: argparse.Namespace, chosen: Sequence[budget.Part], clock: Ca
             call = budget.Call(60.0 * arguments.minutes - RESERVE, clock, lambda: request.signal is not None)
             say = partial(print, file=sys.stderr, flush=True)
             place = budget.Place(arguments.out, arguments.rehearse, timing.machine, timing.write_whole, say, _tidy)
-            for part in chosen:
+            for i, part in enumerate(chosen):
                 if not call.stopped():
                     good = budget.run(part, place, call) and good
                     good = _written(arguments.out, say) and good
+                    if not (good or _answers(arguments.device) or part is chosen[-1]):
+                        say("the GPU does not answer this process any more; a new one makes the later parts")
+                        _start_again([*argv, "--parts", *(each.letter for each in chosen[i + 1 :])], call.left())
     finally:
         torch.backends.cudnn.benchmark = benchmark
         timing.set_commit("")
@@ -92,6 +99,20 @@ def _written(folder: Path, say: Callable[[str], object]) -> bool:
         say(f"the page raised {type(error).__name__}: {error}")
         return False
     return True
+
+
+def _answers(device: str) -> bool:
+    """Return whether the device still computes. After some errors of a kernel, each call of the process raises."""
+    try:
+        return torch.ones((), device=device).item() == 1.0
+    except RuntimeError:
+        return False
+
+
+def _start_again(argv: Sequence[str], seconds: float) -> NoReturn:
+    """Replace this process by one with other arguments, which ends after as many seconds or at once."""
+    minutes = max(seconds, 1.0) / 60 + RESERVE / 60
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *argv, "--minutes", f"{minutes:.3f}"])
 
 
 def _tidy() -> None:

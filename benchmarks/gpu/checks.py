@@ -1,6 +1,6 @@
 """Part a: the tests that need a GPU, with the real compiler of triton. A piece is a test file, in a process of its own.
 
-A hang or a crash therefore costs one file.
+A crash therefore costs one file, and so does a hang: each process leaves the expected time of the later ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks.gpu.budget import Call, Figures, Part, Piece
+from benchmarks.gpu.budget import MARGIN, Call, Figures, Part, Piece
 from benchmarks.gpu.sizes import Sizes
 
 __all__ = ["part"]
@@ -26,15 +26,22 @@ _TEXT = 2000  # characters of the message of a failure
 
 def part(sizes: Sizes) -> Part:
     """Return the part."""
-    pieces = [
-        Piece(file, sizes.pace * seconds, "start of a process, and its tests", partial(_check, file, options))
-        for file, options, seconds in sizes.tests
-    ]
-    return Part("a", "Tests that need a GPU", "a_checks.json", lambda records, room: pieces, most=150.0)
+    pieces = []
+    for i, (file, options, seconds) in enumerate(sizes.tests):
+        later = sizes.pace * sum(expected for *_, expected in sizes.tests[i + 1 :])
+        make = partial(_check, file, options, MARGIN * later)
+        pieces.append(Piece(file, sizes.pace * seconds, "start of a process, and its tests", make))
+    return Part("a", "Tests that need a GPU", "a_checks.json", lambda records, room: pieces, most=180.0)
 
 
-def _check(file: str, options: Sequence[str], call: Call) -> Figures:
-    """Run a test file within the time that is left to the part, and return the counts and the failures.
+def _check(file: str, options: Sequence[str], later: float, call: Call) -> Figures:
+    """Run a test file, and return the counts and the failures.
+
+    Args:
+        file: the file.
+        options: further arguments of pytest.
+        later: the seconds to leave to the later files.
+        call: the call, whose remaining time is the limit.
 
     Raises:
         RuntimeError: the process crashed, or the time was over. The message has the last lines of its output.
@@ -53,7 +60,7 @@ def _check(file: str, options: Sequence[str], call: Call) -> Figures:
                     stdin=subprocess.DEVNULL,
                     stdout=sink,
                     stderr=subprocess.STDOUT,
-                    timeout=max(1.0, call.left()),
+                    timeout=max(1.0, call.left() - later),
                 ).returncode
             except subprocess.TimeoutExpired:
                 status = None

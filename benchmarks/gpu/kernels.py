@@ -47,7 +47,7 @@ def part(sizes: Sizes, device: torch.device) -> Part:
             partial(_steps, sizes, device, True),
         ),
     ]
-    return Part("b", "Kernels and whole steps", "b_kernels.json", lambda records, room: pieces, most=180.0)
+    return Part("b", "Kernels and whole steps", "b_kernels.json", lambda records, room: pieces, most=220.0)
 
 
 def _steps(sizes: Sizes, device: torch.device, compiled: bool, call: Call) -> Figures:

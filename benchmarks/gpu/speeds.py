@@ -1,4 +1,4 @@
-"""How many networks train at once, and in which way: what part c measured decides."""
+"""How many networks train at once, and whether they are compiled: what part c measured decides."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ class Speed:
     def step(self, count: int) -> float:
         """Return the seconds of a step of this number of networks. A few take as long as one."""
         return max(self.alone, count * self.together)
+
+    @property
+    def as_one(self) -> int:
+        """How many networks take as long as one."""
+        return max(1, min(self.count, int(self.alone / self.together)))
 
     def seconds(self, count: int, steps: int, warm: bool) -> float:
         """Return the seconds of a training of this number of networks, whose kind is compiled already if warm."""

@@ -1,7 +1,8 @@
 """Parts d and e: runs of CIFAR-100, several networks at once, each of which can be continued at the epoch.
 
 The networks that train at once, and their number, follow from the times that part c measured on this GPU. If not even
-one run fits into the time, one is started anyhow, and stops at the last epoch that fits. The next call continues it.
+one run fits into the time, one is started anyhow, with those that take no longer beside it, and stops at the last epoch
+that fits. The next call continues it.
 """
 
 from __future__ import annotations
@@ -98,10 +99,16 @@ class Tables:
         while left:
             like = [run for run in left if (run.network, run.epochs) == (left[0].network, left[0].epochs)]
             choice = self._choice(like, math.inf if pieces else room)
-            group = like[: choice.count] if choice else like[:1]
+            group = like[: choice.count if choice else self._largest(like).speed.as_one]
             pieces.append(self._piece(group, choice))
             left = [run for run in left if run not in group]
         return pieces
+
+    def _largest(self, runs: Sequence[Run]) -> Choice:
+        """Return how many of some runs of one network train at once, whatever the time."""
+        choice = self._choice(runs, math.inf)
+        assert choice is not None
+        return choice
 
     def _choice(self, runs: Sequence[Run], room: float) -> Choice | None:
         """Return how many of some runs of one network train at once within the room; None if none fits."""
@@ -114,16 +121,15 @@ class Tables:
 
     def _piece(self, group: list[Run], choice: Choice | None) -> Piece:
         """Return the piece of a group. Without a choice it was stopped before, or does not fit: it stops early."""
-        room = choice or self._choice(group, math.inf)
-        assert room is not None
+        speed = (choice or self._largest(group)).speed
         steps = self._steps(group[0])
-        epoch = self.pace * room.speed.step(len(group)) * steps / group[0].epochs
-        seconds = self.pace * room.speed.seconds(len(group), steps, group[0].network in self.warm)
+        epoch = self.pace * speed.step(len(group)) * steps / group[0].epochs
+        seconds = self.pace * speed.seconds(len(group), steps, group[0].network in self.warm)
         setup = seconds - epoch * group[0].epochs
         names = group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
-        kind = "compiled and captured" if room.speed.compiled else "captured"
-        reason = f"{len(group)} at once, {steps} steps of {1e3 * room.speed.step(len(group)):.1f} ms, {kind}"
-        make = partial(self._make, group, room.speed.compiled, epoch)
+        kind = "compiled and captured" if speed.compiled else "captured"
+        reason = f"{len(group)} at once, {steps} steps of {1e3 * speed.step(len(group)):.1f} ms, {kind}"
+        make = partial(self._make, group, speed.compiled, epoch)
         return Piece(names, seconds, reason, make, setup + epoch + _ENDING * self.pace if choice is None else None)
 
     def _make(self, group: list[Run], compiled: bool, epoch: float, call: Call) -> Figures:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import doctest
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +14,13 @@ from benchmarks import augmentation, together
 from benchmarks.cifar100_run import BATCH as OF_A_RUN
 from examples.data import Epoch, TrainBatches, crop_and_flip
 from examples.images import ImageData, Split
+from tests.interpreter import interpret
 from tests.test_gpu import no_waiting
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = ((1, 1), (5, 7), (32, 32), (19, 27))  # 3 x 32 x 32 and 3 x 19 x 27 need several programs an image
 CASES = list(itertools.product((1, 3), SIZES, (0, 1, 4), DTYPES))
-ON_GPU = [(1, (5, 7), 0), (1, (8, 8), 1), (3, (19, 27), 2), (3, (32, 32), 4)]  # few: each is compiled twice
+FEW = [(1, (5, 7), 0), (1, (8, 8), 1), (3, (19, 27), 2), (3, (32, 32), 4)]  # each is compiled twice, or interpreted
 NUMBER, BATCH = 11, 3  # the last two images are in no whole batch
 ULP = 2.0**-7  # of bfloat16, relative
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -107,7 +103,7 @@ def test_networks_that_train_together_see_the_batches_of_a_run(data):
 def check_kernel() -> None:
     from benchmarks.augmentation_triton import augment
 
-    for channels, size, padding, dtype in CASES:
+    for (channels, size, padding), dtype in itertools.product(FEW, DTYPES):
         data = made_up(channels, size, padding)
         for step in (0, NUMBER // BATCH - 1):
             got = augment(data, drawn_for(data), torch.tensor([step]), BATCH, dtype)
@@ -123,15 +119,7 @@ def check_kernel() -> None:
 
 
 def test_in_the_interpreter_the_kernel_equals_torchs_operations():
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", "from tests.benchmarks.test_augmentation import check_kernel as check; check()"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    interpret(check_kernel)
 
 
 def test_the_example_of_the_docstring_runs():
@@ -157,7 +145,7 @@ def test_images_that_the_kernel_cannot_read_are_refused():
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("channels", "size", "padding"), ON_GPU)
+@pytest.mark.parametrize(("channels", "size", "padding"), FEW)
 def test_on_a_gpu_the_kernel_equals_torchs_operations_on_a_cpu(channels, size, padding, dtype):
     data = made_up(channels, size, padding)
     on_gpu = data.to(torch.device("cuda"))

@@ -99,6 +99,7 @@ def test_the_speeds_are_those_that_were_measured_on_this_gpu():
 def test_a_few_networks_take_as_long_as_one():
     speed = Speed(3e-3, 1e-3, 8)
     assert [speed.step(count) for count in (1, 2, 3, 8)] == [3e-3, 3e-3, 3e-3, 8e-3]
+    assert [Speed(3e-3, step, 8).as_one for step in (3.1e-3, 1.4e-3, 0.1e-3)] == [1, 2, 8]
 
 
 def test_the_largest_group_that_ends_in_time_is_chosen():

@@ -28,7 +28,7 @@ def test_a_method_starts_ends_and_freezes_at_fractions_of_the_steps(name, start,
     method = METHODS[name]
     settings = method.settings(model(), 0.9, 100)
     assert (settings["start_step"], settings["end_step"]) == (start, end)
-    assert [step for step in range(101) if method.freezes_after(step, 100)] == ([] if freeze is None else [freeze])
+    assert method.freeze_step(100) == freeze
 
 
 def test_the_guard_is_a_quarter_of_the_mean_number_of_survivors():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from benchmarks import cifar100_table, together
 from benchmarks.cifar100_run import BATCH, Run, RunTraining
 from benchmarks.cifar100_table import main
 from benchmarks.methods import METHODS
-from benchmarks.network import possible
+from benchmarks.network import Network, possible
 from benchmarks.together import Together
 from examples.data import load_data
 from examples.images import ImageData, Split
@@ -49,10 +50,16 @@ def trained(runs: list[Run], data: ImageData, backend: str | None = None) -> Tog
     return group
 
 
+@pytest.fixture(scope="module")
+def group(data: ImageData) -> Together:
+    """Return a network of each method, with two seeds, after their training."""
+    return trained([replace(a_run(method), seed=i % 2) for i, method in enumerate(TOGETHER)], data)
+
+
 @pytest.mark.parametrize("method", TOGETHER)
-def test_a_network_among_others_trains_as_it_does_alone(method, data):
-    run = a_run(method)
-    network, _ = trained([run, replace(run, seed=1, method="soft", rate=0.5)], data).networks
+def test_a_network_among_others_trains_as_it_does_alone(method, group, data):
+    network = group.networks[TOGETHER.index(method)]
+    run = network.run
     alone = RunTraining(run, data, CPU, least=BATCH)
     while alone.step_count < len(alone.batches):
         alone.next_step()
@@ -68,8 +75,8 @@ def test_a_network_among_others_trains_as_it_does_alone(method, data):
 
 
 def test_all_networks_of_a_kind_use_one_compiled_graph_and_train_as_without_it(data):
-    methods = ["dense", "feather", "soft", "one_shot", "ema"]  # one_shot fixes its masks after half of the steps
-    runs = [a_run(method, "resnet20") for method in methods]
+    # one_shot fixes its masks after half of the steps
+    runs = [a_run(method, "resnet20") for method in ("dense", "feather", "one_shot")]
     before = counters["stats"]["unique_graphs"]
     compiled = trained(runs, data, "aot_eager")
     assert counters["stats"]["unique_graphs"] == before + 1
@@ -79,9 +86,10 @@ def test_all_networks_of_a_kind_use_one_compiled_graph_and_train_as_without_it(d
             assert torch.equal(ours.model.get_buffer(name), buffer)
 
 
-@pytest.mark.parametrize("method", TOGETHER)
-def test_a_group_that_was_stopped_continues_to_the_same_result(method, data, tmp_path):
-    runs = [a_run(method, "resnet20", epochs=4), replace(a_run("dense", "resnet20", epochs=4), seed=1)]
+def test_a_group_that_was_stopped_continues_to_the_same_result(data, tmp_path):
+    # One threshold, one from scores, one for each weight, fixed masks, an average, and none.
+    methods = ("feather", "lamp", "erk", "one_shot", "ema", "dense")
+    runs = [replace(a_run(method, "resnet20", epochs=4), seed=i % 2) for i, method in enumerate(methods)]
 
     def results(folder: Path) -> list[dict[str, object]]:
         contents = [run.done(folder) for run in runs]
@@ -91,37 +99,79 @@ def test_a_group_that_was_stopped_continues_to_the_same_result(method, data, tmp
         (tmp_path / name).mkdir()
     assert together.execute(runs, data, CPU, tmp_path / "whole")
     steps: list[int] = []
-    for expected in ([4], [4, 4], [8, 4]):  # of two networks
+    for expected in ([12], [12, 12], [24, 12]):  # of six networks
         assert not together.execute(runs, data, CPU, tmp_path / "parts", advance=steps.append, stopped=lambda: True)
         assert steps == expected
         assert together.unfinished(tmp_path / "parts") == [runs]
         steps.clear()
     assert together.execute(runs, data, CPU, tmp_path / "parts")
     assert together.unfinished(tmp_path / "parts") == []
-    assert len(results(tmp_path / "whole")) == 2
+    assert len(results(tmp_path / "whole")) == 6
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
+def test_the_host_does_as_much_in_a_step_of_a_long_training_as_in_one_of_a_short_one(data):
+    def calls(epochs: int) -> int:
+        group = Together([a_run("late_freeze", "resnet20", epochs)], data, CPU)
+        group._step = lambda: None  # that of the device
+        count = 0
+
+        def counted(frame, event, argument):
+            nonlocal count
+            count += 1
+
+        sys.setprofile(counted)
+        try:
+            group.advance(1)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(200) == calls(2)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of faster arithmetic on some GPUs
 @pytest.mark.parametrize("backend", [None, "inductor"])
-def test_networks_in_a_cuda_graph_train_as_one_by_one(backend, data):
+def test_networks_in_a_cuda_graph_train_as_without_it_and_as_one_by_one(backend, data):
     device = torch.device("cuda")
     on_gpu = data.to(device)
-    runs = [replace(a_run(method, "resnet20", epochs=4), width=8) for method in ("dense", "feather", "one_shot", "ema")]
-    group = Together(runs, on_gpu, device, backend=backend)
-    group.advance(group.steps)
-    group.finish()
-    for run, network in zip(runs, group.networks, strict=True):
-        alone = RunTraining(run, on_gpu, device, least=BATCH)
-        while alone.step_count < len(alone.batches):
-            alone.next_step()
-        alone.finish()
-        ours, expected = weights_of(network), weights_of(alone)
-        # bfloat16 rounds by 2^-9. Eight steps with a learning rate of 0.1 enlarge the difference ten times or so.
-        assert (ours - expected).norm() <= 0.05 * expected.norm()
-        if alone.controller is not None:
-            assert network.controller is not None
-            assert network.controller.report().zeros == alone.controller.report().zeros
+    runs = [replace(a_run(method, "resnet20", epochs=6), width=8) for method in ("dense", "feather", "one_shot", "ema")]
+    runs[1] = replace(runs[1], seed=1)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        groups = [Together(runs, on_gpu, device, backend=backend, captured=captured) for captured in (True, False)]
+        for group in groups:  # three steps before a graph, three with it, and as many once one_shot has fixed its masks
+            group.advance(group.steps)
+            group.finish()
+        for run, network, twin in zip(runs, groups[0].networks, groups[1].networks, strict=True):
+            ours, expected = weights_of(network), weights_of(twin)
+            assert (ours - expected).norm() == 0  # the same operations
+            alone = RunTraining(run, on_gpu, device, least=BATCH)
+            while alone.step_count < len(alone.batches):
+                alone.next_step()
+            alone.finish()
+            # bfloat16 rounds by 2^-9. On a CPU, a training in float32 differs from one in bfloat16 by up to 8 % after
+            # as many steps. So two orders of the roundings may differ by twice as much.
+            assert (ours - weights_of(alone)).norm() <= 0.16 * expected.norm()
+            if alone.controller is not None:
+                assert network.controller is not None
+                assert network.controller.report().zeros == alone.controller.report().zeros
+
+
+def test_a_network_that_diverges_does_not_take_the_results_of_the_others(data, tmp_path, monkeypatch):
+    runs = [a_run(method, "resnet20", epochs=1) for method in ("soft", "feather", "dense")]
+    finish = Network.finish
+
+    def diverge(network: Network) -> None:
+        finish(network)
+        if network.run == runs[0]:
+            with torch.no_grad():
+                network.parameters[0].fill_(torch.nan)
+
+    monkeypatch.setattr(Network, "finish", diverge)
+    with pytest.raises(ValueError, match="expected finite weights"):
+        together.execute(runs, data, CPU, tmp_path)
+    assert [run.done(tmp_path) is not None for run in runs] == [False, True, True]
 
 
 def test_a_stopped_group_and_another_one_keep_their_checkpoints(data, tmp_path):
@@ -150,14 +200,7 @@ def test_methods_that_need_the_host_are_known():
 COMMAND = "--protocol=digits --methods feather guard --rates 0.9 --seeds=1 --device=cpu --together=3"
 
 
-def test_the_table_makes_its_runs_together(tmp_path, capsys):
-    assert main([*COMMAND.split(), "--epochs=1", f"--results={tmp_path}"]) == 0
-    found = sorted(path.name for path in (tmp_path / "digits_1_epochs").glob("*.json"))
-    assert found == ["resnet20_dense_0.0_seed0.json", "resnet20_feather_0.9_seed0.json"]
-    assert "left out 1 runs that need the host" in capsys.readouterr().err
-
-
-def test_the_table_continues_a_group_after_ctrl_c(tmp_path, capsys, monkeypatch):
+def test_the_table_makes_its_runs_together_and_continues_them_after_ctrl_c(tmp_path, capsys, monkeypatch):
     command = [*COMMAND.split(), "--epochs=2", f"--results={tmp_path}"]
     update = cifar100_table.tqdm.update
 
@@ -171,5 +214,7 @@ def test_the_table_continues_a_group_after_ctrl_c(tmp_path, capsys, monkeypatch)
     folder = tmp_path / "digits_2_epochs"
     assert [path.suffix for path in folder.iterdir()] == [".pt"]
     monkeypatch.setattr(cifar100_table.tqdm, "update", update)
-    assert main([*command, "--seeds=1"]) == 0
-    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json"]
+    assert main(command) == 0
+    found = sorted(path.name for path in folder.iterdir())
+    assert found == ["resnet20_dense_0.0_seed0.json", "resnet20_feather_0.9_seed0.json"]
+    assert "left out 1 runs that need the host" in capsys.readouterr().err

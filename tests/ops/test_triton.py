@@ -1,22 +1,15 @@
-"""The Triton kernels, run on a CPU by triton's interpreter.
-
-Each check runs in a new process, because triton chooses between interpreter and compiler when it is imported.
-"""
+"""The Triton kernels, run on a CPU by triton's interpreter, each check in a new process."""
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.interpreter import interpret
 
 
 def check_histogram() -> None:
@@ -148,15 +141,7 @@ CHECKS = [check_histogram, check_kth, check_kth_of_shards, check_shrink, check_l
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_the_kernels_are_exact_in_the_interpreter(check):
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", f"from tests.ops.test_triton import {check.__name__} as check; check()"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    interpret(check)
 
 
 def test_there_are_no_kernels_for_a_device_that_triton_does_not_support():
