@@ -37,26 +37,33 @@ class Variant:
         network: its name.
         width: its width.
         count: number of networks that train at once.
-        captured: whether the step is recorded in a CUDA graph; else the plain loop makes it.
-        compiled: whether `torch.compile` is used as well.
+        captured: whether the step is recorded in a CUDA graph.
+        compiled: whether `torch.compile` is used. With neither of both, the plain loop makes the steps.
     """
 
     network: str
     width: float
     count: int
     captured: bool
-    compiled: bool = False
+    compiled: bool
 
     @property
     def name(self) -> str:
         """The name of the piece."""
-        method = "compiled and captured" if self.compiled else "captured" if self.captured else "plain loop"
-        return f"{self.network} x {self.count}, {method}"
+        method = ["compiled"] * self.compiled + ["captured"] * self.captured or ["plain loop"]
+        return f"{self.network} x {self.count}, {' and '.join(method)}"
 
 
 def variants(sizes: Sizes) -> list[Variant]:
     """Return the variants in the order of their worth. Part d needs those that take the least time to measure."""
-    kinds = [(sizes.together, True), (1, True), (sizes.together, True, True), (1, False), (1, True, True)]
+    kinds = [
+        (sizes.together, True, False),
+        (1, True, False),
+        (sizes.together, True, True),
+        (1, False, False),
+        (1, True, True),
+        (1, False, True),
+    ]
     return [Variant(*network, *kind) for kind in kinds for network in sizes.networks]
 
 
@@ -125,8 +132,9 @@ def _trainer(
     variant: Variant, runs: Sequence[Run], sizes: Sizes, data: ImageData, device: torch.device
 ) -> tuple[Callable[[int], None], int]:
     """Return a function that makes a number of steps of all runs, and the number of steps of an epoch."""
-    if variant.captured:
-        together = Together(runs, data, device, backend=sizes.backend if variant.compiled else None)
+    if variant.captured or variant.compiled:
+        backend = sizes.backend if variant.compiled else None
+        together = Together(runs, data, device, backend=backend, captured=variant.captured)
         return together.advance, together.steps_per_epoch
     training = RunTraining(runs[0], data, device)
 
