@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, free: Sequence[str], prog: str, description: str | None) -> None:
         super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self._free = free
+        self.free = free
         self._ranges: dict[str, dict[str, float]] = {}
 
     def option(
@@ -135,7 +135,7 @@ class Parser(argparse.ArgumentParser):
             self.set_defaults(**saved)
             options = self.parse_args(argv)
             for name, value in settings(options).items():
-                if name not in self._free and value != saved[name]:
+                if name not in self.free and value != saved[name]:
                     raise UserError(
                         f"expected --{name.replace('_', '-')} to be {saved[name]} as in the run to resume, got "
                         f"{value}: leave the option out, or start a new run"

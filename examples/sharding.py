@@ -1,7 +1,4 @@
-"""FSDP2 for a network of any kind: divide its weights over the processes, and gather and load whole states.
-
-Without FSDP2 (``sharded=False``), states are those of the module and the optimizer themselves.
-"""
+"""FSDP2 for a network of any kind: divide its weights over the processes, and gather and load whole states."""
 
 from __future__ import annotations
 
@@ -39,40 +36,27 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
 
 
-def state_dict(model: nn.Module, sharded: bool) -> dict[str, Any]:
-    """Return the whole state of a model: if it is sharded, in the first process, and an empty one elsewhere."""
-    if not sharded:
-        return model.state_dict()
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Any]:
+    """Return the whole states of a sharded model, its optimizer and its moving average.
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> dict[str, Any]:
-    """Return the whole state of an optimizer: if it is sharded, in the first process, and an empty one elsewhere."""
-    if not sharded:
-        return optimizer.state_dict()
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    They are in the first process, and empty ones elsewhere. Call this in all processes.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_optimizer_state_dict(model, optimizer, options=options)
+    states: dict[str, Any] = {} if ema is None else {"ema": get_model_state_dict(ema, options=options)}
+    states["model"], states["optimizer"] = get_state_dict(model, optimizer, options=options)
+    return states
 
 
-def load(model: nn.Module, state: dict[str, Any], sharded: bool) -> None:
-    """Load a whole state, which all processes have, into a model."""
-    if not sharded:
-        model.load_state_dict(state)
-        return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+def load_state_dict(
+    state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
+) -> None:
+    """Load what `state_dict` has returned in the first process. Call this in all processes, with the same state."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
-
-
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], sharded: bool) -> None:
-    """Load a whole state, which all processes have, into an optimizer."""
-    if not sharded:
-        optimizer.load_state_dict(state)
-        return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, state["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    if ema is not None:
+        set_model_state_dict(ema, state["ema"], options=options)
