@@ -158,9 +158,7 @@ class Training:
     def plain_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the whole state of the plain model, with its zeros, on the CPU. Call this in all processes."""
         state = model.state_dict() if self.controller is None else feather_param.baked_state_dict(model)
-        for name, value in state.items():  # in place: the dictionary also holds the versions of the modules
-            state[name] = sharding.whole(value).cpu()
-        return state
+        return sharding.whole(state)
 
     def plain(self, state: dict[str, Tensor]) -> nn.Module:
         """Return a new network with this state."""
@@ -175,7 +173,8 @@ class Training:
                 self.processes.copy_statistics(model)
         states = {name: part.state_dict() for name, part in self._parts().items()}
         if self.sharded:
-            states |= sharding.state_dict(self.model, self.optimizer, self.ema)
+            states |= {name: sharding.whole(states[name]) for name in ("model", "ema") if name in states}
+            states["optimizer"] = sharding.optimizer_state(self.model, self.optimizer)
         loss = float(self.processes.sum(self.loss_sum)) / self.processes.count
         counts = {"step": self.step_count, "epoch": self.epoch, "processes": self.processes.count}
         return {**states, **counts, "loss_sum": loss}
@@ -193,7 +192,10 @@ class Training:
             )
         parts = self._parts()
         if self.sharded:
-            sharding.load_state_dict(state, parts.pop("model"), parts.pop("optimizer"), parts.pop("ema", None))
+            for name in ("model", "ema"):
+                if name in parts:
+                    sharding.load(parts.pop(name), state[name])
+            sharding.load_optimizer(self.model, parts.pop("optimizer"), state["optimizer"])
         for name, part in parts.items():
             part.load_state_dict(state[name])
         if self.controller is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from examples.processes import Processes
 
@@ -31,32 +31,40 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
         yield from child.children() if isinstance(child, nn.Sequential) else _blocks(child)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor, gathered from all processes if it is divided over them."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
+def whole(state: dict[str, Any]) -> dict[str, Any]:
+    """Make the tensors of a state whole and move them to the CPU, in place, and return the state.
 
-
-def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Any]:
-    """Return the whole states of a sharded model, its optimizer and its moving average.
-
-    They are in the first process, and empty ones elsewhere. Call this in all processes.
+    Call this in all processes, which gather what is divided over them. In place, because ``_metadata`` of a
+    ``state_dict`` holds the versions of the modules, which some networks check.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
+    for name, value in state.items():
+        state[name] = (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu()
+    return state
+
+
+def load(model: nn.Module, state: dict[str, Any]) -> None:
+    """Load a whole state into a sharded model. Call this in all processes, with the same state."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    own = model.state_dict()
+    for name, value in own.items():
+        if isinstance(value, DTensor):
+            own[name] = distribute_tensor(state[name].to(value.device), value.device_mesh, value.placements)
+        else:
+            own[name] = state[name]
+    model.load_state_dict(own)
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the whole state of an optimizer: in the first process, and an empty one elsewhere."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    states: dict[str, Any] = {} if ema is None else {"ema": get_model_state_dict(ema, options=options)}
-    states["model"], states["optimizer"] = get_state_dict(model, optimizer, options=options)
-    return states
+    return dict(get_optimizer_state_dict(model, optimizer, options=options))
 
 
-def load_state_dict(
-    state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
-) -> None:
-    """Load what `state_dict` has returned in the first process. Call this in all processes, with the same state."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a whole state into an optimizer. Call this in all processes, with the same state."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-    options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(model, state["model"], options=options)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
-    if ema is not None:
-        set_model_state_dict(ema, state["ema"], options=options)
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))

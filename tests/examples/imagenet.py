@@ -28,11 +28,21 @@ TINY = f"--model {MODEL} --image-size 32 --epochs 2 --batch-size {BATCH} --lr 0.
 TINY += ["--allocation", "uniform", "--no-cuda", "--workers", "0", "--data-dir"]
 
 
+class Versioned(nn.Sequential):
+    """A network that checks the version of a state, as MNASNet of torchvision does."""
+
+    _version = 1
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        assert metadata.get("version") == 1
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
 def tiny(num_classes: int, **_: object) -> nn.Module:
-    """Return a network with everything that matters here, which is fast: batch norm, blocks to shard, and dropout."""
+    """Return a fast network with what matters here: batch norm, blocks to shard, dropout, and a version."""
     block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     blocks = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), block)
-    return nn.Sequential(blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(32, num_classes))
+    return Versioned(blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(32, num_classes))
 
 
 tiny.__module__ = "torchvision.models.tiny"  # the script takes networks of torchvision only
