@@ -66,7 +66,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     help += "mixup, cutmix, TrivialAugment, random erasing, norms without weight decay, and a moving average (EMA)"
     option("--recipe", "v1", help, choices=RECIPES)
     option("--epochs", None, "number of epochs (v1: 90, v2: 600)", {"at least": 1}, type=int)
-    help = "images in a batch of each process (v1: 32, v2: 128); batch norm needs at least 2"
+    help = "number of training images in a batch of each process (v1: 32, v2: 128); batch norm needs at least 2"
     option("--batch-size", None, help, {"at least": 2}, type=int)
     help = "learning rate (v1: 0.1, v2: 0.5, both for 8 processes; scale it with the images of all batches together)"
     option("--lr", None, help, {"above": 0, "below": math.inf}, type=float)
@@ -88,9 +88,10 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
         UserError: two options do not fit together, or the network is unknown.
     """
     recipe = RECIPES[options.recipe]
-    for name, field in (("epochs",) * 2, ("batch_size",) * 2, ("lr",) * 2, ("image_size", "train_crop_size")):
+    values = {"epochs": recipe.epochs, "batch_size": recipe.batch_size, "lr": recipe.lr}
+    for name, value in {**values, "image_size": recipe.train_crop_size}.items():
         if getattr(options, name) is None:
-            setattr(options, name, getattr(recipe, field))
+            setattr(options, name, value)
     names = torchvision.models.list_models(module=torchvision.models)
     if options.model not in names:
         close = difflib.get_close_matches(options.model, names) or ["resnet50"]
@@ -99,7 +100,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
         )
     if options.parallel == "fsdp" and options.compile:
         raise UserError("expected --compile without --parallel fsdp, got both, which has not been tried: drop one")
-    if options.parallel == "fsdp" and options.allocation == "lamp" and options.ptarget:
+    if options.parallel == "fsdp" and options.allocation == "lamp":
         raise UserError("expected whole weights for --allocation lamp, got --parallel fsdp: use --parallel ddp")
     return options
 

@@ -43,8 +43,7 @@ class Training:
         self.sharded: bool = options.parallel == "fsdp"
         self.steps: int = options.epochs * data.steps_per_epoch
         self.model = self.build()
-        sizes = (options.image_size, self.recipe.val_sizes(options.image_size)[1])
-        require_fit(self.model, options.model, sizes, options.image_size)
+        require_fit(self.model, options.model, options.image_size, self.recipe.val_sizes(options.image_size)[1])
         self.controller = self.sparsify()
         self.ema = self.recipe.average(self.model, data.images_per_step, options.epochs)
         if self.sharded:
@@ -208,20 +207,20 @@ class Training:
         return {name: part for name, part in {**parts, "controller": self.controller}.items() if part is not None}
 
 
-def require_fit(network: nn.Module, name: str, sizes: tuple[int, int], option: int) -> None:
-    """Raise a `UserError` unless a network takes training and validation images of these sizes.
+def require_fit(network: nn.Module, name: str, train_size: int, val_size: int) -> None:
+    """Raise a `UserError` unless a network takes training and validation images of these sizes, and has one output.
 
     It is tried on the meta device, which computes shapes only.
     """
     network = copy.deepcopy(network).to("meta")
-    for training, size in zip((True, False), sizes, strict=True):
+    for training, size in ((True, train_size), (False, val_size)):
         try:
             output = network.train(training)(torch.empty(2, 3, size, size, device="meta"))
         except Exception as error:  # networks raise any error
             reason = str(error).partition("\n")[0]
             raise UserError(
-                f"expected --model {name} to take images of {size} pixels, got {reason!r}: choose another --image-size "
-                f"than {option}, or --recipe v1, whose training and validation images have one size"
+                f"expected --model {name} to take images of {size} pixels, got {reason!r}: choose another "
+                "--image-size, or --recipe v1, whose training and validation images have one size"
             ) from error
         if not isinstance(output, Tensor):
             raise UserError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from examples import imagenet
 from examples.imagenet import Training
 from examples.imagenet_training import require_fit
+from examples.processes import Processes, choose_device
 from examples.resumable import UserError
 from tests.examples.imagenet import (
     RATE,
@@ -225,18 +226,27 @@ def test_networks_that_do_not_fit_are_refused() -> None:
             assert x.shape[-1] == 224, "Wrong image height!"
             return x
 
-    require_fit(Fixed(), "vit", (224, 224), 224)
+    require_fit(Fixed(), "vit", 224, 224)
     with pytest.raises(
         UserError, match=r"expected --model vit to take images of 176 pixels, got 'Wrong image height!'"
     ):
-        require_fit(Fixed(), "vit", (176, 224), 176)
+        require_fit(Fixed(), "vit", 176, 224)
 
     class Auxiliary(nn.Module):
         def forward(self, x: Tensor) -> object:
             return types.SimpleNamespace(logits=x) if self.training else x
 
     with pytest.raises(UserError, match="expected --model to be a network with one output, got googlenet"):
-        require_fit(Auxiliary(), "googlenet", (224, 224), 224)
+        require_fit(Auxiliary(), "googlenet", 224, 224)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_more_processes_than_gpus_are_refused_by_all_of_them(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="expected a GPU for each of 4 processes on this machine, got 2: lower --nproc"):
+        choose_device(False, 0, Processes(rank, 4, rank))
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
