@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from torchvision.models import get_model
 from torchvision.models._api import register_model
 
 import feather_param
-from examples import imagenet, resumable
+from examples import imagenet, resumable, sharding
 from examples.imagenet import Training, parse
+from examples.imagenet_data import ImageNet
+from examples.imagenet_recipe import RECIPES
 from examples.processes import Processes
 from examples.resumable import Stopped, StopRequest
 from tests.examples.runs import identical, only
@@ -95,6 +98,26 @@ def train(arguments: list[str], rank: int, world: int, folder: Path, at: int = -
     finally:
         Training.step = step
     torch.distributed.barrier()
+
+
+def agree_after_an_epoch(rank: int, world: int, folder: Path, *, parallel: str) -> None:
+    """All processes have the same weights, averages and statistics, and evaluate together as one process does."""
+    processes, images = Processes(rank, world, rank), folder / "images"
+    options = parse([*TINY, str(images), "--recipe", "v2", "--parallel", parallel])
+    recipe, cpu = RECIPES["v2"], torch.device("cpu")
+    training = Training(options, ImageNet(images, recipe, 32, BATCH, 0, processes), cpu, processes)
+    for batch in training.batches():
+        training.step(batch)
+    row = training.end_epoch()
+    for model in (training.model, training.ema):
+        assert model is not None
+        for name, value in sharding.whole(model.state_dict()).items():
+            assert processes.same(value), name
+    plain = training.plain(training.plain_state(training.model))
+    options.parallel = "ddp"
+    alone = Training(options, ImageNet(images, recipe, 32, BATCH, 0, Processes()), cpu)
+    expected = alone.evaluate(plain)
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def end_with_exact_zeros(

@@ -14,15 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from examples import imagenet
-from examples.imagenet import Training
+from examples.imagenet import Training, parse
+from examples.imagenet_data import ImageNet
+from examples.imagenet_recipe import RECIPES
 from examples.imagenet_training import require_fit
 from examples.processes import Processes, choose_device
 from examples.resumable import UserError
 from tests.examples.imagenet import (
+    BATCH,
     RATE,
     STEPS,
     TINY,
     VAL,
+    agree_after_an_epoch,
     draw,
     end_with_exact_zeros,
     results_of,
@@ -59,10 +63,20 @@ def test_a_run_writes_a_network_and_its_average_with_exact_zeros(finished: Path)
     results = results_of(finished)
     assert (results["zeros"], results["ema"]["zeros"]) == (zeros, zeros)
     assert [(row["step"], row["images"]) for row in results["epochs"]] == [(STEPS // 2, VAL), (STEPS, VAL)]
+    assert [row["lr"] for row in results["epochs"]] == [0.01, 0]  # after a warm-up of one epoch, and of the cosine
     assert results["accuracy"] == results["epochs"][-1]["accuracy"]
     assert results["ema"]["accuracy"] == results["epochs"][-1]["ema_accuracy"]
     files = {path.name.partition(".")[0] for path in only(finished, "runs/*").iterdir()}
     assert files == {"config", "results", "summary", "checkpoint", "events"}
+
+
+def test_the_network_trains_on_mixed_images(images: Path) -> None:
+    options, recipe = parse([*TINY, str(images), "--recipe", "v2"]), RECIPES["v2"]
+    training = Training(options, ImageNet(images, recipe, 32, BATCH, 0, Processes()), torch.device("cpu"))
+    batch, seen = next(iter(training.batches())), []
+    training.forward = lambda images: seen.append(images) or training.model(images)
+    training.step(batch)
+    assert not torch.equal(seen[0], batch[0])
 
 
 @pytest.mark.parametrize("at", [3, STEPS // 2])
@@ -133,8 +147,10 @@ def test_two_processes_end_with_exact_zeros_also_if_interrupted(images: Path, tm
         for (arguments, name), interrupted in ((ddp, True), (fsdp, False), (fsdp, True))
     ]
     checks.append(partial(resumed_equals_uninterrupted, names=("fsdp_False", "fsdp_True")))
+    checks.append(partial(agree_after_an_epoch, parallel="fsdp"))
     if not FSDP:
         del checks[1:]
+    checks.append(partial(agree_after_an_epoch, parallel="ddp"))
     assert not run(checks, 2, tmp_path)
 
 
