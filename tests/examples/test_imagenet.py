@@ -63,7 +63,9 @@ def test_a_run_writes_a_network_and_its_average_with_exact_zeros(finished: Path)
     results = results_of(finished)
     assert (results["zeros"], results["ema"]["zeros"]) == (zeros, zeros)
     assert [(row["step"], row["images"]) for row in results["epochs"]] == [(STEPS // 2, VAL), (STEPS, VAL)]
-    assert [row["lr"] for row in results["epochs"]] == [0.01, 0]  # after a warm-up of one epoch, and of the cosine
+    assert [row["lr"] for row in results["epochs"]] == [0.01, 0]  # after the warm-up of one epoch, and after the cosine
+    checkpoint = torch.load(only(finished, "runs/*") / "checkpoint.pt", weights_only=True)
+    assert checkpoint["training"]["scheduler"]["last_epoch"] == 2  # the rate changes once an epoch
     assert results["accuracy"] == results["epochs"][-1]["accuracy"]
     assert results["ema"]["accuracy"] == results["epochs"][-1]["ema_accuracy"]
     files = {path.name.partition(".")[0] for path in only(finished, "runs/*").iterdir()}
