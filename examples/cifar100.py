@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository i
 
 import archs
 import feather_param
-from examples import resumable
+from examples import resumable, script
 from examples.data import TrainBatches, batch_loader, load_data
 from examples.processes import ALONE, Processes, choose_device
 from examples.resumable import RunLog, Stopped, StopRequest, UserError
@@ -39,7 +39,6 @@ from examples.script import TrainingFailed, measured, run
 
 PROGRAM = "cifar100.py"
 NETWORKS = {"resnet20": archs.resnet20, "mobilenet_v1": archs.mobilenet_v1, "densenet": archs.densenet}
-ALLOCATIONS = ("global_magnitude", "uniform", "erk", "square_root", "lamp", "normalised")
 MOMENTUM = 0.9
 CLIP = 3.0  # largest norm of the gradient of all parameters together
 EVAL_BATCH = 500
@@ -56,7 +55,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = resumable.Parser(FREE, PROGRAM, __doc__)
     option = parser.option
     option("--gpu", 0, "index of the GPU to train on", {"at least": 0})
-    option("--no-cuda", False, "train on the CPU")
     help = "processes that prepare batches; 8 if given without a number. With 0 the data set is kept on the training "
     option("--workers", 0, help + "device, which is usually faster", {"at least": 0}, nargs="?", const=8)
     option("--batch-size", 128, "images in a batch; batch norm needs at least 2", {"at least": 2})
@@ -64,25 +62,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     option("--wd", 5e-4, "weight decay; biases and batch norm have none", {"at least": 0, "below": math.inf})
     option("--epochs", 160, "number of epochs", {"at least": 1})
     option("--model", "resnet20", "network", choices=NETWORKS)
-    option("--ptarget", 0.95, "final rate, the fraction of zeros; 0 trains dense", {"at least": 0, "below": 1})
-    option("--p", 3.0, "exponent of the operator; 1 from 98 %% zeros on", {"above": 0})
     option("--pthres", 0.0, "accepted for old command lines; only 0 is supported")
-    option("--allocation", "global_magnitude", "how many zeros each layer gets", choices=ALLOCATIONS)
     option("--t1", 0, "epoch at which pruning starts; the rate is final at half of the training", {"at least": 0})
-    option("--sname", "run", "name of the run")
     help = "data set; ten has the first ten classes of CIFAR-100, digits needs no download"
     option("--dataset", "cifar100", help, choices=("cifar100", "cifar10", "ten", "digits"))
     option("--data-dir", "data", "folder of the data sets; a missing one is downloaded to it")
     option("--train-size", None, "train on this many images, class-balanced (all)", {"at least": 2}, type=int)
-    help = "seed of the initialisation, the order of the images and their augmentation"
-    option("--seed", 0, help, {"at least": 0, "below": 2**63})
-    help = "compute in bfloat16 where that is safe, with autocast (on a GPU only)"
-    option("--amp", None, help, action=argparse.BooleanOptionalAction)
-    option("--compile", False, "train through torch.compile, which first takes minutes on a CPU: for long runs")
-    help = "continue the run of a folder runs/... or of its checkpoint.pt, with the options of the checkpoint; only "
-    help += ", ".join("--" + name.replace("_", "-") for name in FREE) + " may differ"
-    option("--resume", None, help, metavar="CHECKPOINT")
-    options = parser.parse_resumable(argv)
+    script.add_options(parser)
+    options = script.parse_options(parser, argv)
 
     if options.pthres != 0:
         raise UserError(f"expected --pthres to be 0, got {options.pthres}: --ptarget determines the threshold")
@@ -92,8 +79,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "the rate grows from epoch t1 on and is final at half of the training; make it --epochs "
             f"{2 * options.t1} or more, or --t1 {options.epochs // 2} or less"
         )
-    if not options.sname or set(options.sname) & set("/\\\0"):
-        raise UserError(f"expected --sname to be a file name without slashes, got {options.sname!r}")
     return options
 
 
@@ -175,11 +160,7 @@ class Training:
     def progress(self) -> dict[str, float]:
         """Return the step, the mean loss of the epoch up to it, and the current rate, threshold and learning rate."""
         loss = float(self.loss_sum) / ((self.step_count - 1) % self.batches.steps_per_epoch + 1)
-        if not math.isfinite(loss):
-            raise TrainingFailed(f"at step {self.step_count}: the loss is {loss}; lower the learning rate")
-        rate, threshold = (self.controller.rate, float(self.controller.threshold)) if self.controller else (0.0, 0.0)
-        lr = float(self.scheduler.get_last_lr()[0])
-        return {"step": self.step_count, "train_loss": loss, "rate": rate, "threshold": threshold, "lr": lr}
+        return script.progress(self.step_count, loss, self.controller, self.scheduler)
 
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
         """Return the mean loss and the accuracy of a model on the test images. Equal weights give equal results."""
@@ -256,13 +237,7 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
         data = data.to(device)
     batches = TrainBatches(data, options.batch_size, options.epochs, options.seed, least=2 * processes.count)
     training = Training(options, batches, device, processes)
-    checkpoint = options.resume and resumable.load_checkpoint(options.resume, PROGRAM)
-    if checkpoint:
-        try:
-            training.load_state_dict(checkpoint["training"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]  # torch lists all tensors of a wrong network, on lines of their own
-            raise UserError(f"expected a checkpoint of this network and data set, got another: {reason}") from error
+    checkpoint = script.resume(training, options.resume, PROGRAM)
     log = None
     if processes.first:
         folder = options.resume.parent if checkpoint else resumable.new_folder(parent, options.sname)

@@ -40,7 +40,7 @@ def main(epochs: int = EPOCHS) -> int:
         print(f"demo.py: failed: {error}", file=sys.stderr)
         return 1
     print(table({name: log.results for name, log in logs.items()}))
-    accuracy = {name: log.accuracy for name, log in logs.items()}
+    accuracy = {name: log.curve("accuracy") for name, log in logs.items()}
     sparse = logs["sparse"]
     title = f"resnet20 on handwritten digits: dense, and with {sparse.results['rate']:.0%} zeros"
     draw(sparse.report, history=sparse.history, accuracy=accuracy, title=title).savefig(FOLDER / "demo.png")

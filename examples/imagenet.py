@@ -10,7 +10,8 @@ A run writes the folder runs/<datetime>_<sname>/ (TensorBoard events, settings, 
 the file models/<datetime>_<sname>.pt, the weights of the plain network with exactly the requested number of zeros. With
 --recipe=v2, models/<datetime>_<sname>_ema.pt has those of the moving average, with as many zeros.
 Ctrl-C saves a checkpoint and stops. --resume continues the run, with the same number of processes. On a CPU with the
-same number of threads, the weights are then the same bit for bit. A kill -9 loses the running epoch.
+same number of threads, the weights are then the same bit for bit. A kill -9 loses the running epoch. Under torchrun,
+Ctrl-C has 30 seconds to save, after which torchrun ends the processes: a run that prints no "stopped" also resumes.
 
 What 90 epochs of ResNet-50 (v1) cost: at most 11.9 hours of 8 NVIDIA H200, or 6.5 hours dense (--ptarget=0), for the
 steps alone. This is computed, not measured: 900,821 steps with batch 16 a GPU, and a step of one GPU takes 0.0476 s
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself is not installed
 
-from examples import resumable
+from examples import resumable, script
 from examples.imagenet_data import ImageNet
 from examples.imagenet_recipe import RECIPES
 from examples.imagenet_training import Training
@@ -47,7 +48,6 @@ from examples.script import TrainingFailed, measured, run
 from feather_param.reports.history import History
 
 PROGRAM = "imagenet.py"
-ALLOCATIONS = ("global_magnitude", "uniform", "erk", "square_root", "lamp", "normalised")
 LOGGED_STEPS = 2000  # of a whole run: to log a step, the program waits for the GPU
 FREE = ("no_cuda", "workers", "data_dir")  # a resumed run may change them: they do not change the result
 
@@ -66,36 +66,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     help += "mixup, cutmix, TrivialAugment, random erasing, norms without weight decay, and a moving average (EMA)"
     option("--recipe", "v1", help, choices=RECIPES)
     option("--epochs", None, "number of epochs (v1: 90, v2: 600)", {"at least": 1}, type=int)
-    help = "images in a batch of each process (v1: 32, v2: 128); batch norm needs at least 2"
+    help = "number of training images in a batch of each process (v1: 32, v2: 128); batch norm needs at least 2"
     option("--batch-size", None, help, {"at least": 2}, type=int)
     help = "learning rate (v1: 0.1, v2: 0.5, both for 8 processes; scale it with the images of all batches together)"
     option("--lr", None, help, {"above": 0, "below": math.inf}, type=float)
-    help = (
-        "width of a training image (v1: 224, v2: 176); validation images are as wide (v1) or 224/176 times as wide (v2)"
-    )
+    help = "width of a training image (v1: 224, v2: 176); "
+    help += "validation images are as wide (v1) or 224/176 times as wide (v2)"
     option("--image-size", None, help, {"at least": 8}, type=int)
-    option("--ptarget", 0.95, "final rate, the fraction of zeros; 0 trains dense", {"at least": 0, "below": 1})
-    option("--dense", False, "the same as --ptarget 0")
-    option("--p", 3.0, "exponent of the operator; 1 from 98 %% zeros on", {"above": 0})
-    option("--allocation", "global_magnitude", "how many zeros each layer gets", choices=ALLOCATIONS)
-    help = "epoch from which the rate is final (half of the epochs)"
-    option("--end", None, help, {"at least": 0}, type=int)
     help = "how several processes train: ddp, or fsdp (fully_shard) with weights divided over them"
     option("--parallel", "ddp", help, choices=("ddp", "fsdp"))
-    option(
-        "--workers", min(8, os.cpu_count() or 1), "worker processes of each process that read images", {"at least": 0}
-    )
-    option("--sname", "imagenet", "name of the run")
-    help = "seed of the initialisation, the order of the images and their augmentation"
-    option("--seed", 0, help, {"at least": 0, "below": 2**62})
-    option("--no-cuda", False, "train on the CPU")
-    help = "compute in bfloat16 where that is safe, with autocast (on a GPU only)"
-    option("--amp", None, help, action=argparse.BooleanOptionalAction)
-    option("--compile", False, "train through torch.compile")
-    help = "continue the run of a folder runs/... or of its checkpoint.pt, with the options of the checkpoint; only "
-    help += ", ".join("--" + name.replace("_", "-") for name in FREE) + " may differ"
-    option("--resume", None, help, metavar="CHECKPOINT")
-    return checked(parser.parse_resumable(argv))
+    help = "processes that read images, for each process that trains"
+    option("--workers", min(8, os.cpu_count() or 1), help, {"at least": 0})
+    script.add_options(parser)
+    return checked(script.parse_options(parser, argv))
 
 
 def checked(options: argparse.Namespace) -> argparse.Namespace:
@@ -105,54 +88,35 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
         UserError: two options do not fit together, or the network is unknown.
     """
     recipe = RECIPES[options.recipe]
-    for name, field in (("epochs",) * 2, ("batch_size",) * 2, ("lr",) * 2, ("image_size", "train_crop_size")):
+    values = {"epochs": recipe.epochs, "batch_size": recipe.batch_size, "lr": recipe.lr}
+    for name, value in {**values, "image_size": recipe.train_crop_size}.items():
         if getattr(options, name) is None:
-            setattr(options, name, getattr(recipe, field))
-    options.ptarget = 0.0 if options.dense else options.ptarget
+            setattr(options, name, value)
     names = torchvision.models.list_models(module=torchvision.models)
     if options.model not in names:
         close = difflib.get_close_matches(options.model, names) or ["resnet50"]
         raise UserError(
             f"expected --model to be a network of torchvision, got {options.model!r}; do you mean {close[0]}?"
         )
-    if options.end is not None and options.end > options.epochs:
-        raise UserError(f"expected --end to be at most --epochs {options.epochs}, got {options.end}")
     if options.parallel == "fsdp" and options.compile:
         raise UserError("expected --compile without --parallel fsdp, got both, which has not been tried: drop one")
-    if options.parallel == "fsdp" and options.allocation == "lamp" and options.ptarget:
+    if options.parallel == "fsdp" and options.allocation == "lamp":
         raise UserError("expected whole weights for --allocation lamp, got --parallel fsdp: use --parallel ddp")
-    if not options.sname or set(options.sname) & set("/\\\0"):
-        raise UserError(f"expected --sname to be a file name without slashes, got {options.sname!r}")
     return options
 
 
-def start(options: argparse.Namespace, processes: Processes) -> tuple[Training, dict[str, Any] | None]:
-    """Return the training, at its start or where the run to resume was left, and the checkpoint of that run.
+def start(options: argparse.Namespace, processes: Processes) -> Training:
+    """Return the training at its start.
 
     Raises:
-        UserError: the device, the folder, the network or the checkpoint does not fit.
+        UserError: the device, the folder or the network does not fit.
     """
     if options.parallel == "fsdp" and processes.count == 1:
         raise UserError("expected several processes for --parallel fsdp, got one: start it with torchrun, or use ddp")
     device = choose_device(options.no_cuda, 0, processes)
     folder, recipe = Path(options.data_dir), RECIPES[options.recipe]
     data = ImageNet(folder, recipe, options.image_size, options.batch_size, options.seed, processes)
-    training = Training(options, data, device, processes)
-    if options.resume is None:
-        return training, None
-    checkpoint = resumable.load_checkpoint(options.resume, PROGRAM)
-    count = checkpoint["training"].get("processes")
-    if count != processes.count:
-        raise UserError(
-            f"expected {count} processes as in the run to resume, got {processes.count}: start them with torchrun "
-            f"--nproc-per-node"
-        )
-    try:
-        training.load_state_dict(checkpoint["training"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]  # torch lists all tensors of a wrong network, on lines of their own
-        raise UserError(f"expected a checkpoint of this network and these images, got another: {reason}") from error
-    return training, checkpoint
+    return Training(options, data, device, processes)
 
 
 def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processes: Processes = ALONE) -> str | None:
@@ -166,7 +130,8 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
         TrainingFailed: the training diverged, or a saved model is not what was requested.
         UserError: the device, the folder, the network or the checkpoint does not fit.
     """
-    training, checkpoint = start(options, processes)
+    training = start(options, processes)
+    checkpoint = script.resume(training, options.resume, PROGRAM)
     controller, images, log = training.controller, training.data.images_per_step, None
     if processes.first:
         folder = options.resume.parent if checkpoint else resumable.new_folder(parent, options.sname)
@@ -177,8 +142,9 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
     bar = tqdm(total=total, initial=done, desc=options.sname, unit="img", unit_scale=True, disable=log is None)
     bar.mininterval = 0.2 if sys.stderr.isatty() else 30.0
     with bar, closing(log) if log else nullcontext():
-        while training.step_count < training.steps:
-            train_epoch(training, stop, log, history, bar)
+        while training.epoch < options.epochs:
+            train_epoch(training, stop, log, bar)
+            evaluate_epoch(training, log, history, bar)
         report = controller and controller.report()
         results = bake(training, "" if log is None else log.folder.name)
         if log is None:
@@ -188,47 +154,57 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
         return f"{log}" + (f"\nEMA            {ema['accuracy']:.2%} test accuracy: {ema['model']}" if ema else "")
 
 
-def train_epoch(
-    training: Training, stop: StopRequest, log: RunLog | None, history: History | None, bar: tqdm[Any]
-) -> None:
-    """Train to the end of the epoch, evaluate, and save a checkpoint.
+def train_epoch(training: Training, stop: StopRequest, log: RunLog | None, bar: tqdm[Any]) -> None:
+    """Train to the end of the epoch, or until one process has received a signal, and save a checkpoint.
+
+    The checkpoint is saved before the evaluation: `torchrun` ends a process 30 seconds after a Ctrl-C, and an
+    evaluation may take longer. A run that is ended in an evaluation evaluates again when it is resumed.
 
     Args:
         training: the training.
-        stop: saves a checkpoint earlier, if one process has received a signal.
+        stop: the signal.
         log: where to write; None in all processes but the first.
-        history: one that is not written, in a process that only takes part in gathering the masks.
         bar: the progress bar.
 
     Raises:
         Stopped: a stop was requested, and the checkpoint is saved.
         TrainingFailed: the training diverged.
     """
-    data, workers, pinned = training.data, training.options.workers, training.device.type == "cuda"
-    for batch in data.train_batches(training.step_count, workers, pinned):
+    stopped = False
+    for batch in training.batches():
         training.step(batch)
-        bar.update(data.images_per_step)
-        stopped = training.processes.any(stop.signal is not None)
+        bar.update(training.data.images_per_step)
         if training.step_count % max(1, training.steps // LOGGED_STEPS) == 0:
             now = training.progress()
             bar.set_postfix(loss=f"{now['train_loss']:.3f}", sparsity=f"{now['rate']:.2%}", refresh=False)
             if log is not None:
                 log.add_step(now)
-        epoch_ended = training.step_count % data.steps_per_epoch == 0
-        if epoch_ended:
-            bar.set_description(f"{training.options.sname}, evaluating", refresh=sys.stderr.isatty())
-            row = training.end_epoch()
-            if log is not None:
-                log.add_epoch(row)
-            elif history is not None:
-                history.record()
-            bar.set_description(training.options.sname, refresh=False)
-        if epoch_ended or stopped:
-            state = training.state_dict()
-            if log is not None:
-                log.save_checkpoint(state)
+        stopped = training.processes.any(stop.signal is not None)
         if stopped:
-            raise Stopped(log and log.checkpoint)
+            break
+    state = training.state_dict()
+    if log is not None:
+        log.save_checkpoint(state)
+    if stopped:
+        raise Stopped(log and log.checkpoint)
+
+
+def evaluate_epoch(training: Training, log: RunLog | None, history: History | None, bar: tqdm[Any]) -> None:
+    """Evaluate at the end of an epoch, and record the masks.
+
+    Args:
+        training: the training.
+        log: where to write; None in all processes but the first.
+        history: one that is not written, in a process that only takes part in gathering the masks.
+        bar: the progress bar.
+    """
+    bar.set_description(f"{training.options.sname}, evaluating", refresh=sys.stderr.isatty())
+    row = training.end_epoch()
+    if log is not None:
+        log.add_epoch(row)
+    elif history is not None:
+        history.record()
+    bar.set_description(training.options.sname, refresh=False)
 
 
 def bake(training: Training, name: str) -> dict[str, Any]:
@@ -256,11 +232,11 @@ def saved(training: Training, model: torch.nn.Module, path: Path) -> dict[str, A
     """Save a model without its parametrizations, and return what a new network measures that loads the file."""
     state = training.plain_state(model)
     zeros = torch.cat([value.flatten() == 0 for value in state.values()]).to(torch.uint8)
-    if not training.processes.same(zeros.cpu()):
+    if not training.processes.same(zeros):
         raise TrainingFailed("the processes do not agree on which weights are zero")
     if training.processes.first:
-        resumable.save({name: value.cpu() for name, value in state.items()}, path)
-        state = torch.load(path, map_location=training.device, weights_only=True)
+        resumable.save(state, path)
+        state = torch.load(path, weights_only=True)
     plain = training.plain(state)
     results = training.evaluate(plain)
     return {**results, **measured(path, plain, training.options.ptarget)} if training.processes.first else results
@@ -268,6 +244,7 @@ def saved(training: Training, model: torch.nn.Module, path: Path) -> dict[str, A
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit status: 0, 1 (failed), 2 (wrong use) or 128 + the signal that stopped it."""
+    torch.backends.cudnn.benchmark = True  # as the reference script; an evaluation switches it off
     return run(PROGRAM, lambda: parse(argv), lambda *run: train(run[0], Path("runs"), *run[1:]))
 
 

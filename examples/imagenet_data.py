@@ -60,6 +60,8 @@ class ImageNet:
                 f"expected the same class folders in {folder / 'train'} and {folder / 'val'}, got "
                 f"{len(self.train.classes)} and {len(self.val.classes)}, for example {differ[0]} in one of them only"
             )
+        if self.classes < 2:
+            raise UserError(f"expected folders of two classes or more in {folder / 'train'}, got one class")
         self.train.transform, self.val.transform = recipe.train_transform(size), recipe.val_transform(size)
         self.batch_size, self.seed, self.processes = batch_size, seed, processes
         self.steps_per_epoch = len(self.train) // processes.count // batch_size
@@ -79,9 +81,8 @@ class ImageNet:
         """Number of images in the batches of all processes."""
         return self.batch_size * self.processes.count
 
-    def train_batches(self, step: int, workers: int, pinned: bool) -> DataLoader[Batch]:
-        """Return the batches of this process from a step of the training to the end of its epoch."""
-        epoch, first = divmod(step, self.steps_per_epoch)
+    def train_batches(self, epoch: int, first: int, workers: int, pinned: bool) -> DataLoader[Batch]:
+        """Return the batches of this process from the first one that is left of an epoch to the last."""
         count, rank = self.processes.count, self.processes.rank
         order = DistributedSampler(self.train, count, rank, seed=self.seed, drop_last=True)
         order.set_epoch(epoch)

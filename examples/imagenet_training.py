@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 
 import feather_param
 from examples import sharding
@@ -20,7 +20,7 @@ from examples.imagenet_data import Batch, ImageNet, mixed_seed
 from examples.imagenet_recipe import RECIPES
 from examples.processes import ALONE, Processes
 from examples.resumable import UserError
-from examples.script import TrainingFailed
+from examples.script import TrainingFailed, progress
 
 
 class Training:
@@ -43,8 +43,7 @@ class Training:
         self.sharded: bool = options.parallel == "fsdp"
         self.steps: int = options.epochs * data.steps_per_epoch
         self.model = self.build()
-        sizes = (options.image_size, self.recipe.val_sizes(options.image_size)[1])
-        require_fit(self.model, options.model, sizes, options.image_size)
+        require_fit(self.model, options.model, options.image_size, self.recipe.val_sizes(options.image_size)[1])
         self.controller = self.sparsify()
         self.ema = self.recipe.average(self.model, data.images_per_step, options.epochs)
         if self.sharded:
@@ -53,6 +52,7 @@ class Training:
         self.optimizer = self.recipe.optimizer(self.model, options.lr)
         self.scheduler = LambdaLR(self.optimizer, lambda epoch: self.recipe.lr_factor(epoch, options.epochs))
         self.step_count = 0
+        self.epoch = 0  # number of epochs that are trained and evaluated
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of the steps of this epoch
         wrapped = self.model if self.sharded else processes.wrap(self.model)
         self.forward: Callable[[Tensor], Tensor] = torch.compile(wrapped) if options.compile else wrapped
@@ -64,16 +64,21 @@ class Training:
         return network.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
 
     def sparsify(self) -> feather_param.Controller | None:
-        """Sparsify the model to --ptarget until --end. Return None if it stays dense."""
-        options, kind = self.options, getattr(feather_param.allocations, self.options.allocation)
-        if options.ptarget == 0:
+        """Sparsify the model to --ptarget until half of the steps. Return None if it stays dense."""
+        rate, kind = self.options.ptarget, getattr(feather_param.allocations, self.options.allocation)
+        if rate == 0:
             return None
-        end = None if options.end is None else options.end * self.data.steps_per_epoch
-        settings = {"final_rate": options.ptarget, "total_steps": self.steps, "end_step": end}
         try:
-            return feather_param.sparsify(self.model, **settings, allocation=kind, p=options.p)
+            return feather_param.sparsify(
+                self.model, final_rate=rate, total_steps=self.steps, allocation=kind, p=self.options.p
+            )
         except ValueError as error:
-            raise UserError(f"--ptarget {options.ptarget} cannot be reached: {error}") from error
+            raise UserError(f"--ptarget {rate} cannot be reached: {error}") from error
+
+    def batches(self) -> DataLoader[Batch]:
+        """Return the batches of this process that are left in this epoch."""
+        trained = self.step_count - self.epoch * self.data.steps_per_epoch
+        return self.data.train_batches(self.epoch, trained, self.options.workers, self.device.type == "cuda")
 
     def on_device(self, batch: Batch) -> Batch:
         """Return a batch on the device, with its channels last."""
@@ -113,11 +118,7 @@ class Training:
         """
         steps = (self.step_count - 1) % self.data.steps_per_epoch + 1
         loss = float(self.processes.sum(self.loss_sum)) / self.processes.count / steps
-        if not math.isfinite(loss):
-            raise TrainingFailed(f"at step {self.step_count}: the loss is {loss}; lower the learning rate")
-        rate, threshold = (self.controller.rate, float(self.controller.threshold)) if self.controller else (0.0, 0.0)
-        lr = float(self.scheduler.get_last_lr()[0])
-        return {"step": self.step_count, "train_loss": loss, "rate": rate, "threshold": threshold, "lr": lr}
+        return progress(self.step_count, loss, self.controller, self.scheduler)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Return the mean loss and the accuracies of a model on the validation images, each of them counted once.
@@ -143,19 +144,20 @@ class Training:
         return {"test_loss": loss / count, "accuracy": top1 / count, "top5": top5 / count, "images": int(count)}
 
     def end_epoch(self) -> dict[str, float]:
-        """Return `progress` and what the model and its average measure. Call this in all processes."""
+        """Evaluate, and return `progress` and what the model and its average measure. Call this in all processes."""
         self.processes.copy_statistics(self.model)
         row = {**self.progress(), **self.evaluate(self.model)}
         if self.ema is not None:
             self.processes.copy_statistics(self.ema)
             measured = self.evaluate(self.plain(self.plain_state(self.ema.module)))
             row |= {f"ema_{name}": measured[name] for name in ("test_loss", "accuracy", "top5")}
+        self.epoch += 1
         return row
 
     def plain_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the whole state of the plain model, with its zeros. Call this in all processes."""
+        """Return the whole state of the plain model, with its zeros, on the CPU. Call this in all processes."""
         state = model.state_dict() if self.controller is None else feather_param.baked_state_dict(model)
-        return {name: sharding.whole(value) for name, value in state.items()}
+        return sharding.whole(state)
 
     def plain(self, state: dict[str, Tensor]) -> nn.Module:
         """Return a new network with this state."""
@@ -169,44 +171,56 @@ class Training:
             if model is not None:
                 self.processes.copy_statistics(model)
         states = {name: part.state_dict() for name, part in self._parts().items()}
-        states |= {name: sharding.state_dict(model, self.sharded) for name, model in self._models().items()}
-        states["optimizer"] = sharding.optimizer_state(self.model, self.optimizer, self.sharded)
+        if self.sharded:
+            states |= {name: sharding.whole(states[name]) for name in ("model", "ema") if name in states}
+            states["optimizer"] = sharding.optimizer_state(self.model, self.optimizer)
         loss = float(self.processes.sum(self.loss_sum)) / self.processes.count
-        return {**states, "step": self.step_count, "loss_sum": loss, "processes": self.processes.count}
+        counts = {"step": self.step_count, "epoch": self.epoch, "processes": self.processes.count}
+        return {**states, **counts, "loss_sum": loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        for name, model in self._models().items():
-            sharding.load(model, state[name], self.sharded)
-        sharding.load_optimizer(self.model, self.optimizer, state["optimizer"], self.sharded)
-        for name, part in self._parts().items():
+        """Continue from `state_dict`, with as many processes.
+
+        Raises:
+            UserError: the run had another number of processes.
+        """
+        if state["processes"] != self.processes.count:
+            raise UserError(
+                f"expected {state['processes']} processes as in the run to resume, got {self.processes.count}: start "
+                "them with torchrun --nproc-per-node"
+            )
+        parts = self._parts()
+        if self.sharded:
+            for name in ("model", "ema"):
+                if name in parts:
+                    sharding.load(parts.pop(name), state[name])
+            sharding.load_optimizer(self.model, parts.pop("optimizer"), state["optimizer"])
+        for name, part in parts.items():
             part.load_state_dict(state[name])
         if self.controller is not None:
             self.controller.refresh()  # sharded weights do not notice a load
-        self.step_count = state["step"]
+        self.step_count, self.epoch = state["step"], state["epoch"]
         self.loss_sum.fill_(state["loss_sum"])
 
-    def _models(self) -> dict[str, nn.Module]:
-        return {"model": self.model} if self.ema is None else {"model": self.model, "ema": self.ema}
-
     def _parts(self) -> dict[str, Any]:
-        return {"scheduler": self.scheduler, **({"controller": self.controller} if self.controller else {})}
+        parts = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema, "scheduler": self.scheduler}
+        return {name: part for name, part in {**parts, "controller": self.controller}.items() if part is not None}
 
 
-def require_fit(network: nn.Module, name: str, sizes: tuple[int, int], option: int) -> None:
-    """Raise a `UserError` unless a network takes training and validation images of these sizes.
+def require_fit(network: nn.Module, name: str, train_size: int, val_size: int) -> None:
+    """Raise a `UserError` unless a network takes training and validation images of these sizes, and has one output.
 
     It is tried on the meta device, which computes shapes only.
     """
     network = copy.deepcopy(network).to("meta")
-    for training, size in zip((True, False), sizes, strict=True):
+    for training, size in ((True, train_size), (False, val_size)):
         try:
             output = network.train(training)(torch.empty(2, 3, size, size, device="meta"))
         except Exception as error:  # networks raise any error
             reason = str(error).partition("\n")[0]
             raise UserError(
-                f"expected --model {name} to take images of {size} pixels, got {reason!r}: choose another --image-size "
-                f"than {option}, or --recipe v1, whose training and validation images have one size"
+                f"expected --model {name} to take images of {size} pixels, got {reason!r}: choose another "
+                "--image-size, or --recipe v1, whose training and validation images have one size"
             ) from error
         if not isinstance(output, Tensor):
             raise UserError(

@@ -91,17 +91,23 @@ def joined(cuda: bool) -> Iterator[Processes]:
 
 
 def choose_device(no_cuda: bool, gpu: int, processes: Processes) -> torch.device:
-    """Return the device to train on. Several processes use the GPUs from this one on.
+    """Return the device to train on. The processes of a machine use the GPUs from this one on, one each.
 
     Raises:
-        UserError: there is no such GPU.
+        UserError: there is no such GPU. All processes of a machine raise it.
     """
     if no_cuda or not torch.cuda.is_available():
         if not no_cuda and processes.first:
             print("there is no CUDA on this machine: training on the CPU", file=sys.stderr)
         return torch.device("cpu")
+    count, local_count = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if gpu >= count:
+        raise UserError(f"expected --gpu to be below {count}, the number of GPUs, got {gpu}")
+    if gpu + local_count > count:
+        raise UserError(
+            f"expected a GPU for each of {local_count} processes on this machine, got {count - gpu}: lower "
+            "--nproc-per-node"
+        )
     gpu += processes.local_rank
-    if gpu >= torch.cuda.device_count():
-        raise UserError(f"expected --gpu to be below {torch.cuda.device_count()}, the number of GPUs, got {gpu}")
     torch.cuda.set_device(gpu)
     return torch.device("cuda", gpu)

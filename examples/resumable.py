@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, free: Sequence[str], prog: str, description: str | None) -> None:
         super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self._free = free
+        self.free = free
         self._ranges: dict[str, dict[str, float]] = {}
 
     def option(
@@ -135,7 +135,7 @@ class Parser(argparse.ArgumentParser):
             self.set_defaults(**saved)
             options = self.parse_args(argv)
             for name, value in settings(options).items():
-                if name not in self._free and value != saved[name]:
+                if name not in self.free and value != saved[name]:
                     raise UserError(
                         f"expected --{name.replace('_', '-')} to be {saved[name]} as in the run to resume, got "
                         f"{value}: leave the option out, or start a new run"
@@ -273,8 +273,15 @@ class RunLog:
     def add_epoch(self, row: Mapping[str, float]) -> None:
         """Log the losses and the accuracy after an epoch, and record the masks."""
         self.rows.append({"epoch": len(self.rows) + 1, **row})
-        for tag, name in (("Loss/train", "train_loss"), ("Loss/test", "test_loss"), ("acc/test", "accuracy")):
-            self._writer.add_scalar(tag, row[name], int(row["step"]))
+        names = {
+            "Loss/train": "train_loss",
+            "Loss/test": "test_loss",
+            "acc/test": "accuracy",
+            "acc/ema": "ema_accuracy",
+        }
+        for tag, name in names.items():
+            if name in row:
+                self._writer.add_scalar(tag, row[name], int(row["step"]))
         if self.history is not None:
             add_record(self._writer, self.history.record())
         self._writer.flush()
@@ -303,13 +310,14 @@ class RunLog:
         name, model = self._settings["sname"], self._settings["model"]
         sparsity = "dense" if report is None else f"{results['rate']:.1%} zeros"
         title = f"{name}: {model} on {self.dataset}, {sparsity}, test accuracy {results['accuracy']:.2%}"
-        figure = draw(report, history=self.history, accuracy={"test": self.accuracy}, title=title)
+        names = {"test": "accuracy", "moving average": "ema_accuracy"}
+        accuracy = {label: self.curve(name) for label, name in names.items() if name in last}
+        figure = draw(report, history=self.history, accuracy=accuracy, title=title)
         figure.savefig(self.folder / "summary.png")
 
-    @property
-    def accuracy(self) -> list[tuple[int, float]]:
-        """The optimizer step and the test accuracy of each finished epoch."""
-        return [(int(row["step"]), row["accuracy"]) for row in self.rows]
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """Return the optimizer step and one number, for example ``"accuracy"``, of each finished epoch."""
+        return [(int(row["step"]), row[name]) for row in self.rows]
 
     def __str__(self) -> str:
         """Return the results of a finished run as text."""

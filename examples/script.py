@@ -1,26 +1,92 @@
-"""What the training scripts have in common: how they begin and end, and the check of the model they save."""
+"""What the training scripts have in common: options, how they begin and end, and the check of the model they save."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 import feather_param
 from examples.processes import ALONE, Processes, joined
-from examples.resumable import Stopped, StopRequest, UserError
+from examples.resumable import Parser, Stopped, StopRequest, UserError, load_checkpoint
+
+ALLOCATIONS = ("global_magnitude", "uniform", "erk", "square_root", "lamp", "normalised")
 
 
 class TrainingFailed(Exception):
     """The training diverged, or the saved model is not what was requested."""
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options that all scripts have. Call this last: --resume lists the options that it leaves free."""
+    option = parser.option
+    option("--ptarget", 0.95, "final rate, the fraction of zeros; 0 trains dense", {"at least": 0, "below": 1})
+    option("--p", 3.0, "exponent of the operator; use 1 for 98 %% zeros or more", {"above": 0})
+    option("--allocation", "global_magnitude", "how many zeros each layer gets", choices=ALLOCATIONS)
+    option("--sname", "run", "name of the run")
+    help = "seed of the initialisation, the order of the images and their augmentation"
+    option("--seed", 0, help, {"at least": 0, "below": 2**62})
+    option("--no-cuda", False, "train on the CPU")
+    help = "compute in bfloat16 where that is safe, with autocast (by default on a GPU only)"
+    option("--amp", None, help, action=argparse.BooleanOptionalAction)
+    option("--compile", False, "train through torch.compile, which first takes minutes on a CPU: for long runs")
+    help = "continue the run of a folder runs/... or of its checkpoint.pt, with the options of the checkpoint; only "
+    help += ", ".join("--" + name.replace("_", "-") for name in parser.free) + " may differ"
+    option("--resume", None, help, metavar="CHECKPOINT")
+
+
+def parse_options(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of a command line, and of the checkpoint if it resumes a run.
+
+    Raises:
+        UserError: an option is unknown, out of its range, or differs from the checkpoint to resume.
+    """
+    options = parser.parse_resumable(argv)
+    if not options.sname or set(options.sname) & set("/\\\0"):
+        raise UserError(f"expected --sname to be a file name without slashes, got {options.sname!r}")
+    return options
+
+
+def resume(training: Any, path: Path | None, program: str) -> dict[str, Any] | None:
+    """Load the checkpoint of a run into a training, and return its content. A path of None is a new run.
+
+    Raises:
+        UserError: the file is not a checkpoint of this script, or one of another network or data set.
+    """
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path, program)
+    try:
+        training.load_state_dict(checkpoint["training"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]  # torch lists all tensors of a wrong network, on lines of their own
+        raise UserError(f"expected a checkpoint of this network and data set, got another: {reason}") from error
+    return checkpoint
+
+
+def progress(
+    step: int, loss: float, controller: feather_param.Controller | None, scheduler: LRScheduler
+) -> dict[str, float]:
+    """Return the step, the loss, and the current rate, threshold and learning rate.
+
+    Raises:
+        TrainingFailed: the loss is not finite.
+    """
+    if not math.isfinite(loss):
+        raise TrainingFailed(f"at step {step}: the loss is {loss}; lower the learning rate")
+    rate, threshold = (controller.rate, float(controller.threshold)) if controller else (0.0, 0.0)
+    lr = float(scheduler.get_last_lr()[0])
+    return {"step": step, "train_loss": loss, "rate": rate, "threshold": threshold, "lr": lr}
 
 
 def measured(path: Path, plain: nn.Module, rate: float) -> dict[str, Any]:
@@ -71,7 +137,8 @@ def run(
             print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except (TrainingFailed, OSError) as error:
-        print(f"{program}: failed: {error}", file=sys.stderr)
+        reason = str(error).strip().rpartition("\n")[2]  # an error of a worker process begins with its traceback
+        print(f"{program}: failed: {reason}", file=sys.stderr)
         return 1
     except Stopped as checkpoint:
         if first:

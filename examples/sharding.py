@@ -1,7 +1,4 @@
-"""FSDP2 for a network of any kind: divide its weights over the processes, and gather and load whole states.
-
-Without FSDP2 (``sharded=False``), states are those of the module and the optimizer themselves.
-"""
+"""FSDP2 for a network of any kind: divide its weights over the processes, and gather and load whole states."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from examples.processes import Processes
 
@@ -34,45 +31,40 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
         yield from child.children() if isinstance(child, nn.Sequential) else _blocks(child)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor, gathered from all processes if it is divided over them."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
+def whole(state: dict[str, Any]) -> dict[str, Any]:
+    """Make the tensors of a state whole and move them to the CPU, in place, and return the state.
+
+    Call this in all processes, which gather what is divided over them. In place, because ``_metadata`` of a
+    ``state_dict`` holds the versions of the modules, which some networks check.
+    """
+    for name, value in state.items():
+        state[name] = (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu()
+    return state
 
 
-def state_dict(model: nn.Module, sharded: bool) -> dict[str, Any]:
-    """Return the whole state of a model: if it is sharded, in the first process, and an empty one elsewhere."""
-    if not sharded:
-        return model.state_dict()
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+def load(model: nn.Module, state: dict[str, Any]) -> None:
+    """Load a whole state into a sharded model. Call this in all processes, with the same state."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    own = model.state_dict()
+    for name, value in own.items():
+        if isinstance(value, DTensor):
+            own[name] = distribute_tensor(state[name].to(value.device), value.device_mesh, value.placements)
+        else:
+            own[name] = state[name]
+    model.load_state_dict(own)
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> dict[str, Any]:
-    """Return the whole state of an optimizer: if it is sharded, in the first process, and an empty one elsewhere."""
-    if not sharded:
-        return optimizer.state_dict()
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the whole state of an optimizer: in the first process, and an empty one elsewhere."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_optimizer_state_dict(model, optimizer, options=options)
+    return dict(get_optimizer_state_dict(model, optimizer, options=options))
 
 
-def load(model: nn.Module, state: dict[str, Any], sharded: bool) -> None:
-    """Load a whole state, which all processes have, into a model."""
-    if not sharded:
-        model.load_state_dict(state)
-        return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
-
-
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], sharded: bool) -> None:
-    """Load a whole state, which all processes have, into an optimizer."""
-    if not sharded:
-        optimizer.load_state_dict(state)
-        return
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a whole state into an optimizer. Call this in all processes, with the same state."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))

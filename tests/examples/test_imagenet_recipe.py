@@ -39,7 +39,7 @@ def test_processes_train_on_different_images_in_an_order_of_its_own_each_epoch(i
     orders = []
     for epoch in range(2):
         loaders = [
-            ImageNet(images, V1, 8, BATCH, 0, Processes(rank, world)).train_batches(epoch * steps, 0, False)
+            ImageNet(images, V1, 8, BATCH, 0, Processes(rank, world)).train_batches(epoch, 0, 0, False)
             for rank in range(world)
         ]
         orders.append([index for loader in loaders for batch in loader.batch_sampler for index in batch])
@@ -51,12 +51,12 @@ def test_processes_train_on_different_images_in_an_order_of_its_own_each_epoch(i
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_batches_depend_on_the_step_only(images: Path) -> None:
     data = ImageNet(images, V2, 16, BATCH, 0, Processes())
-    whole = [image for image, _ in data.train_batches(0, 0, False)]
+    whole = [image for image, _ in data.train_batches(0, 0, 0, False)]
     torch.manual_seed(1)
     for first, workers in ((0, 1), (2, 0)):
-        rest = [image for image, _ in data.train_batches(first, workers, False)]
+        rest = [image for image, _ in data.train_batches(0, first, workers, False)]
         assert all(torch.equal(a, b) for a, b in zip(rest, whole[first:], strict=True))
-    other = next(iter(data.train_batches(data.steps_per_epoch, 0, False)))[0]
+    other = next(iter(data.train_batches(1, 0, 0, False)))[0]
     assert not torch.equal(other, whole[0])
 
 
