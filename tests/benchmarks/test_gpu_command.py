@@ -51,7 +51,7 @@ def test_a_rehearsal_makes_all_parts(rehearsed):
     if not torch.cuda.is_available():
         assert (tests["figures"]["passed"], tests["figures"]["skipped"]) == (1, 8)
     assert len(pieces(rehearsed, "b")) == 4
-    assert len(pieces(rehearsed, "c")) == 5
+    assert len(pieces(rehearsed, "c")) == 6
     runs = [result["run"]["method"] for result in tables.contents(pieces(rehearsed, "d"))]
     assert runs == ["feather", "soft", "dense"]
     assert [result["zeros"] == result["promised"] for result in tables.contents(pieces(rehearsed, "e"))] == [True]
