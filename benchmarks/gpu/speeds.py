@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.gpu.budget import Records, finished
+from benchmarks.gpu.budget import MARGIN, Records, finished
 from benchmarks.gpu.epochs import COMPILING
 
 __all__ = ["Choice", "Speed", "choose", "speeds"]
 
+_MARGIN = 1.08  # of a speed that was measured on this GPU
 _SETUP = 10.0  # seconds to build eight networks, to record their step, and to evaluate them at the end
 
 # Seconds of a step of one network, alone and among eight, captured. ResNet-20 and MobileNetV1 were measured on an H200.
@@ -26,12 +27,14 @@ class Speed:
         together: seconds of a step of `count` networks, over their number.
         count: the most networks that train at once.
         compiled: whether they are compiled.
+        margin: a training is started if this multiple of its expected time is left.
     """
 
     alone: float
     together: float
     count: int
     compiled: bool = False
+    margin: float = MARGIN
 
     def step(self, count: int) -> float:
         """Return the seconds of a step of this number of networks. A few take as long as one."""
@@ -74,12 +77,12 @@ def speeds(measured: Records, network: str, gpu: str | None, most: int) -> list[
         steps = {each["count"]: each["sparse"]["step"] for each in own if each["compiled"] == compiled}
         if steps:
             count = min(steps, key=steps.__getitem__)
-            found.append(Speed(steps.get(1, steps[count]), steps[count], min(count, most), compiled))
+            found.append(Speed(steps.get(1, steps[count]), steps[count], min(count, most), compiled, _MARGIN))
     return found or [Speed(*_KNOWN[network], most)]
 
 
 def choose(found: Iterable[Speed], runs: int, steps: int, room: float, warm: bool) -> Choice | None:
-    """Return the largest number of runs that are expected to end within the room; the fastest speed for it.
+    """Return the largest number of runs that end within the room, with a margin; the fastest speed for it.
 
     Args:
         found: the speeds of the network.
@@ -95,6 +98,6 @@ def choose(found: Iterable[Speed], runs: int, steps: int, room: float, warm: boo
         Choice(count, speed, seconds)
         for speed in found
         for count in range(1, min(runs, speed.count) + 1)
-        if (seconds := speed.seconds(count, steps, warm)) <= room
+        if speed.margin * (seconds := speed.seconds(count, steps, warm)) <= room
     ]
     return min(fitting, key=lambda choice: (-choice.count, choice.seconds)) if fitting else None

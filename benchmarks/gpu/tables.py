@@ -114,13 +114,17 @@ class Tables:
         """Return how many of some runs of one network train at once within the room; None if none fits."""
         run = runs[0]
         found = speeds(self.measured(), run.network, self.gpu, self.most)
-        return choose(found, len(runs), self._steps(run), room / self.pace, run.network in self.warm)
+        room *= MARGIN / self.pace  # the margin follows from the speed instead
+        return choose(found, len(runs), self._steps(run), room, run.network in self.warm)
 
     def _steps(self, run: Run) -> int:
         return run.epochs * (self.images // BATCH)
 
     def _piece(self, group: list[Run], choice: Choice | None) -> Piece:
-        """Return the piece of a group. Without a choice it was stopped before, or does not fit: it stops early."""
+        """Return the piece of a group. Without a choice it was stopped before, or does not fit.
+
+        It stops itself before the time is over, so that it needs the time of one epoch only.
+        """
         speed = (choice or self._largest(group)).speed
         steps = self._steps(group[0])
         epoch = self.pace * speed.step(len(group)) * steps / group[0].epochs
@@ -130,7 +134,7 @@ class Tables:
         kind = "compiled and captured" if speed.compiled else "captured"
         reason = f"{len(group)} at once, {steps} steps of {1e3 * speed.step(len(group)):.1f} ms, {kind}"
         make = partial(self._make, group, speed.compiled, epoch)
-        return Piece(names, seconds, reason, make, setup + epoch + _ENDING * self.pace if choice is None else None)
+        return Piece(names, seconds, reason, make, least=setup + epoch + _ENDING * self.pace)
 
     def _make(self, group: list[Run], compiled: bool, epoch: float, call: Call) -> Figures:
         """Train a group, and return the contents of the files of its runs, or the epoch at which it stopped."""

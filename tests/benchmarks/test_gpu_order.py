@@ -91,7 +91,7 @@ def test_the_speeds_are_those_that_were_measured_on_this_gpu():
         "f": {"expected": 12.0, "left": 3.0},
     }
     found = speeds(measured, "resnet20", "NVIDIA H100", 8)
-    assert found == [Speed(3e-3, 1.2e-3, 8), Speed(0.9e-3, 0.9e-3, 8, compiled=True)]
+    assert found == [Speed(3e-3, 1.2e-3, 8, False, 1.08), Speed(0.9e-3, 0.9e-3, 8, True, 1.08)]
     assert [speed.count for speed in speeds(measured, "resnet20", "NVIDIA H100", 4)] == [4, 4]
     assert speeds(measured, "resnet20", "NVIDIA H200", 8) == [Speed(2.9e-3, 1.7e-3, 8)]
 
@@ -103,11 +103,12 @@ def test_a_few_networks_take_as_long_as_one():
 
 
 def test_the_largest_group_that_ends_in_time_is_chosen():
-    eager, compiled = Speed(3e-3, 1e-3, 8), Speed(3e-3, 0.8e-3, 8, compiled=True)
+    eager, compiled = Speed(3e-3, 1e-3, 8, margin=1.0), Speed(3e-3, 0.8e-3, 8, compiled=True, margin=1.0)
     assert choose([eager], 20, STEPS, 1e9, False) == Choice(8, eager, 10 + STEPS * 8e-3)
     assert choose([eager], 5, STEPS, 1e9, False) == Choice(5, eager, 10 + STEPS * 5e-3)
     assert choose([eager], 20, STEPS, 10 + STEPS * 4e-3, False) == Choice(4, eager, 10 + STEPS * 4e-3)
     assert choose([eager], 20, STEPS, 100, False) is None
+    assert choose([Speed(3e-3, 1e-3, 8, margin=2.0)], 1, STEPS, 1.9 * (10 + STEPS * 3e-3), False) is None
     # A compilation takes 45 s once, and 8 networks gain 100 s by it, but 3 networks nothing.
     assert choose([eager, compiled], 20, STEPS, 1e9, False) == Choice(8, compiled, 55 + STEPS * 8 * 0.8e-3)
     assert choose([eager, compiled], 3, STEPS, 1e9, False) == Choice(3, eager, 10 + STEPS * 3e-3)

@@ -206,7 +206,7 @@ def test_the_reason_of_a_group_says_how_it_trains(count, tmp_path):
     runs = [Run("resnet20", 0, "feather", 0.9, seed, 160, None) for seed in range(count)]
     (piece,) = made.part("d", "", "d.json", lambda results: runs).plan({}, 1e9)
     assert piece.reason.startswith(f"{count} at once, 62400 steps of {2.9 if count == 1 else 13.6} ms, captured")
-    assert piece.least is None
+    assert piece.seconds > 100
     (piece, *_) = made.part("d", "", "d.json", lambda results: runs).plan({}, 100.0)
     assert piece.name == "resnet20_feather_0.9_seed0"
     assert piece.least is not None
