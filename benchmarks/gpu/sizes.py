@@ -80,7 +80,10 @@ def _run(network: str, width: float, method: str, rate: float) -> Run:
 
 REHEARSAL = Sizes(
     pace=0.1,
-    tests=(("tests/benchmarks/test_augmentation.py", ("-k", "on_a_gpu or refused"), 35.0),),
+    tests=(  # two kernels in triton's interpreter
+        ("tests/benchmarks/test_augmentation.py", ("-k", "on_a_gpu or interpreter"), 60.0),
+        ("tests/ops/test_triton.py", ("-k", "check_shrink"), 60.0),
+    ),
     weights=100_000,
     rounds=2,
     step_network="resnet20",
