@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 from tqdm import tqdm
 
 from benchmarks import timing
 from benchmarks.cifar100_run import Run, RunTraining
 from benchmarks.cifar100_table import PROTOCOLS
-from benchmarks.papers_code import PapersOperator, papers_threshold
+from benchmarks.papers_code import PapersSparsity
 from benchmarks.together import Together
 from examples.data import ImageData, load_data
 from examples.resumable import UserError
@@ -45,41 +44,18 @@ RATES = (0.9, 0.98, 0.995)
 NETWORK = "mobilenet_v1"
 
 
-class _Papers(nn.Module):
-    """The parametrization of the paper's code: all weights have one threshold."""
-
-    def __init__(self, theta: float) -> None:
-        super().__init__()
-        self.theta = theta
-        self.threshold = 0.0
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return PapersOperator.apply(weight, self.threshold, self.theta)
-
-
 class PapersTraining(RunTraining):
     """The training of a run with the operator and the threshold of the paper's code."""
 
     def sparsify(self) -> None:
-        """Register the paper's operator on the weights of all convolutions and linear layers."""
-        layers = [module for module in self.model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-        self._operators = [_Papers(0.5 if self.run.rate > 0.95 else 1.0) for _ in layers]
-        self._dense = [layer.weight for layer in layers]
-        for layer, operator in zip(layers, self._operators, strict=True):
-            parametrize.register_parametrization(layer, "weight", operator)
+        """Put the paper's operator on all weights."""
+        self.papers = PapersSparsity(self.model, 0.5 if self.run.rate > 0.95 else 1.0)
 
     def next_step(self) -> None:
         """Train on the next batch, and compute the threshold from the new weights."""
         super().next_step()
         progress = min(1.0, self.step_count / (len(self.batches) // 2))
-        threshold = papers_threshold(self._dense, self.run.rate * schedules.cubic(progress))
-        for operator in self._operators:
-            operator.threshold = threshold
-
-    def zeros(self) -> int:
-        """Return the number of weights up to the threshold."""
-        pairs = zip(self._dense, self._operators, strict=True)
-        return sum(int((weight.abs() <= operator.threshold).sum()) for weight, operator in pairs)
+        self.papers.update(self.run.rate * schedules.cubic(progress))
 
 
 class DefaultInit(RunTraining):
@@ -126,7 +102,7 @@ def train(code: str, runs: Sequence[Run], data: ImageData, device: torch.device)
 def _result(training: RunTraining, seconds: float, machine: Mapping[str, Any]) -> Result:
     _, accuracy = training.evaluate(training.model)
     if isinstance(training, PapersTraining):
-        zeros = training.zeros()
+        zeros = training.papers.zeros()
     else:
         assert training.controller is not None
         zeros = training.controller.report().zeros

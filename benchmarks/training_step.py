@@ -21,16 +21,7 @@ import archs
 import feather_param
 from benchmarks import timing
 from benchmarks.device import captured
-from benchmarks.papers_code import PapersOperator, papers_threshold
-
-
-class Papers(nn.Module):
-    """A parametrization with the operator of the paper's code."""
-
-    threshold = 0.0
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return PapersOperator.apply(weight, Papers.threshold, 1.0)
+from benchmarks.papers_code import PapersSparsity
 
 
 def resnet50() -> nn.Module:
@@ -77,12 +68,7 @@ def stepper(
             warnings.filterwarnings("ignore", "nothing survives|fewer survivors")
             after = feather_param.sparsify(model, final_rate=0.95, total_steps=10**6, end_step=0, p=p).step
     elif kind == "paper":
-        dense = []
-        for module in list(model.modules()):
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.utils.parametrize.register_parametrization(module, "weight", Papers())
-                dense.append(module.parametrizations.weight.original)  # type: ignore[union-attr]
-        after = lambda: setattr(Papers, "threshold", papers_threshold(dense))  # noqa: E731
+        after = PapersSparsity(model).update
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
     forward = torch.compile(model, backend=backend) if compiled else model
 

@@ -36,7 +36,7 @@ def test_the_papers_code_trains_the_same_network(rate, tmp_path):
     # differently. Two steps with a learning rate of 0.1 enlarge that.
     assert (weights[0] - weights[1]).norm() <= 1e-2 * weights[1].norm()
     assert ours.controller is not None
-    assert abs(papers.zeros() - ours.controller.report().zeros) <= 1
+    assert abs(papers.papers.zeros() - ours.controller.report().zeros) <= 1
 
 
 def test_the_default_initialisation_is_that_of_torch(tmp_path):
