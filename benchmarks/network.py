@@ -61,8 +61,12 @@ class Network(RunTraining):
         lr = [0.5 * self.options.lr * (1 + math.cos(math.pi * step / self.steps)) for step in range(self.steps)]
         self.lr = torch.tensor(lr, device=device)
         self.zeros = None if self.controller is None else torch.tensor(self._zeros_of_each_step(), device=device)
-        self.backend = backend
         self.freeze_step = self.method and self.method.freeze_step(self.steps)
+        self._compiled = None
+        if backend is not None:
+            kind = _Kind(run.network, run.width, data.classes, data.channels)
+            names, self._compiled = _compile(kind, backend)
+            self._places = {name: self._place(name) for name in names}
 
     def step_on(self, images: Tensor, labels: Tensor, step: Tensor) -> None:
         """Make a step, whose number is given as int64 [1]."""
@@ -78,19 +82,18 @@ class Network(RunTraining):
                 self._write_thresholds(self.zeros.index_select(0, step)[0])
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        if self.backend is None:
+        if self._compiled is None:
             return F.cross_entropy(self.model(images), labels)
-        data = self.batches.data
-        kind = _Kind(self.run.network, self.run.width, data.classes, data.channels)
-        plain, loss = _compiled(kind, self.backend)
-        return loss({name: self._tensor(name) for name in plain}, images, labels)
-
-    def _tensor(self, name: str) -> Tensor:
-        """Return a tensor of the plain network: the thresholded weight in the place of the dense one."""
-        module, _, attribute = name.rpartition(".")
-        tensor = getattr(self.model.get_submodule(module), attribute)
+        # A thresholded weight takes the place of the dense one.
+        tensors = {name: getattr(module, attribute) for name, (module, attribute) in self._places.items()}
         # A graph for tensors does not accept Parameters, so a dense network would be compiled by itself.
-        return tensor[...] if isinstance(tensor, nn.Parameter) else tensor
+        tensors = {name: each[...] if isinstance(each, nn.Parameter) else each for name, each in tensors.items()}
+        return self._compiled(tensors, images, labels)
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """Return the module of a tensor and the name of its attribute there."""
+        module, _, attribute = name.rpartition(".")
+        return self.model.get_submodule(module), attribute
 
     def _update(self, gradients: list[Tensor], lr: Tensor, step: Tensor) -> None:
         """Clip the gradients, and make a step of SGD with momentum and weight decay, as `Training` does."""
@@ -191,7 +194,7 @@ class _Kind(NamedTuple):
 
 
 @cache
-def _compiled(kind: _Kind, backend: str) -> tuple[list[str], Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]]:
+def _compile(kind: _Kind, backend: str) -> tuple[list[str], Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]]:
     """Return the names of the tensors of a plain network, and the compiled loss as a function of these tensors.
 
     The networks of a kind differ in their tensors only, so that all use one compiled graph. Compiled one by one, each

@@ -23,7 +23,7 @@ import torch
 
 from feather_param.files.atomic import atomic_write
 
-__all__ = ["machine", "medians", "ratio", "rounds", "set_commit", "show", "write", "write_whole"]
+__all__ = ["machine", "medians", "ratio", "rounds", "set_commit", "show", "synchronise", "write", "write_whole"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,16 +34,17 @@ def rounds(variants: Mapping[str, Callable[[], object]], n: int, warmup: int = 1
     gc.collect()
     for i in range(warmup + n):
         for name, call in variants.items():
-            _synchronise()
+            synchronise()
             start = time.perf_counter()
             call()
-            _synchronise()
+            synchronise()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -224,8 +224,7 @@ def execute(
             advance(group.step_count * len(runs))
     while group.step_count < group.steps:
         group.advance(group.steps_per_epoch)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        timing.synchronise()
         advance(group.steps_per_epoch * len(runs))
         if group.step_count < group.steps and stopped():
             seconds = time.monotonic() - start
@@ -257,7 +256,8 @@ def _result(network: Network, seconds: float, machine: Mapping[str, Any]) -> dic
 
 def unfinished(folder: Path) -> list[list[Run]]:
     """Return the groups of runs that `execute` stopped in a folder."""
-    states = (torch.load(path, map_location="cpu", weights_only=True) for path in folder.glob(f"{_PREFIX}*"))
+    paths = folder.glob(f"{_PREFIX}*")
+    states = (torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths)  # reads no weights
     return [[Run(**settings) for settings in state["runs"]] for state in states]
 
 

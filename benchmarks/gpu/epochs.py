@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import timing
 from benchmarks.cifar100_run import Run, RunTraining
 from benchmarks.gpu.budget import Call, Figures, Part, Piece, Records, finished
 from benchmarks.gpu.sizes import Sizes
@@ -122,7 +123,7 @@ def _measure(variant: Variant, sizes: Sizes, data: ImageData, device: torch.devi
     for kind, method, rate in (("sparse", "feather", _RATE), ("dense", DENSE, 0.0)):
         runs = [Run(variant.network, variant.width, method, rate, 0, 160, None) for _ in range(variant.count)]
         advance, steps = _trainer(variant, runs, sizes, data, device)
-        seconds = _timed(advance, sizes, device) / variant.count
+        seconds = _timed(advance, sizes) / variant.count
         figures[kind] = {"step": seconds, "epoch": seconds * steps}
     figures["sparse over dense"] = figures["sparse"]["step"] / figures["dense"]["step"]
     return figures
@@ -145,13 +146,11 @@ def _trainer(
     return advance, training.batches.steps_per_epoch
 
 
-def _timed(advance: Callable[[int], None], sizes: Sizes, device: torch.device) -> float:
+def _timed(advance: Callable[[int], None], sizes: Sizes) -> float:
     """Return the seconds of a step, the mean over some steps after a warm-up."""
     advance(sizes.warm_up)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    timing.synchronise()
     start = time.perf_counter()
     advance(sizes.steps)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    timing.synchronise()
     return (time.perf_counter() - start) / sizes.steps
