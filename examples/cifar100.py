@@ -35,7 +35,7 @@ from examples import resumable, script
 from examples.data import TrainBatches, batch_loader, load_data
 from examples.processes import ALONE, Processes, choose_device
 from examples.resumable import RunLog, Stopped, StopRequest, UserError
-from examples.script import TrainingFailed, measured, run
+from examples.script import TrainingFailed, measured, raised_as, run
 
 PROGRAM = "cifar100.py"
 NETWORKS = {"resnet20": archs.resnet20, "mobilenet_v1": archs.mobilenet_v1, "densenet": archs.densenet}
@@ -126,12 +126,10 @@ class Training:
         if rate == 0:
             return None
         total, start = len(self.batches), self.options.t1 * self.batches.steps_per_epoch
-        try:
+        with raised_as(UserError, f"--ptarget {rate} cannot be reached"):
             return feather_param.sparsify(
                 self.model, final_rate=rate, total_steps=total, start_step=start, allocation=kind, p=self.options.p
             )
-        except ValueError as error:
-            raise UserError(f"--ptarget {rate} cannot be reached: {error}") from error
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """Train on one batch."""
@@ -147,10 +145,8 @@ class Training:
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         if self.controller is not None:
-            try:
+            with raised_as(TrainingFailed, f"at step {self.step_count + 1}"):  # a weight is no longer finite
                 self.controller.step()
-            except ValueError as error:  # a weight is no longer finite
-                raise TrainingFailed(f"at step {self.step_count + 1}: {error}") from error
         self.scheduler.step()
         if self.step_count % self.batches.steps_per_epoch == 0:
             self.loss_sum.zero_()

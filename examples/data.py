@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,14 +90,21 @@ def batch_loader(batches: TrainBatches, first_step: int, workers: int, device: t
         batches,
         batch_size=None,  # an item is a batch
         sampler=range(first_step, len(batches)),
-        num_workers=workers,
-        pin_memory=workers > 0 and device.type == "cuda",
-        worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),  # the default would draw from the global generator
+        **loading(workers, pinned=workers > 0 and device.type == "cuda"),
     )
 
 
-def ignore_interrupts(worker: int) -> None:
+def loading(workers: int, pinned: bool) -> dict[str, Any]:
+    """Return the arguments of a `DataLoader` that leaves Ctrl-C and the global generator to the program."""
+    return {
+        "num_workers": workers,
+        "pin_memory": pinned,
+        "worker_init_fn": _ignore_interrupts,
+        "generator": torch.Generator(),  # the default would draw from the global generator
+    }
+
+
+def _ignore_interrupts(worker: int) -> None:
     # Ctrl-C reaches every process of the terminal, but the program still needs its workers to stop at a checkpoint.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import ImageFolder
 
-from examples.data import ignore_interrupts
+from examples.data import loading
 from examples.imagenet_recipe import Recipe
 from examples.processes import Processes
 from examples.resumable import UserError
@@ -88,7 +88,7 @@ class ImageNet:
         order.set_epoch(epoch)
         chosen = list(islice(BatchSampler(order, self.batch_size, drop_last=True), first, None))
         images = _Seeded(self.train, self.seed, epoch)
-        return DataLoader(images, batch_sampler=chosen, **_loading(workers, pinned))
+        return DataLoader(images, batch_sampler=chosen, **loading(workers, pinned))
 
     def val_batches(self, workers: int, pinned: bool) -> DataLoader[Batch]:
         """Return the validation batches of this process: the same number in all processes, as FSDP2 needs.
@@ -97,7 +97,7 @@ class ImageNet:
         """
         order = DistributedSampler(self.val, self.processes.count, self.processes.rank, shuffle=False)
         images = _Seeded(self.val, self.seed, 0)
-        return DataLoader(images, batch_size=self.batch_size, sampler=order, **_loading(workers, pinned))
+        return DataLoader(images, batch_size=self.batch_size, sampler=order, **loading(workers, pinned))
 
     @property
     def val_count(self) -> int:
@@ -122,15 +122,6 @@ class _Seeded(Dataset[Any]):
                 return self.folder[index]
             except (OSError, SyntaxError) as error:  # pillow raises both
                 raise OSError(f"the image {self.folder.samples[index][0]} cannot be read: {error}") from error
-
-
-def _loading(workers: int, pinned: bool) -> dict[str, Any]:
-    return {
-        "num_workers": workers,
-        "pin_memory": pinned,
-        "worker_init_fn": ignore_interrupts,
-        "generator": torch.Generator(),  # the default would draw from the global generator
-    }
 
 
 def _read(folder: Path) -> ImageFolder:

@@ -20,7 +20,7 @@ from examples.imagenet_data import Batch, ImageNet, mixed_seed
 from examples.imagenet_recipe import RECIPES
 from examples.processes import ALONE, Processes
 from examples.resumable import UserError
-from examples.script import TrainingFailed, progress
+from examples.script import TrainingFailed, progress, raised_as
 
 
 class Training:
@@ -68,12 +68,10 @@ class Training:
         rate, kind = self.options.ptarget, getattr(feather_param.allocations, self.options.allocation)
         if rate == 0:
             return None
-        try:
+        with raised_as(UserError, f"--ptarget {rate} cannot be reached"):
             return feather_param.sparsify(
                 self.model, final_rate=rate, total_steps=self.steps, allocation=kind, p=self.options.p
             )
-        except ValueError as error:
-            raise UserError(f"--ptarget {rate} cannot be reached: {error}") from error
 
     def batches(self) -> DataLoader[Batch]:
         """Return the batches of this process that are left in this epoch."""
@@ -97,10 +95,8 @@ class Training:
         loss.backward()
         self.optimizer.step()
         if self.controller is not None:
-            try:
+            with raised_as(TrainingFailed, f"at step {self.step_count + 1}"):  # a weight is no longer finite
                 self.controller.step()
-            except ValueError as error:  # a weight is no longer finite
-                raise TrainingFailed(f"at step {self.step_count + 1}: {error}") from error
         if self.ema is not None:
             left = self.data.steps_per_epoch - 1 - in_epoch
             self.recipe.update_average(self.ema, self.model, left, epoch, self.options.epochs)

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ def resume(training: Any, path: Path | None, program: str) -> dict[str, Any] | N
         reason = str(error).partition("\n")[0]  # torch lists all tensors of a wrong network, on lines of their own
         raise UserError(f"expected a checkpoint of this network and data set, got another: {reason}") from error
     return checkpoint
+
+
+@contextmanager
+def raised_as(kind: type[Exception], prefix: str) -> Iterator[None]:
+    """Raise a ValueError of the block as another kind of error, with some words before its message."""
+    try:
+        yield
+    except ValueError as error:
+        raise kind(f"{prefix}: {error}") from error
 
 
 def progress(
