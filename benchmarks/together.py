@@ -29,7 +29,7 @@ from benchmarks.network import Network, possible
 from examples.data import Epoch, ImageData, TrainBatches
 from examples.resumable import save
 
-__all__ = ["Together", "execute", "unfinished"]
+__all__ = ["Together", "execute", "load", "unfinished"]
 
 _WARM_UP = 3  # steps before the graph is recorded: they choose algorithms and compile kernels
 
@@ -215,20 +215,17 @@ def execute(
     """
     machine, start = timing.machine(), time.monotonic()
     group = Together(runs, data, device, backend=backend, captured=captured)
-    checkpoint, settings = _checkpoint(runs, folder), [asdict(run) for run in runs]
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if state["runs"] == settings:
-            group.load_state_dict(state["training"])
-            start -= state["seconds"]
-            advance(group.step_count * len(runs))
+    start -= load(group, folder)
+    if group.step_count:
+        advance(group.step_count * len(runs))
     while group.step_count < group.steps:
         group.advance(group.steps_per_epoch)
         timing.synchronise()
         advance(group.steps_per_epoch * len(runs))
         if group.step_count < group.steps and stopped():
             seconds = time.monotonic() - start
-            save({"runs": settings, "training": group.state_dict(), "seconds": seconds}, checkpoint)
+            settings = [asdict(run) for run in runs]
+            save({"runs": settings, "training": group.state_dict(), "seconds": seconds}, _checkpoint(runs, folder))
             return False
     group.finish()
     seconds = (time.monotonic() - start) / len(runs)
@@ -240,10 +237,23 @@ def execute(
             errors.append(error)
         else:
             timing.write_whole(folder / f"{network.run.name}.json", json.dumps(result, indent=1) + "\n")
-    checkpoint.unlink(missing_ok=True)
+    _checkpoint(runs, folder).unlink(missing_ok=True)
     if errors:
         raise errors[0]
     return True
+
+
+def load(group: Together, folder: Path) -> float:
+    """Continue from the checkpoint of a group in a folder, if there is one. Return the seconds that it took so far."""
+    runs = [network.run for network in group.networks]
+    checkpoint = _checkpoint(runs, folder)
+    if not checkpoint.is_file():
+        return 0.0
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if state["runs"] != [asdict(run) for run in runs]:
+        return 0.0
+    group.load_state_dict(state["training"])
+    return state["seconds"]
 
 
 def _result(network: Network, seconds: float, machine: Mapping[str, Any]) -> dict[str, Any]:

@@ -326,9 +326,12 @@ def _ranked(
 ) -> list[Group]:
     """Give each weight the zeros that the smallest of all scores give it.
 
-    In each weight, larger magnitudes must have larger scores, and 0 the score 0.
+    In each weight, larger magnitudes must have larger scores, and 0 the score 0. The score of NaN is NaN.
     """
-    counts = count_zeros(scores, global_magnitude(scores, zeros, guards))
+    ranked = global_magnitude(scores, zeros, guards)
+    if any(math.isnan(group.threshold) for group in ranked):  # not on a CPU: there it has raised
+        return global_magnitude(weights, zeros, guards)  # its threshold is NaN, as that of any other allocation
+    counts = count_zeros(scores, ranked)
     given: dict[str, int] = {}
     for name in weights:  # more elements than `zeros` may have the score 0
         given[name] = min(counts[name].zeros, zeros - sum(given.values()))

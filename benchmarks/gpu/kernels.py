@@ -30,20 +30,20 @@ def part(sizes: Sizes, device: torch.device) -> Part:
     def operator(call: Call) -> Figures:
         return {"rows": kernels.operator(weights, device, rounds, True, POWERS)}
 
-    # A step of ResNet-50 with a batch of 128 takes about 80 ms on an H100 (1,600 pictures a second, trained with AMP).
+    # A step of ResNet-50 with a batch of 128 takes 20 to 51 ms on an H200.
     pieces = [
         Piece("threshold", 8.0 * sizes.pace, "6 s to start CUDA and to compile a kernel, 2 s of timing", threshold),
         Piece("operator", 8.0 * sizes.pace, "three kernels, 12 graphs, 2 s of timing", operator),
         Piece(
             f"{network}, eager and captured",
             25.0 * sizes.pace,
-            "two networks, choice of algorithms, 4 x 27 steps of 80 ms",
+            "two networks, choice of algorithms, 4 x 27 steps of 30 to 50 ms",
             partial(_steps, sizes, device, False),
         ),
         Piece(
             f"{network}, compiled, and compiled and captured",
-            95.0 * sizes.pace,
-            "two compilations of 40 s, 4 x 27 steps of 70 ms",
+            140.0 * sizes.pace,
+            "two compilations of 65 s, 4 x 27 steps of 20 to 35 ms",
             partial(_steps, sizes, device, True),
         ),
     ]

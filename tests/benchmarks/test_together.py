@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks import cifar100_table, together
+from benchmarks import cifar100_table, stopped, together
 from benchmarks.cifar100_run import BATCH, Run, RunTraining
 from benchmarks.cifar100_table import main
 from benchmarks.methods import METHODS
@@ -179,6 +179,24 @@ def test_a_stopped_group_and_another_one_keep_their_checkpoints(data, tmp_path):
     for group in groups:
         assert not together.execute(group, data, CPU, tmp_path, stopped=lambda: True)
     assert sorted(together.unfinished(tmp_path), key=str) == groups
+
+
+def test_stopped_runs_are_evaluated_as_they_are(data, tmp_path, capsys):
+    runs = [a_run("dense"), a_run("feather")]
+    assert not together.execute(runs, data, CPU, tmp_path, stopped=lambda: True)
+    dense, sparse = stopped.evaluate(tmp_path, data, CPU)
+    group = Together(runs, data, CPU)
+    group.advance(group.steps_per_epoch)
+    for found, network in zip((dense, sparse), group.networks, strict=True):
+        network.tell(group.step_count)
+        assert (found["epochs"], found["accuracy"]) == (1, network.evaluate(network.model)[1])
+    assert dense["zeros"] == 0
+    assert sparse["zeros"] == group.networks[1].controller.report().zeros > 0
+    assert together.unfinished(tmp_path) == [runs]
+    assert stopped.main([str(tmp_path / "none"), "--dataset=digits"]) == 2
+    assert "expected a checkpoint" in capsys.readouterr().err
+    assert stopped.main([str(tmp_path), "--data-dir=nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_runs_that_cannot_train_at_once_are_refused(data):
