@@ -161,7 +161,7 @@ def _part(state: Mapping[str, Tensor], entry: str) -> _Part:
     keys = _keys(state, entry, saved)
     weights = {name: _weight(state, own) for name, own in keys.items()}
     pattern.require_fit(weights)
-    position = unpack_position(state[entry], sum(weight.numel() for weight in weights.values()), POSITION)
+    position = unpack_position(state[entry], sum(weight.numel() for weight in weights.values()), entry)
     return _Part(position, saved, pattern, keys, weights)
 
 

@@ -137,7 +137,7 @@ def _numbers(state: Any, entry: str) -> Tensor:
     if not integers or state.dim() != 1 or state.numel() < 4 or (state[0] == _OLDER and state.numel() > 4):
         found = f"{state.dtype} of shape {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
         raise ValueError(
-            f"expected the position of a sparsified model (*{entry}) to be a row of integers, got {found}; "
+            f"expected the position of a sparsified model ({entry}) to be a row of integers, got {found}; "
             "save the state_dict as it is, without casting the integers in it"
         )
     return state

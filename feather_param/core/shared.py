@@ -260,7 +260,7 @@ class SharedSparsity(Copyable):
 
     def set_extra_state(self, state: Any) -> None:
         """Note a saved position. The model moves there when all its weights have been loaded."""
-        self._loading = unpack_position(state, self.budget.total, POSITION), set(self.registrations)
+        self._loading = unpack_position(state, self.budget.total, f"*{POSITION}"), set(self.registrations)
 
     def note_loaded(self, feather: nn.Module) -> None:
         """Note that the weight of a parametrization was loaded. After the last one, refresh."""
