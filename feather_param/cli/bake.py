@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from feather_param.core.baked_state import baked_state
+from feather_param.api import baked_state_dict
 from feather_param.files.checkpoint import Checkpoint
 from feather_param.utils.text import listed
 
@@ -20,7 +20,7 @@ def baked_tensors(path: Path, checkpoint: Checkpoint) -> tuple[dict[str, Tensor]
         checkpoint: its content.
 
     Raises:
-        ValueError: the file does not hold a state that can be baked; see `baked_state`.
+        ValueError: the file does not hold a state that can be baked; see `feather_param.baked_state_dict`.
 
     Example:
         >>> model = nn.Linear(4, 4)
@@ -35,7 +35,7 @@ def baked_tensors(path: Path, checkpoint: Checkpoint) -> tuple[dict[str, Tensor]
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            tensors = baked_state(checkpoint.tensors)
+            tensors = baked_state_dict(checkpoint.tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     remarks = [str(warning.message) for warning in caught]

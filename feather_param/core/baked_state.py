@@ -23,6 +23,8 @@ from feather_param.ops.kth import kth_magnitude
 from feather_param.ops.masking import with_exact_zeros
 from feather_param.patterns import Pattern
 from feather_param.selection.names import without_wrappers
+from feather_param.utils.text import listed
+from feather_param.utils.warn import warn
 
 # The key of a Parameter, and that of a position, with the prefix of the layer and the name of the tensor.
 _ORIGINAL = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.original(\d*)")
@@ -88,8 +90,7 @@ def baked_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             is none of `feather_param.patterns`, or a weight carries parametrizations of other libraries.
 
     Example:
-        >>> import feather_param
-        >>> model = torch.nn.Linear(4, 4)
+        >>> model = nn.Linear(4, 4)
         >>> _ = feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0)
         >>> state = baked_state(model.state_dict())
         >>> list(state), int((state["weight"] == 0).sum())
@@ -105,10 +106,16 @@ def baked_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 prefix, tensor = _split(_ORIGINAL, key)
                 layers.setdefault(prefix, {})[tensor] = values[name]
                 dropped.add(f"{prefix}parametrizations.{tensor}.")
+    new = with_plain_entries(state, layers, dropped)
+    if others := [key for key in new if (match := _ORIGINAL.fullmatch(key)) and not match[3]]:
+        warn(
+            f"parametrized weights that no entry *{POSITION} names are left as they are: {listed(others)}; they are of "
+            "other libraries, or of a copy of a part of the model: then bake the model itself"
+        )
     for part in parts:
         if part.position.frozen_step is None and part.position.zeros < part.saved.final_zeros:
             warn_of_early("the bake of a state", part.position.zeros, part.saved.final_zeros)
-    return with_plain_entries(state, layers, dropped)
+    return new
 
 
 def _parts(state: Mapping[str, Tensor]) -> list[_Part]:
@@ -187,13 +194,16 @@ def _keys(state: Mapping[str, Tensor], entry: str, saved: SavedSettings) -> dict
     missing = [name for name in names if not best.get(name)]
     raise ValueError(
         f"expected the {len(names)} weights that {entry} names, got a state without {missing[0]} "
-        f"({len(missing)} missing); bake the state of the whole model, under the names that torch gives it"
+        f"({len(missing)} missing); bake the state of the whole model under the names that torch gives it, and a copy "
+        "of a part of the model together with the model itself, which needs baked_state_dict(model)"
     )
 
 
 def _weight(state: Mapping[str, Tensor], keys: list[str]) -> Tensor:
     """Return the tensor that some keys hold."""
     weight, *others = (state[key] for key in keys)
+    if weight.is_meta:
+        raise ValueError(f"expected weights with values, got {keys[0]} on the meta device; load them first")
     if weight.dtype not in INTEGER:
         raise ValueError(f"expected float64, float32, bfloat16 or float16, got {weight.dtype} at {keys[0]}")
     for key, other in zip(keys[1:], others, strict=True):

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import feather_param
 from feather_param import allocations
-from feather_param.core.baked_state import baked_state
 
 ENTRY = "0.parametrizations.weight.0.shared._extra_state"
 
@@ -25,7 +24,7 @@ def require_same(model: nn.Module, in_order: bool = True) -> dict[str, Tensor]:
     saved = copy.deepcopy(model.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of early bakes, and of weights with no survivors
-        found, expected = baked_state(saved), feather_param.baked_state_dict(model)
+        found, expected = feather_param.baked_state_dict(saved), feather_param.baked_state_dict(model)
     assert (list if in_order else set)(found) == (list if in_order else set)(expected)
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype

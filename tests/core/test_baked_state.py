@@ -16,7 +16,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import feather_param
 from feather_param import allocations, patterns
-from feather_param.core.baked_state import baked_state
 from tests.core.models import Doubled, sparsify_at_once
 from tests.core.saved_states import ENTRY, linear, require_same, tied, two_groups
 from tests.network import net
@@ -173,16 +172,16 @@ def test_a_bake_before_the_full_rate_warns_unless_it_is_frozen():
     controller = feather_param.sparsify(model, final_rate=0.9, total_steps=6, end_step=4)
     controller.step()
     with pytest.warns(UserWarning, match=r"expected the bake of a state after the 2,095 zeros of final_rate .* 1,211"):
-        baked_state(model.state_dict())
+        feather_param.baked_state_dict(model.state_dict())
     controller.freeze()
-    baked_state(model.state_dict())
+    feather_param.baked_state_dict(model.state_dict())
 
 
 def test_a_state_is_not_changed():
     model = net()
     sparsify_at_once(model)
     state = copy.deepcopy(model.state_dict())
-    baked_state(state)
+    feather_param.baked_state_dict(state)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 

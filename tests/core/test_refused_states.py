@@ -14,7 +14,6 @@ from torch.nn.utils import parametrize
 
 import feather_param
 from feather_param import patterns
-from feather_param.core.baked_state import baked_state
 from tests.core.models import Doubled, sparsify_at_once
 from tests.core.saved_states import ENTRY, linear, require_same, tied, two_groups
 from tests.network import net
@@ -35,7 +34,7 @@ class Rows(type(patterns.blocks(1, 2))):
 
 def refuses(state: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        baked_state(state)
+        feather_param.baked_state_dict(state)
 
 
 def test_a_plain_state_is_refused():
@@ -84,12 +83,24 @@ def test_a_part_of_a_state_is_refused():
     refuses(model[0].state_dict(), r"the 3 weights that .* names, got a state without 0\.weight \(3 missing\)")
 
 
+def test_a_copy_of_a_part_of_the_model_beside_it_is_refused_or_named():
+    model = nn.ModuleDict({"online": linear(), "head": linear(seed=1)})
+    sparsify_at_once(model)
+    beside = nn.ModuleDict({"model": model, "target": copy.deepcopy(model["online"])})
+    refuses(beside.state_dict(), r"the 6 weights that target\.0.* names, got a state without online\.0.*copy of a part")
+    beside["target"] = copy.deepcopy(model["head"])  # it has no entry
+    with pytest.warns(UserWarning, match=r"left as they are: target\.0\.parametrizations\.weight\.original, target\.2"):
+        feather_param.baked_state_dict(beside.state_dict())
+
+
 def test_tied_weights_that_differ_are_refused_and_one_of_them_suffices():
     model = tied()
     sparsify_at_once(model)
     state = copy.deepcopy(model.state_dict())
     expected = feather_param.baked_state_dict(model)
-    one = baked_state({key: value for key, value in state.items() if key != "b.parametrizations.weight.original"})
+    one = feather_param.baked_state_dict(
+        {key: value for key, value in state.items() if key != "b.parametrizations.weight.original"}
+    )
     assert set(expected) - set(one) == {"b.weight"}
     assert torch.equal(one["a.weight"], expected["a.weight"])
     state["b.parametrizations.weight.original"] = state["a.parametrizations.weight.original"] + 1
@@ -102,6 +113,7 @@ def test_weights_that_are_not_finite_or_of_another_dtype_are_refused():
     state = state_of()
     refuses({**state, ORIGINAL: state[ORIGINAL] / 0.0}, r"NaN or infinity in 0\.weight")
     refuses({**state, ORIGINAL: state[ORIGINAL].to(torch.float8_e4m3fn)}, "float16, got torch.float8_e4m3fn at 0")
+    refuses({**state, ORIGINAL: state[ORIGINAL].to("meta")}, "expected weights with values, got 0.* on the meta device")
 
 
 @pytest.mark.parametrize(
@@ -140,4 +152,4 @@ def test_no_damage_of_the_entry_raises_another_error():
             broken[at] = int(torch.randint(-3, 200, (), generator=generator))
         with contextlib.suppress(ValueError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            baked_state({**state, ENTRY: broken})
+            feather_param.baked_state_dict({**state, ENTRY: broken})

@@ -12,7 +12,6 @@ from torch import nn
 
 import feather_param
 from feather_param import allocations, patterns, schedules
-from feather_param.core.baked_state import baked_state
 from tests import twins
 from tests.processes.training import STEPS, ZEROS, batch, net, sparsify, train, weights_of
 from tests.training import all_equal, same_state, zeros_in
@@ -63,7 +62,7 @@ def equals_one_process(rank: int, world: int, folder: Path, *, guards: dict, all
     state = feather_param.baked_state_dict(model)
     assert same_state(state, feather_param.baked_state_dict(alone))
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))  # rank 0 gets it
-    assert rank or same_state(state, baked_state(full))
+    assert rank or same_state(state, feather_param.baked_state_dict(full))
     plain = net(1)
     plain.load_state_dict(state)
     assert zeros_in(plain) == ZEROS
@@ -128,7 +127,7 @@ def saves_a_checkpoint(rank: int, world: int, folder: Path) -> None:
     baked = feather_param.baked_state_dict(model)
     if rank == 0:
         dcp_to_torch_save(folder / "checkpoint", folder / "one.pt")
-        assert same_state(baked_state(torch.load(folder / "one.pt")["model"]), baked)
+        assert same_state(feather_param.baked_state_dict(torch.load(folder / "one.pt")["model"]), baked)
     train(
         model, optimizer, controller, 0, 1, range(3, STEPS)
     )  # all ranks get the same batch, so no sum depends on their number
