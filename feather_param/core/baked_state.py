@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from feather_param.core.baking import with_plain_entries
+from feather_param.core.baking import set_plain_metadata, with_plain_entries
 from feather_param.core.budget import Budget
 from feather_param.core.exact_values import exact_value, masks_of_frozen
 from feather_param.core.position import Position
@@ -97,16 +97,18 @@ def baked_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         (['weight', 'bias'], 8)
     """
     layers: dict[str, dict[str, Tensor | None]] = {}  # by prefix
-    dropped: set[str] = set()
     parts = _parts(state)
+    entries = [_split(_POSITION, key) for key in state if _POSITION.fullmatch(key)]
+    ours = {f"{prefix}parametrizations.{tensor}." for prefix, tensor in entries}
     for part in parts:
         values = part.values()
         for name, keys in part.keys.items():
-            for key in keys:
-                prefix, tensor = _split(_ORIGINAL, key)
+            for prefix, tensor in (_split(_ORIGINAL, key) for key in keys):
                 layers.setdefault(prefix, {})[tensor] = values[name]
-                dropped.add(f"{prefix}parametrizations.{tensor}.")
-    new = with_plain_entries(state, layers, dropped)
+                ours.add(f"{prefix}parametrizations.{tensor}.")
+    new = with_plain_entries(state, layers, ours)
+    if metadata := getattr(state, "_metadata", None):
+        set_plain_metadata(new, metadata, ours)
     if others := [key for key in new if (match := _ORIGINAL.fullmatch(key)) and not match[3]]:
         warn(
             f"parametrized weights that no entry *{POSITION} names are left as they are: {listed(others)}; they are of "
@@ -173,30 +175,44 @@ def _part(state: Mapping[str, Tensor], entry: str) -> _Part:
 
 
 def _keys(state: Mapping[str, Tensor], entry: str, saved: SavedSettings) -> dict[str, list[str]]:
-    """Return the keys of each weight. Wrappers may have added a prefix, or parts inside of the names."""
+    """Return the keys of each weight. The state may have another prefix than the model that was sparsified."""
     names = {name: (name, *others) for name, others in saved.settings.weights.items()}
     best: dict[str, list[str]] = {}
-    for form in (_unchanged, without_wrappers):
+    for form in (_unchanged, without_wrappers):  # wrappers may add parts inside of the names
         originals = {form("".join(_split(_ORIGINAL, key))): key for key in state if _ORIGINAL.fullmatch(key)}
         owner = form("".join(_split(_POSITION, entry)))
-        for first in {form(name) for every in names.values() for name in every}:
-            prefix = owner.removesuffix(first)
-            if not owner.endswith(first) or (prefix and not prefix.endswith(".")):
-                continue
+        for first in (form(name) for every in names.values() for name in every):
+            old, new = _different_prefixes(first, owner)
             found = {
-                name: [originals[key] for each in every if (key := prefix + form(each)) in originals]
+                name: [
+                    originals[key]
+                    for each in map(form, every)
+                    if each.startswith(old) and (key := new + each.removeprefix(old)) in originals
+                ]
                 for name, every in names.items()
             }
             if all(found.values()):
                 return found
-            if not best or sum(map(bool, found.values())) > sum(map(bool, best.values())):
-                best = found
-    missing = [name for name in names if not best.get(name)]
+            best = max(best, found, key=lambda each: sum(map(bool, each.values())))
+    missing = [name for name in names if not best[name]]
     raise ValueError(
         f"expected the {len(names)} weights that {entry} names, got a state without {missing[0]} "
         f"({len(missing)} missing); bake the state of the whole model under the names that torch gives it, and a copy "
         "of a part of the model together with the model itself, which needs baked_state_dict(model)"
     )
+
+
+def _different_prefixes(name: str, other: str) -> tuple[str, str]:
+    """Return the different beginnings of two names with the same end, as prefixes.
+
+    Example:
+        >>> _different_prefixes("net.0.weight", "module.0.weight")
+        ('net.', 'module.')
+    """
+    parts, others = name.split("."), other.split(".")
+    while parts and others and parts[-1] == others[-1]:
+        del parts[-1], others[-1]
+    return "".join(f"{part}." for part in parts), "".join(f"{part}." for part in others)
 
 
 def _weight(state: Mapping[str, Tensor], keys: list[str]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +57,7 @@ def baked(model: nn.Module) -> dict[str, Tensor]:
             "expected the model's state_dict() to hold the weights under the names that torch gives them, got other "
             f"names for {next(iter(values), 'a copy')}; desparsify a copy.deepcopy(model) and take its state_dict"
         )
-    metadata = getattr(state, "_metadata", {})
-    remaining = [key for key in metadata if ours.isdisjoint(_prefixes(f"{key}."))]
-    empty = {_prefixes(name)[-2][:-1] for name in ours} - {key.rpartition(".")[0] for key in remaining}
-    new._metadata = {key: metadata[key] for key in remaining if key not in empty}  # type: ignore[attr-defined]
+    set_plain_metadata(new, getattr(state, "_metadata", {}), ours)
     return new
 
 
@@ -106,6 +104,13 @@ def with_plain_entries(
         if dropped.isdisjoint(prefixes) and key not in new:
             new[key] = whole(tensor)
     return new
+
+
+def set_plain_metadata(new: OrderedDict[str, Tensor], metadata: Mapping[str, Any], ours: set[str]) -> None:
+    """Give a state the metadata of torch (versions of modules) without that of our modules, by their prefixes."""
+    remaining = [key for key in metadata if ours.isdisjoint(_prefixes(f"{key}."))]
+    empty = {_prefixes(name)[-2][:-1] for name in ours} - {key.rpartition(".")[0] for key in remaining}
+    new._metadata = {key: metadata[key] for key in remaining if key not in empty}  # type: ignore[attr-defined]
 
 
 def _prefixes(key: str) -> list[str]:

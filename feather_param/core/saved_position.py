@@ -6,7 +6,8 @@ The tensor holds integers, since every tool saves these, and none averages or ca
 
     version, zeros, step, frozen step or -1, zeros of ``final_rate``,
     length of a text, the bytes of this text (`BakeSettings`),
-    and unless the text names the allocation, for each weight: the number of its group, and the zeros of that group.
+    and unless the text names the allocation, for each weight: the number of its group, its place in that group, and
+    the zeros of the group.
 
 The number of integers does not change during the training, as torch.distributed.checkpoint requires. If two states of
 one training are averaged, the text stays as it is. Version 1 has the first four integers only.
@@ -59,11 +60,16 @@ def pack(position: Position, final_zeros: int, settings: BakeSettings, groups: S
     numbers = [_VERSION, position.zeros, position.step, frozen, final_zeros, len(text)]
     rows: list[int] = []
     if settings.allocation is None:
-        given = {name: (i, group.zeros) for i, group in enumerate(groups or ()) for name in group.names}
-        rows = [number for name in settings.weights for number in given.get(name, (_UNKNOWN, _UNKNOWN))]
+        given = {
+            name: (i, place, group.zeros)
+            for i, group in enumerate(groups or ())
+            for place, name in enumerate(group.names)
+        }
+        rows = [number for name in settings.weights for number in given.get(name, (_UNKNOWN,) * 3)]
     # `frombuffer` and `cat` take microseconds. Some loops call state_dict() at each step.
     characters = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(torch.int64)
-    return torch.cat([torch.tensor(numbers), characters, torch.tensor(rows, dtype=torch.int64)])
+    head, tail = (torch.tensor(each, dtype=torch.int64, device="cpu") for each in (numbers, rows))
+    return torch.cat([head, characters, tail])
 
 
 def unpack_position(state: Any, total: int, entry: str) -> Position:
@@ -120,16 +126,16 @@ def _groups(settings: BakeSettings, rows: list[int]) -> dict[tuple[str, ...], in
     """Return the zeros of each group, by its names."""
     if settings.allocation is not None:
         return None
-    if len(rows) != 2 * len(settings.weights):
+    if len(rows) != 3 * len(settings.weights):
         raise ValueError(f"{len(rows)} numbers for {len(settings.weights)} weights")
     if _UNKNOWN in rows:
         return None
     names: dict[int, list[str]] = {}
-    zeros: dict[int, int] = {}
-    for name, group, number in zip(settings.weights, rows[::2], rows[1::2], strict=True):
+    zeros = dict(zip(rows[::3], rows[2::3], strict=True))
+    in_order = sorted(zip(rows[::3], rows[1::3], settings.weights, strict=True))  # ties are broken in this order
+    for group, _, name in in_order:
         names.setdefault(group, []).append(name)
-        zeros[group] = number
-    return {tuple(names[group]): zeros[group] for group in names}
+    return {tuple(own): zeros[group] for group, own in names.items()}
 
 
 def _numbers(state: Any, entry: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import feather_param
 from feather_param import allocations, patterns
 from tests.cli.commands import KINDS, done, fails
-from tests.core.saved_states import ENTRY, bits, linear, require_same, tied
+from tests.core.saved_states import ENTRY, bits, linear, require_same, tied, used_twice
 from tests.network import net
 
 
@@ -88,11 +88,12 @@ def test_a_file_is_baked_like_its_model(build, settings, kind, suffix, run):
     assert sorted(path.name for path in Path().iterdir()) == sorted(["in", out.name])
 
 
-def test_a_file_of_save_model_is_baked_for_load_model(run):
-    model = trained(tied)
+@pytest.mark.parametrize("build", [tied, used_twice])
+def test_a_file_of_save_model_is_baked_for_load_model(build, run):
+    model = trained(build)
     safetensors.torch.save_model(model, "in.safetensors")  # it leaves out one of two tied tensors
     done(run("bake", "in.safetensors", "out.safetensors"))
-    plain = tied()
+    plain = build()
     safetensors.torch.load_model(plain, "out.safetensors")
     assert all(
         torch.equal(value, plain.state_dict()[name]) for name, value in feather_param.baked_state_dict(model).items()

@@ -26,6 +26,7 @@ def require_same(model: nn.Module, in_order: bool = True) -> dict[str, Tensor]:
         warnings.simplefilter("ignore")  # of early bakes, and of weights with no survivors
         found, expected = feather_param.baked_state_dict(saved), feather_param.baked_state_dict(model)
     assert (list if in_order else set)(found) == (list if in_order else set)(expected)
+    assert getattr(found, "_metadata", None) == getattr(expected, "_metadata", None)
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
         assert found[name].stride() == tensor.stride(), name
@@ -34,9 +35,9 @@ def require_same(model: nn.Module, in_order: bool = True) -> dict[str, Tensor]:
 
 
 def two_groups(weights, zeros, guards):
-    """Rank the first and the last weight together, and prune two thirds of the zeros from them."""
+    """Rank the last and the first weight together, ties in this order, and prune two thirds of the zeros from them."""
     names = list(weights)
-    halves = [{name: weights[name] for name in part} for part in (names[::2], names[1::2])]
+    halves = [{name: weights[name] for name in part} for part in (names[::-2], names[1::2])]
     first = zeros - zeros // 3
     return [
         allocations.Group(tuple(half), k, allocations.global_magnitude(half, k, {})[0].threshold)
@@ -55,3 +56,9 @@ def tied() -> nn.Module:
     model = nn.ModuleDict({"a": nn.Linear(12, 12), "b": nn.Linear(12, 12), "c": nn.Linear(12, 4)})
     model["b"].weight = model["a"].weight
     return model
+
+
+def used_twice() -> nn.Module:
+    """Return layers of which one has two names."""
+    layer = nn.Linear(12, 12)
+    return nn.ModuleDict({"first": layer, "between": nn.Linear(12, 12), "again": layer})

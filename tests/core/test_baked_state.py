@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 import feather_param
 from feather_param import allocations, patterns
 from tests.core.models import Doubled, sparsify_at_once
-from tests.core.saved_states import ENTRY, linear, require_same, tied, two_groups
+from tests.core.saved_states import ENTRY, linear, require_same, tied, two_groups, used_twice
 from tests.network import net
 
 PATTERNS = [patterns.elements, patterns.n_m(2, 4), patterns.blocks(1, 2)]
@@ -80,20 +80,17 @@ def test_each_allocation_and_pattern_at_each_point_of_a_training(allocation, gua
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_exponent_dtype_and_pattern_with_ties_and_zeros(dtype):
     values = torch.tensor([0.0, -0.0, 1.0, -1.0, 0.25, 6e-8, -1e-7, 0.5])
-    for p, pattern, zeros in itertools.product([0.5, 1, 2, 3.0, 5.5, math.inf], PATTERNS, [0, 300]):
+    exponents = [0.5, 1, 2, 3.0, 5.5, math.inf]
+    for p, pattern, zeros in itertools.product(exponents, PATTERNS, [0, 300]):
         model = linear(dtype)
         with torch.no_grad():
             for layer in (model[0], model[2], model[3]):
                 layer.weight.copy_(values[torch.randint(2 if zeros == 0 else 8, layer.weight.shape)])
             if not zeros:
                 model[0].weight.normal_()
-        sparsify_at_once(model, 0.4, p=p, pattern=pattern, theta=0.3)
+        allocation = two_groups if p == 2 else allocations.global_magnitude
+        sparsify_at_once(model, 0.4, p=p, pattern=pattern, theta=0.3, allocation=allocation)
         require_same(model)
-
-
-def used_twice() -> nn.Module:
-    layer = nn.Linear(12, 12)
-    return nn.ModuleDict({"first": layer, "between": nn.Linear(12, 12), "again": layer})
 
 
 class WithAttributeNamedAsWrapper(nn.Module):
@@ -148,6 +145,14 @@ def test_the_states_of_wrapped_models(wrap):
     model = net()
     sparsify_at_once(model, 0.75)
     require_same(wrap(model))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["", "own allocation"])
+def test_the_state_of_a_submodule_that_holds_all_pruned_weights(own):
+    model = nn.ModuleDict({"net": nn.Sequential(linear()), "norm": nn.BatchNorm1d(8)})
+    sparsify_at_once(model, 0.75, **({"allocation": two_groups} if own else {}))
+    for part in (model["net"], model["net"][0], nn.Sequential(nn.Identity(), model["net"])):
+        require_same(part)
 
 
 def test_parts_that_were_sparsified_separately_and_their_copies():
