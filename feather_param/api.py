@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from feather_param import patterns, schedules
 from feather_param.allocations import Allocation, global_magnitude
 from feather_param.controller import Controller
+from feather_param.core.baked_state import baked_state
 from feather_param.core.baking import bake, baked
 from feather_param.core.checked_selection import checked_selection
 from feather_param.core.config import Config, Theta
@@ -158,22 +159,31 @@ def desparsify(model: nn.Module) -> None:
     bake(_require_sparsified(model))
 
 
-def baked_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state_dict that the model would have after `desparsify`, without changing the model.
+def baked_state_dict(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state_dict that a model would have after `desparsify`, without changing the model.
 
     Pruned weights are new tensors. Other tensors are the model's own, as in ``model.state_dict()``.
 
+    Args:
+        source: a sparsified model, or its saved ``state_dict()``: this needs no model, and has the same result. The
+            command ``feather-param bake`` does it for a file.
+
     Raises:
-        ValueError: the model is not sparsified, or a weight holds NaN or infinity, or has no values.
-        TypeError: it is no model.
+        ValueError: the model is not sparsified, or a weight holds NaN or infinity, or has no values. The state is plain
+            already, damaged or incomplete, or it does not tell all that its zeros depend on: the pattern is none of
+            `feather_param.patterns`, or a weight carries parametrizations of other libraries.
+        TypeError: it is neither a model nor a state_dict.
 
     Example:
         >>> model = nn.Linear(4, 4)
         >>> controller = sparsify(model, final_rate=0.5, total_steps=1, schedule=schedules.constant)
         >>> {name: int((tensor == 0).sum()) for name, tensor in baked_state_dict(model).items()}
         {'weight': 8, 'bias': 0}
+        >>> list(model.state_dict()), list(baked_state_dict(model.state_dict()))  # doctest: +NORMALIZE_WHITESPACE
+        (['bias', 'parametrizations.weight.original', 'parametrizations.weight.0.shared._extra_state'],
+         ['weight', 'bias'])
     """
-    return baked(_require_sparsified(model))
+    return baked_state(source) if isinstance(source, Mapping) else baked(_require_sparsified(source))
 
 
 def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], *, zstd: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The command ``feather-param``: report, compress, expand and time checkpoint files."""
+"""The command ``feather-param``: report, bake, compress, expand and time checkpoint files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
@@ -18,6 +18,7 @@ from torch import Tensor
 
 import feather_param
 from feather_param.cli.architecture import build, load
+from feather_param.cli.bake import baked_tensors
 from feather_param.cli.file_report import as_json, as_text, in_training, notes, zeros
 from feather_param.cli.progress import Progress
 from feather_param.files.atomic import atomic_write
@@ -100,7 +101,7 @@ def _note(message: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=_PROGRAM,
-        description="Report the zeros of checkpoint files, and store them without the zeros.",
+        description="Report the zeros of checkpoint files, bake them, and store them without the zeros.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -117,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
         help="do not measure the size in other formats, which takes seconds for a large file",
     )
     report.set_defaults(run=_report)
+
+    bake = commands.add_parser("bake", help="write the plain, sparse weights of a checkpoint of a model in training")
+    bake.add_argument("file", metavar="IN", type=Path)
+    bake.add_argument("out", metavar="OUT", type=Path, help=f"ends in {', '.join(_TORCH)} or {_SAFETENSORS}")
+    bake.set_defaults(run=_bake)
 
     compress = commands.add_parser("compress", help="write a checkpoint as a sparse file")
     compress.add_argument("file", metavar="IN", type=Path)
@@ -146,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(run=_bench)
 
-    for command in (report, compress, bench):
+    for command in (report, bake, compress, bench):
         command.add_argument("--key", help="the key of the state_dict in a torch file: training.model")
     return parser
 
@@ -169,6 +175,20 @@ def _report(arguments: argparse.Namespace) -> str:
     if arguments.json:
         return as_json(path, nbytes, checkpoint, report, sizes, remarks)
     return as_text(path, nbytes, checkpoint, report, sizes)
+
+
+def _bake(arguments: argparse.Namespace) -> str:
+    path, out = arguments.file, arguments.out
+    _check_dense_out(path, out)
+    checkpoint = _read(path, arguments.key)
+    with Progress() as progress:
+        progress("baking", 0.0)
+        tensors, remarks = baked_tensors(path, checkpoint)
+        progress("writing", 0.0)
+        _write_dense(tensors, out, "bake")
+    for remark in remarks:
+        _note(remark)
+    return _sizes(path, out)
 
 
 def _compress(arguments: argparse.Namespace) -> str:
@@ -203,27 +223,13 @@ def _compress(arguments: argparse.Namespace) -> str:
 
 def _expand(arguments: argparse.Namespace) -> str:
     path, out = arguments.file, arguments.out
-    _check_out(path, out)
-    if out.suffix not in (*_TORCH, _SAFETENSORS):
-        raise _Usage(f"expected OUT to end in {', '.join(_TORCH)} or {_SAFETENSORS}, got {out}")
+    _check_dense_out(path, out)
     checkpoint = _read(path, None)
     if checkpoint.kind != "sparse":
         raise _Failed(f"{path} is no sparse file: its tensors are dense already")
     with Progress() as progress:
         progress("writing", 0.0)
-        if out.suffix == _SAFETENSORS:
-            # The format has no tied tensors. They are written twice, and the model that loads them ties them again.
-            tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
-            try:
-                content = safetensors.torch.save(tensors, {"format": "pt"})
-            except KeyError as error:
-                raise _Failed(f"{out}: safetensors cannot hold {error.args[0]}; expand to a .pt file") from error
-            with atomic_write(out) as file:
-                file.write(content)
-        else:
-            tensors = _apart(checkpoint.tensors)
-            with atomic_write(out) as file:
-                torch.save(tensors, file)
+        _write_dense(checkpoint.tensors, out, "expand")
     return _sizes(path, out)
 
 
@@ -256,7 +262,24 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _write_dense(tensors: Mapping[str, Tensor], out: Path, command: str) -> None:
+    """Write a dense checkpoint in the format that the suffix tells."""
+    if out.suffix == _SAFETENSORS:
+        # The format has no tied tensors. They are written twice, and the model that loads them ties them again.
+        separate = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        try:
+            content = safetensors.torch.save(separate, {"format": "pt"})
+        except KeyError as error:
+            raise _Failed(f"{out}: safetensors cannot hold {error.args[0]}; {command} to a .pt file") from error
+        with atomic_write(out) as file:
+            file.write(content)
+    else:
+        copies = _apart(tensors)
+        with atomic_write(out) as file:
+            torch.save(copies, file)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies of tensors, each with its own memory. Tied tensors stay tied.
 
     The tensors of a sparse file lie in one block of memory, and torch.save would write all of it for each of them.
@@ -282,6 +305,12 @@ def _check_out(path: Path, out: Path) -> None:
         raise _Usage(f"expected OUT in a folder that you may write to, got {out}")
     if out.exists() and path.exists() and out.samefile(path):
         raise _Usage(f"expected two files, got {out} twice: it would be overwritten")
+
+
+def _check_dense_out(path: Path, out: Path) -> None:
+    _check_out(path, out)
+    if out.suffix not in (*_TORCH, _SAFETENSORS):
+        raise _Usage(f"expected OUT to end in {', '.join(_TORCH)} or {_SAFETENSORS}, got {out}")
 
 
 def _sizes(path: Path, out: Path) -> str:

@@ -25,7 +25,7 @@ from feather_param.core.registration import Registration
 from feather_param.core.shared import SharedSparsity
 from feather_param.core.state_dict import accept_plain
 from feather_param.parametrizations import FeatherParametrization, states_of
-from feather_param.selection.names import names_of
+from feather_param.selection.names import full_name, names_of
 from feather_param.selection.weights import Weight, parametrizations_of
 
 _METHODS = "_feather_param_methods"  # attribute of a layer's class: the names of our methods
@@ -49,6 +49,7 @@ def attach(model: nn.Module, shared: SharedSparsity, weights: Sequence[Weight]) 
     """Register a `FeatherParametrization` at all places of some weights. On an error the model is untouched."""
     places = [(weight.name, place) for weight in weights for place in weight.places]
     before = {place.module: (type(place.module), tuple(place.module._parameters)) for _, place in places}
+    shared.aliases = _aliases(model, weights)
     try:
         for name, place in places:
             layer = place.module
@@ -74,6 +75,16 @@ def attach(model: nn.Module, shared: SharedSparsity, weights: Sequence[Weight]) 
         for layer, (cls, _) in before.items():
             layer.__class__ = cls  # a layer may have got a class, but no parametrization
         raise
+
+
+def _aliases(model: nn.Module, weights: Sequence[Weight]) -> dict[str, tuple[str, ...]]:
+    """Return the other names of each weight, by its name: those of its other places, and of modules used twice."""
+    names = names_of(model)
+    found: dict[str, tuple[str, ...]] = {}
+    for weight in weights:
+        every = [full_name(name, place.tensor) for place in weight.places for name in names[place.module]]
+        found[weight.name] = tuple(name for name in every if name != weight.name)
+    return found
 
 
 def detach(shared: SharedSparsity) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from feather_param.core.attach import detach
+from feather_param.core.exact_values import exact_value
 from feather_param.core.registration import Registration
 from feather_param.core.shared import SharedSparsity
 from feather_param.core.state_dict import of_sparsified
 from feather_param.core.warnings import warn_of_dead, warn_of_early
 from feather_param.ops.distributed import is_sharded, whole
-from feather_param.ops.dtypes import rounded_down, smallest_kept
 from feather_param.ops.masking import with_exact_zeros
 from feather_param.parametrizations import states_of
 from feather_param.selection.names import full_name, names_of, without_wrappers
@@ -50,26 +51,13 @@ def baked(model: nn.Module) -> dict[str, Tensor]:
             layer = layers.setdefault(prefix, dict.fromkeys(registration.parameter_order))
             layer[tensor] = value.to(state[key].device, state[key].dtype)
             dropped.add(f"{prefix}parametrizations.{tensor}.")
-    new: OrderedDict[str, Tensor] = OrderedDict()
-    for key, tensor in state.items():
-        prefixes = _prefixes(key)
-        for prefix in prefixes:
-            for name, value in layers.pop(prefix, {}).items():
-                if value is not None:
-                    new[prefix + name] = value
-                elif prefix + name in state:
-                    new[prefix + name] = whole(state[prefix + name])
-        if dropped.isdisjoint(prefixes) and key not in new:
-            new[key] = whole(tensor)
+    new = with_plain_entries(state, layers, dropped)
     if values or of_sparsified(new):
         raise ValueError(
             "expected the model's state_dict() to hold the weights under the names that torch gives them, got other "
             f"names for {next(iter(values), 'a copy')}; desparsify a copy.deepcopy(model) and take its state_dict"
         )
-    metadata = getattr(state, "_metadata", {})
-    remaining = [key for key in metadata if ours.isdisjoint(_prefixes(f"{key}."))]
-    empty = {_prefixes(name)[-2][:-1] for name in ours} - {key.rpartition(".")[0] for key in remaining}
-    new._metadata = {key: metadata[key] for key in remaining if key not in empty}  # type: ignore[attr-defined]
+    set_plain_metadata(new, getattr(state, "_metadata", {}), ours)
     return new
 
 
@@ -93,6 +81,38 @@ def _values_by_key(model: nn.Module) -> tuple[dict[str, tuple[Registration, Tens
     return found, ours
 
 
+def with_plain_entries(
+    state: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Tensor | None]], dropped: set[str]
+) -> OrderedDict[str, Tensor]:
+    """Return a state with the entries of plain layers in the place of those of sparsified layers.
+
+    Args:
+        state: the state_dict of a sparsified model.
+        layers: for each sparsified layer, by its prefix: its tensors in the plain order; None: the one in the state.
+        dropped: prefixes of entries that a plain model does not have.
+    """
+    remaining = dict(layers)
+    new: OrderedDict[str, Tensor] = OrderedDict()
+    for key, tensor in state.items():
+        prefixes = _prefixes(key)
+        for prefix in prefixes:
+            for name, value in remaining.pop(prefix, {}).items():
+                if value is not None:
+                    new[prefix + name] = value
+                elif prefix + name in state:
+                    new[prefix + name] = whole(state[prefix + name])
+        if dropped.isdisjoint(prefixes) and key not in new:
+            new[key] = whole(tensor)
+    return new
+
+
+def set_plain_metadata(new: OrderedDict[str, Tensor], metadata: Mapping[str, Any], ours: set[str]) -> None:
+    """Give a state the metadata of torch (versions of modules) without that of our modules, by their prefixes."""
+    remaining = [key for key in metadata if ours.isdisjoint(_prefixes(f"{key}."))]
+    empty = {_prefixes(name)[-2][:-1] for name in ours} - {key.rpartition(".")[0] for key in remaining}
+    new._metadata = {key: metadata[key] for key in remaining if key not in empty}  # type: ignore[attr-defined]
+
+
 def _prefixes(key: str) -> list[str]:
     """Return the prefixes of a name that end with a dot, after the empty one."""
     return ["", *(key[: i + 1] for i, letter in enumerate(key) if letter == ".")]
@@ -112,24 +132,17 @@ def final_masks(model: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
 def final_values(shared: SharedSparsity) -> dict[str, Tensor]:
     """Return the weights that `bake` would write, by name. Sharded weights are gathered."""
     shared.refresh_checked()
-    masks = shared.masks()
-    thresholds = shared.position.thresholds
+    config, masks, thresholds = shared.config, shared.masks(), shared.position.thresholds
     values: dict[str, Tensor] = {}
     for name, dense in shared.weights().items():
         weight = whole(dense.detach())
-        mask = masks[name].to(weight.device)
-        with torch.no_grad():
-            if shared.frozen:
-                values[name] = with_exact_zeros(weight, mask)
-                continue
-            threshold = rounded_down(thresholds[name], weight.dtype).to(weight.device)
-            value = shared.config.pattern.shrink(weight, threshold, p=shared.config.p)
-            # A kept element may be zero here, by a tie or an underflow. It becomes a negligible number.
-            negligible = torch.full_like(weight, smallest_kept(weight.dtype)).copysign_(weight)
-            value = torch.where(value == 0, negligible, value)
-            values[name] = torch.where(mask, value, 0.0)
+        if shared.frozen:
+            with torch.no_grad():
+                values[name] = with_exact_zeros(weight, masks[name].to(weight.device))
+        else:
+            values[name] = exact_value(weight, masks[name], thresholds[name], config.pattern, config.p)
     if shared.position.zeros:
-        warn_of_dead(values, shared.counts(), shared.config)
+        warn_of_dead(values, shared.counts(), config)
     return values
 
 

@@ -87,6 +87,7 @@ class Copyable(nn.Module):
         self.config, self.budget = config, budget
         self.position = Position()
         self.registrations: dict[nn.Module, Registration] = {}  # by parametrization, in the model's order
+        self.aliases: dict[str, tuple[str, ...]] = {}  # the other names of each weight in the model, by its name
         self.source: Source | None = None  # of a copy
         # Where theta changes during training: the current gradient scale of pruned elements.
         self.theta = torch.ones((), dtype=torch.float32, device="cpu") if callable(config.theta) else None
@@ -146,6 +147,7 @@ class Copyable(nn.Module):
         twin = type(self)(self.config, self.budget)
         memo[id(self)] = twin
         twin.position = replace(self.position_now())
+        twin.aliases = self.aliases
         twin.source = source_of_copy(self.position, self.source, twin.position, memo)
         if self.theta is not None:
             with torch.inference_mode(False):

@@ -33,12 +33,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feather_param.allocations import global_magnitude
+from feather_param.core.bake_settings import BakeSettings
 from feather_param.core.budget import Budget
 from feather_param.core.config import Config
 from feather_param.core.copies import Copyable
-from feather_param.core.position import Position, unpack
+from feather_param.core.exact_values import masks_of_frozen
+from feather_param.core.position import Position
 from feather_param.core.registration import Registration, first_places, require_values
+from feather_param.core.saved_position import pack, unpack_position
 from feather_param.core.state_dict import POSITION
 from feather_param.core.versions import checksum_of
 from feather_param.ops.count import PruneCount
@@ -46,7 +48,6 @@ from feather_param.ops.distributed import held_here, is_sharded
 from feather_param.ops.dtypes import rounded_down
 from feather_param.ops.finite import require_finite
 from feather_param.ops.groups import Group
-from feather_param.ops.masking import all_kept
 from feather_param.ops.tracing import concrete, eager
 
 
@@ -54,8 +55,8 @@ class SharedSparsity(Copyable):
     """The thresholds and masks of a sparsified model, with its settings, its position and its registrations.
 
     It is a submodule of one parametrization, the first in the model's order, and a plain attribute of the others. So
-    ``state_dict``, ``to`` and ``deepcopy`` reach it once. Its position is saved as torch's *extra state*, a small
-    integer tensor in the model's ``state_dict`` that no tool averages or casts.
+    ``state_dict``, ``to`` and ``deepcopy`` reach it once. Its position and the settings of a bake are saved as torch's
+    *extra state*, a small integer tensor in the model's ``state_dict`` that no tool averages or casts.
     """
 
     def __init__(self, config: Config, budget: Budget) -> None:
@@ -207,22 +208,10 @@ class SharedSparsity(Copyable):
         return any(each.reader.mask is None for each in self.registrations.values())
 
     def _masks_for(self, zeros: int) -> dict[str, Tensor]:
-        """Return masks that prune `zeros` elements, those of the smallest magnitudes.
-
-        Elements that are zero come first. So the masks of a frozen model are found again from its weights.
-        """
         require_values(self.registrations.values())
-        weights = self.weights()
         # Inference tensors could not be part of a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            if not zeros:
-                return all_kept(weights)
-            groups = self.config.pattern.allocate(global_magnitude, weights, zeros, {})
-            # If all pruned elements are zero, the allocation could divide them otherwise: its numbers may follow from
-            # the dense weights.
-            if groups[0].threshold != 0:
-                groups = self._allocate(weights, zeros)
-            return self.config.pattern.masks(weights, groups)
+            return masks_of_frozen(self.weights(), zeros, self.config.pattern, self._allocate)
 
     def _allocate(self, weights: Mapping[str, Tensor], zeros: int) -> list[Group]:
         config = self.config
@@ -261,12 +250,17 @@ class SharedSparsity(Copyable):
     # -- the position in the model's state_dict ---------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """Return the position as a tensor, see `Position.pack`."""
-        return self.position_now().pack()
+        """Return the position as a tensor, with what a bake needs besides; see Note [Saved position]."""
+        now = self.position_now()
+        groups = self.position.groups if now is self.position or self.source is None else self.source.position.groups
+        known = self.config.pattern.size * sum(group.zeros for group in groups) == now.zeros
+        stacked = [each.name for each in self.registrations.values() if each.stacked]
+        settings = BakeSettings.of(self.config, self.aliases, tuple(dict.fromkeys(stacked)))
+        return pack(now, self.final_zeros, settings, groups if known else None)
 
     def set_extra_state(self, state: Any) -> None:
         """Note a saved position. The model moves there when all its weights have been loaded."""
-        self._loading = unpack(state, self.budget.total, POSITION), set(self.registrations)
+        self._loading = unpack_position(state, self.budget.total, f"*{POSITION}"), set(self.registrations)
 
     def note_loaded(self, feather: nn.Module) -> None:
         """Note that the weight of a parametrization was loaded. After the last one, refresh."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import feather_param
 from feather_param.cli import main as cli
 from tests.cli.commands import BENCH, KINDS, fails, process
 
@@ -151,15 +152,21 @@ def test_a_page_without_matplotlib_fails_before_any_work(run, monkeypatch):
     assert not Path("page.html").exists()
 
 
-@pytest.mark.parametrize("command", [["compress", "in.pt", "out.safetensors"], ["expand", "sparse", "out.pt"]])
+@pytest.mark.parametrize(
+    "command",
+    [["compress", "in.pt", "out.safetensors"], ["expand", "sparse", "out.pt"], ["bake", "training.pt", "out.pt"]],
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device", "out")])
 def test_a_stopped_command_leaves_the_old_file_and_no_other(command, error, run, monkeypatch):
     KINDS["torch"](Path("in.pt"))
     KINDS["sparse"](Path("sparse"))
+    layer = nn.Linear(4, 4)
+    feather_param.sparsify(layer, final_rate=0.5, total_steps=1, end_step=0)
+    torch.save(layer.state_dict(), "training.pt")
     Path(command[2]).write_bytes(b"old")
 
     def stop(*_: object) -> None:
-        assert len(list(Path().iterdir())) == 4  # the new file is there, under another name
+        assert len(list(Path().iterdir())) == 5  # the new file is there, under another name
         raise error
 
     monkeypatch.setattr(os, "fsync", stop)
@@ -167,7 +174,7 @@ def test_a_stopped_command_leaves_the_old_file_and_no_other(command, error, run,
         fails(run(*command), 130, "interrupted")
     else:
         fails(run(*command), 1, "out: No space left on device")
-    assert sorted(path.name for path in Path().iterdir()) == sorted(["in.pt", "sparse", command[2]])
+    assert sorted(path.name for path in Path().iterdir()) == sorted(["in.pt", "sparse", "training.pt", command[2]])
     assert Path(command[2]).read_bytes() == b"old"
 
 

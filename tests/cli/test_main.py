@@ -43,7 +43,9 @@ def test_the_documented_session_runs_as_shown(run):
 
 
 def test_every_option_is_documented(run):
-    helps = [done(run(*command, "--help")) for command in ([], ["report"], ["compress"], ["expand"], ["bench"])]
+    helps = [
+        done(run(*command, "--help")) for command in ([], ["report"], ["bake"], ["compress"], ["expand"], ["bench"])
+    ]
     options = {option for text in helps for option in re.findall(r"--[a-z][a-z-]+", text)} - {"--help"}
     assert options == set(re.findall(r"--[a-z][a-z-]+", DOCS))
     for status in ("0 done", "1 a file cannot be processed", "2 wrong usage", "130 interrupted", "141 nobody reads"):

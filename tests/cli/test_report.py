@@ -121,7 +121,10 @@ def test_a_model_in_training_has_its_zeros_not_yet(run):
     torch.save(model.state_dict(), "training.pt")
     result = run("report", "training.pt", "--no-sizes")
     assert result.status == 0
-    assert "its zeros are not in them yet; save feather_param.baked_state_dict(model)" in result.err
+    assert (
+        "its zeros are not in them yet; run feather-param bake, or save feather_param.baked_state_dict(model)"
+        in result.err
+    )
     torch.save(feather_param.baked_state_dict(model), "baked.pt")
     assert "64     32  50.000%" in done(run("report", "baked.pt", "--no-sizes"))
     bench = ["--arch", "torch.nn:Linear", "in_features=8", "out_features=8", "--input", "1x8"]

@@ -26,6 +26,8 @@ def shard(model: nn.Module, **arguments) -> nn.Module:
 
 
 def equals_one_process(rank: int, world: int, folder: Path, *, guards: dict, allocation=None) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     model = net()
     arguments = {**guards, "allocation": allocation or allocations.global_magnitude}
     controller = sparsify(model, **arguments)
@@ -59,6 +61,8 @@ def equals_one_process(rank: int, world: int, folder: Path, *, guards: dict, all
     torch.testing.assert_close(model(x), alone(x))
     state = feather_param.baked_state_dict(model)
     assert same_state(state, feather_param.baked_state_dict(alone))
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))  # rank 0 gets it
+    assert rank or same_state(state, feather_param.baked_state_dict(full))
     plain = net(1)
     plain.load_state_dict(state)
     assert zeros_in(plain) == ZEROS
@@ -106,6 +110,7 @@ def trains_in_mixed_precision(rank: int, world: int, folder: Path) -> None:
 
 def saves_a_checkpoint(rank: int, world: int, folder: Path) -> None:
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
     model = net()
@@ -119,6 +124,10 @@ def saves_a_checkpoint(rank: int, world: int, folder: Path) -> None:
         "controller": controller.state_dict(),
     }
     dcp.save(state, checkpoint_id=folder / "checkpoint")
+    baked = feather_param.baked_state_dict(model)
+    if rank == 0:
+        dcp_to_torch_save(folder / "checkpoint", folder / "one.pt")
+        assert same_state(feather_param.baked_state_dict(torch.load(folder / "one.pt")["model"]), baked)
     train(
         model, optimizer, controller, 0, 1, range(3, STEPS)
     )  # all ranks get the same batch, so no sum depends on their number
