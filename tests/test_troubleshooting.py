@@ -16,6 +16,11 @@ PAGE = (Path(__file__).parent.parent / "docs" / "troubleshooting.md").read_text(
 QUOTED = re.findall(r"^### `(.*?)`$", PAGE, re.MULTILINE)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
 
@@ -197,8 +202,8 @@ def test_a_compiled_model_whose_weights_were_swapped_needs_refresh():
     controller.refresh()
     before = compiled(x)
     feather_param.desparsify(model)
-    assert torch.allclose(model(x), before)
-    assert not torch.allclose(stale, before)
+    assert (model(x) - before).abs().max() < 1e-5  # compiled weights differ by a few ulp
+    assert (model(x) - stale).abs().max() > 0.1
 
 
 def test_init_has_no_effect_and_an_assignment_has():
