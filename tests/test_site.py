@@ -21,6 +21,7 @@ MODULES = [
     *(f"feather_param.{name}" for name in ("schedules", "allocations", "patterns", "parametrizations", "inference")),
     "feather_param.reports",
     "feather_param.reports.figures",
+    "feather_param.reports.scalars",
 ]
 
 
@@ -106,11 +107,11 @@ def test_a_page_says_in_its_first_lines_what_it_is_for(page):
 
 def test_the_pictures_are_drawn_by_the_script(tmp_path):
     pytest.importorskip("matplotlib", reason="the pictures need feather_param[plot]")
-    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "scripts" / "pictures.py")
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures" / "draw.py")
     assert spec is not None
     assert spec.loader is not None
     pictures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pictures)
     pictures.main(tmp_path)
     drawn = sorted(path.name for path in tmp_path.iterdir())
-    assert drawn == sorted(path.name for path in (ROOT / "docs" / "pictures").iterdir())
+    assert drawn == sorted(path.name for path in (ROOT / "docs" / "pictures").glob("*.svg"))

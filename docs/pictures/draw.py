@@ -1,4 +1,4 @@
-"""Draw the pictures of the pages from the library itself: `python docs/scripts/pictures.py`.
+"""Draw the pictures of the pages from the library itself: `python docs/pictures/draw.py`.
 
 They have a white background. The site inverts them in its dark scheme.
 """
@@ -21,7 +21,7 @@ import feather_param
 from feather_param import schedules
 from feather_param.parametrizations import feather_threshold
 
-FOLDER = Path(__file__).parent.parent / "pictures"
+FOLDER = Path(__file__).parent
 BLUE, ORANGE, GREEN, GREY, PALE = "#2b6cb0", "#c05621", "#2f855a", "#718096", "#edf2f7"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text

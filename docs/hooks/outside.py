@@ -25,15 +25,18 @@ _LINK = re.compile(r"(?<=\]\()([^)\s#:]+)((?:#[^)\s]*)?(?=\)))")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files outside docs/ that a page links to, and those that these link to."""
     root, docs = Path(config.docs_dir).parent, Path(config.docs_dir).name
-    waiting = [*_ALWAYS, *(f"{docs}/{page.src_uri}" for page in files.documentation_pages())]
-    seen = set(waiting)
+    found = set(_ALWAYS)
+    for page in files.documentation_pages():
+        found |= set(_targets(f"{docs}/{page.src_uri}", page.content_string))
+    waiting, seen = sorted(found), set(found)
     while waiting:
         path = waiting.pop()
-        if not path.startswith(f"{docs}/"):
-            files.append(_file(root, path, config))
-        found = set(_targets(root, path)) - seen if path.endswith(".md") else set()
-        waiting += sorted(each for each in found if not each.startswith(f"{docs}/") and (root / each).is_file())
-        seen |= found
+        if path.startswith(f"{docs}/") or not (root / path).is_file():
+            continue  # a link that leads nowhere: mkdocs reports it
+        files.append(_file(root, path, config))
+        if path.endswith(".md"):
+            found = set(_targets(path, (root / path).read_text(encoding="utf-8"))) - seen
+            waiting, seen = waiting + sorted(found), seen | found
     return files
 
 
@@ -72,9 +75,9 @@ def _place(path: str, docs: str = "docs") -> str:
     return f"{_FOLDER}/{path}" + (".md" if Path(path).suffix in _CODE else "")
 
 
-def _targets(root: Path, path: str) -> Iterator[str]:
+def _targets(path: str, markdown: str) -> Iterator[str]:
     """Yield the files of the repository that a page links to."""
-    for text in _FENCED.split((root / path).read_text(encoding="utf-8"))[::2]:
+    for text in _FENCED.split(markdown)[::2]:
         for link in _LINK.finditer(text):
             yield _join(path, link[1])
 
