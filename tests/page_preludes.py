@@ -171,6 +171,7 @@ SHORTENED = {"docs/index.md": ("epochs = 15", "epochs = 1")}
 """Text of a page, and what a test runs in its place, to save time."""
 
 PRELUDES: dict[str, Callable[[str, Scope], None]] = {
+    "CONTRIBUTING.md": nothing,
     "docs/allocations.md": allocations,
     "docs/choosing.md": choosing,
     "docs/ema.md": ema,

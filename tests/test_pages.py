@@ -1,4 +1,7 @@
-"""Each block of Python code of the documentation runs, page by page in one namespace."""
+"""Each block of Python code of the documentation runs, page by page in one namespace.
+
+A block of ```py instead of ```python is a fragment: it compiles.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,14 @@ def no_group_of_processes_remains():
         torch.distributed.destroy_process_group()
 
 
-def blocks_of(page: str) -> Iterator[tuple[str, str]]:
+def blocks_of(page: str, languages: tuple[str, ...] = ("python",)) -> Iterator[tuple[str, str]]:
     """Yield the heading above each block of Python code, and the block."""
     section = ""
     pattern = re.compile(r"^#+ (?P<heading>[^\n]+)|^```(?P<language>\w*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
     for found in pattern.finditer((ROOT / page).read_text(encoding="utf-8")):
         if found["heading"]:
             section = found["heading"]
-        elif found["language"] == "python":
+        elif found["language"] in languages:
             yield section, found["code"]
 
 
@@ -49,7 +52,7 @@ WITH_CODE = [page for page in PAGES if list(blocks_of(page))]
 
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_each_block_of_code_compiles(page):
-    for section, block in blocks_of(page):
+    for section, block in blocks_of(page, ("python", "py")):
         compile(block, f"{page}: {section}", "exec")
 
 

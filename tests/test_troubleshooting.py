@@ -27,7 +27,7 @@ def network() -> nn.Sequential:
 
 def sparsified(**settings: object) -> tuple[nn.Sequential, feather_param.Controller]:
     model = network()
-    return model, feather_param.sparsify(model, **{"final_rate": 0.5, "total_steps": 4, "end_step": 0, **settings})  # pyright: ignore
+    return model, feather_param.sparsify(model, **{"final_rate": 0.5, "total_steps": 4, "end_step": 0, **settings})
 
 
 def mostly_embeddings() -> None:
@@ -211,7 +211,7 @@ def test_init_has_no_effect_and_an_assignment_has():
     nn.init.zeros_(model[0].weight)
     assert model[0].weight.count_nonzero()
     model[0].weight = torch.ones(32, 16)
-    assert torch.equal(model[0].parametrizations["weight"].original, torch.ones(32, 16))  # pyright: ignore
+    assert torch.equal(model[0].parametrizations["weight"].original, torch.ones(32, 16))
     with pytest.raises(KeyError, match="attribute 'weight' already exists"):
         model[0].weight = nn.Parameter(torch.ones(32, 16))
 
