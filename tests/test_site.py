@@ -40,10 +40,13 @@ def site(tmp_path_factory) -> Path:
 def documented() -> Iterator[str]:
     """Yield the names that the pages of the reference ask mkdocstrings for."""
     for page in (ROOT / "docs" / "reference").glob("*.md"):
-        for name, members in re.findall(
-            r"^::: (\S+)(?:\n    options:\n      members: \[(.*?)\])?", page.read_text(encoding="utf-8"), re.MULTILINE
-        ):
-            yield from [f"{name}.{member}" for member in members.split(", ")] if members else [name]
+        for name, options in re.findall(r"^::: (\S+)\n((?:    .*\n)*)", page.read_text(encoding="utf-8"), re.MULTILINE):
+            heading = re.search(r"heading: (\S+)", options)  # of a function with the name of its module
+            members = re.search(r"members: \[(.+)\]", options)
+            if members:
+                yield from (f"{name}.{member}" for member in members[1].split(", "))
+            else:
+                yield heading[1] if heading else name
 
 
 def test_the_reference_has_each_public_name_once():
