@@ -96,6 +96,8 @@ def loops(section: str, scope: Scope) -> None:
     scope.update(loss=sum(each.sum() for each in model.parameters()), block=model.block, train=trained)
     if section in ("Optimizers", "Fixed zeros", "torch.func"):
         scope["controller"] = feather_param.sparsify(model, final_rate=0.5, total_steps=10, end_step=0)
+    if section == "Load weights":
+        torch.save(model.state_dict(), "pretrained.pt")
     if section == "Fine-tune a sparse file":
         feather_param.sparsify(model, final_rate=0.95, total_steps=1, end_step=0)
         feather_param.desparsify(model)
