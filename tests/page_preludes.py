@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -17,6 +18,7 @@ import archs
 import feather_param
 
 Scope = dict[str, Any]
+_INTEGRATIONS = "this block needs feather_param[integrations]"
 
 
 class Network(nn.Module):
@@ -53,8 +55,7 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from transformers.pytorch_utils import Conv1D
-
+        Conv1D = pytest.importorskip("transformers.pytorch_utils", reason=_INTEGRATIONS).Conv1D
         self.attn = nn.ModuleDict({"c_attn": Conv1D(48, 16), "c_proj": Conv1D(16, 16)})
         self.mlp = nn.ModuleDict({"c_fc": Conv1D(64, 16)})
 
@@ -117,8 +118,7 @@ def trained(model: nn.Module, controller: feather_param.Controller, steps: int =
 def ema(section: str, scope: Scope) -> None:
     scope.update(model=Network(), total=10, copy=copy, evaluate=lambda model: model(torch.ones(1, 16)))
     if section == "Swapped weights":
-        import schedulefree
-
+        schedulefree = pytest.importorskip("schedulefree", reason=_INTEGRATIONS)
         scope["optimizer"] = schedulefree.SGDScheduleFree(scope["model"].parameters(), lr=0.1)
         scope["optimizer"].train()
     if section != "EMA":
@@ -127,6 +127,8 @@ def ema(section: str, scope: Scope) -> None:
 
 def processes(section: str, scope: Scope) -> None:
     """Make a group of one process."""
+    if section == "FSDP2" and torch.__version__ < "2.8":
+        pytest.skip("FSDP2 on a CPU needs torch 2.8")
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     from torch.distributed.fsdp import fully_shard
@@ -158,10 +160,9 @@ def migration(section: str, scope: Scope) -> None:
 
 
 def troubleshooting(section: str, scope: Scope) -> None:
-    from transformers import BertConfig, BertModel
-
+    transformers = pytest.importorskip("transformers", reason=_INTEGRATIONS)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    scope["model"] = BertModel(BertConfig(vocab_size=50, max_position_embeddings=16, **sizes))
+    scope["model"] = transformers.BertModel(transformers.BertConfig(vocab_size=50, max_position_embeddings=16, **sizes))
     feather_param.sparsify(scope["model"], final_rate=0.8, total_steps=1, end_step=0)
 
 
