@@ -68,12 +68,12 @@ def rates() -> Figure:
 def histogram() -> Figure:
     """Draw the dense weights of a small network after a training to 90 % zeros, and the threshold."""
     torch.manual_seed(0)
-    x = torch.randn(512, 16)
+    x = torch.randn(256, 16)
     y = (x[:, :4].square().sum(1) > 4).long()
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
-    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=300)
+    controller = feather_param.sparsify(model, final_rate=0.9, total_steps=120)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(300):
+    for _ in range(120):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -89,7 +89,7 @@ def histogram() -> Figure:
     axes.hist([v for v in values if abs(v) > t], edges, color=BLUE, label=f"{100 - 100 * controller.rate:.0f} % kept")
     for place in (-t, t):
         axes.axvline(place, color=ORANGE, linewidth=1.5, label="threshold" if place > 0 else None)
-    axes.set(xlabel="dense weight w", ylabel="elements", yscale="log")
+    axes.set(xlabel="dense weight w", ylabel="elements")
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return figure
 
