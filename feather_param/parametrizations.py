@@ -21,7 +21,7 @@ __all__ = ["FeatherParametrization", "feather_threshold"]
 class FeatherParametrization(nn.Module):
     """Reparametrize a weight by the Feather operator, with a threshold that the controller writes.
 
-    Made by :func:`feather_param.sparsify`; for use with :mod:`torch.nn.utils.parametrize`.
+    `feather_param.sparsify` makes it, for use with `torch.nn.utils.parametrize`.
 
     Attributes:
         threshold: the threshold of this weight: a 0-dim buffer, float64 if the weight is, else float32. It is not

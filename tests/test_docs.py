@@ -17,7 +17,7 @@ import feather_param
 ROOT = Path(__file__).parent.parent
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 MODULES = [module.name for module in pkgutil.walk_packages(feather_param.__path__, "feather_param.")]
 
@@ -64,7 +64,7 @@ def test_the_training_loop_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_the_code_that_resumes_a_training_runs(tmp_path, monkeypatch):
-    block = code_with("checkpoint.pt", "docs/works-with.md")
+    block = code_with("checkpoint.pt", "docs/checkpoints.md")
     monkeypatch.chdir(tmp_path)
 
     model = build()
@@ -74,13 +74,13 @@ def test_the_code_that_resumes_a_training_runs(tmp_path, monkeypatch):
     state = {"model": model, "optimizer": optimizer, "controller": controller}
     torch.save({name: thing.state_dict() for name, thing in state.items()}, "checkpoint.pt")
     scope = {"build": build, "total": 4, "torch": torch, "feather_param": feather_param}
-    exec(compile(block, "works-with.md", "exec"), scope)
+    exec(compile(block, "checkpoints.md", "exec"), scope)
     assert scope["controller"].state_dict() == controller.state_dict()
     assert torch.equal(scope["model"][0].weight, model[0].weight)
 
 
 def test_the_code_that_fine_tunes_a_sparse_file_runs(tmp_path, monkeypatch):
-    block = code_with("load_sparse", "docs/works-with.md")
+    block = code_with("load_sparse", "docs/loops.md")
     monkeypatch.chdir(tmp_path)
 
     def train(model: torch.nn.Module, controller: feather_param.Controller) -> None:
@@ -96,7 +96,7 @@ def test_the_code_that_fine_tunes_a_sparse_file_runs(tmp_path, monkeypatch):
     feather_param.desparsify(model)
     feather_param.save_sparse(model, "sparse.safetensors")
     scope = {"build": build, "train": train, "total": 4, "feather_param": feather_param}
-    exec(compile(block, "works-with.md", "exec"), scope)
+    exec(compile(block, "loops.md", "exec"), scope)
     tuned = scope["model"]
     for i in (0, 2):
         assert torch.equal(tuned[i].weight != 0, model[i].weight != 0)

@@ -205,6 +205,21 @@ def test_a_norm_that_cannot_hold_zeros_is_refused_by_sparsify(norm):
     feather_param.sparsify(model, final_rate=0.5, total_steps=1, exclude="1.weight")
 
 
+def test_a_parametrization_without_an_inverse_is_refused_by_sparsify():
+    class Masked(nn.Module):  # as torch.ao.pruning registers it
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight * torch.ones_like(weight)
+
+    model = nn.Sequential(nn.Linear(16, 16))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Masked())
+    before = keys(model)
+    with pytest.raises(
+        ValueError, match=r"parametrizations of 0.weight to .*, got Masked; remove them before sparsify"
+    ):
+        feather_param.sparsify(model, final_rate=0.5, total_steps=1)
+    assert keys(model) == before
+
+
 def test_the_baked_state_dict_has_a_layer_under_both_of_its_names():
     model = UsedTwice()
     feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0)

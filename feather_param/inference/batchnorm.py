@@ -25,6 +25,8 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
     Sparsified and plain models both work. With DDP, pass the module inside. Each process then averages over its own
     batches (with SyncBatchNorm, over those of all processes).
 
+    An error leaves the model unchanged.
+
     Args:
         model: any model with BatchNorm layers that keep running statistics, SyncBatchNorm included.
         loader: batches: tensors, or tuples or lists whose first element is the input tensor of the model. The
@@ -33,7 +35,6 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
     Raises:
         ValueError: the model has no such layer, the loader has no batch, or a statistic is NaN or infinite.
         TypeError: the model is no nn.Module, the loader is a tensor or no iterable, or a batch is of another kind.
-        The model is unchanged in each case.
 
     Example:
         >>> model = nn.BatchNorm1d(1)

@@ -53,6 +53,8 @@ def to_semi_structured(model: nn.Module) -> list[str]:
     Save the model first: converted weights load with neither ``weights_only=True`` nor safetensors. They take about
     9/16 of the dense bytes and require no gradient. torch warns once that its 2:4 tensors are a prototype.
 
+    An error leaves the model unchanged.
+
     Args:
         model: a plain model (after `desparsify`) or a layer, on an NVIDIA GPU of compute capability 8.0 (Ampere) or
             newer. Its Linear weights are 2:4, in float16 or bfloat16, with shapes that are multiples of 32 x 64.
@@ -64,7 +66,6 @@ def to_semi_structured(model: nn.Module) -> list[str]:
         ValueError: a layer is not as described, or there is none. The message names each layer and what to do.
         RuntimeError: a weight is still parametrized (call `desparsify` first), or torch does not have the kernels.
         TypeError: the model is no nn.Module.
-        The model is unchanged in each case.
 
     Example:
         >>> model = nn.Linear(64, 32, dtype=torch.float16)  # its weight is dense

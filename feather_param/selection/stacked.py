@@ -33,8 +33,11 @@ def invert(
         value: the weight to reach, with its zeros.
 
     Raises:
-        ValueError: they cannot compute this weight, up to rounding, with exactly these zeros.
+        ValueError: they cannot compute this weight, up to rounding, with exactly these zeros, or one of them has no
+            inverse.
     """
+    if not all(hasattr(parametrization, "right_inverse") for parametrization in parametrizations):
+        raise _cannot_compute(name, parametrizations)
     with torch.no_grad():
         tensors: Any = value
         for parametrization in reversed(parametrizations):
@@ -49,12 +52,7 @@ def invert(
         made = through(parametrizations, tensors)
         rounding = 100 * torch.finfo(value.dtype).eps
         if not (torch.equal(made == 0, value == 0) and torch.allclose(made, value, rtol=rounding, atol=0.0)):
-            names = ", ".join(type(parametrization).__name__ for parametrization in parametrizations)
-            raise ValueError(
-                f"expected the other parametrizations of {name} to be able to compute the pruned weight, got {names}; "
-                "remove them before sparsify (parametrize.remove_parametrizations), or leave the weight dense with "
-                f"exclude={name!r}"
-            )
+            raise _cannot_compute(name, parametrizations)
     return tensors
 
 
@@ -69,3 +67,12 @@ def require_invertible(weights: Sequence[Weight]) -> None:
             dense = place.value().detach()
             value = feather_threshold(dense, dense.abs().float().median())
             invert(place.name, place.originals, copy.deepcopy(list(place.parametrizations)), value)
+
+
+def _cannot_compute(name: str, parametrizations: Sequence[nn.Module]) -> ValueError:
+    names = ", ".join(type(parametrization).__name__ for parametrization in parametrizations)
+    return ValueError(
+        f"expected the other parametrizations of {name} to be able to compute the pruned weight, got {names}; "
+        "remove them before sparsify (parametrize.remove_parametrizations), or leave the weight dense with "
+        f"exclude={name!r}"
+    )
