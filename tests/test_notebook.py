@@ -91,6 +91,8 @@ def test_the_notebook_becomes_a_page_with_its_pictures(stored: dict) -> None:
     assert "```python\nrate = 0.9" in page
     assert "```text\npretrained: " in page
     assert "<Figure" not in page
+    assert "plt.subplots" not in page
+    assert page.endswith("[name.ipynb](name.ipynb), without the code that draws the pictures.\n")
 
 
 def test_the_site_has_the_page_and_the_pictures(tmp_path: Path) -> None:
