@@ -45,11 +45,11 @@ def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("torchcrepe") is None:
         pytest.skip("needs torchcrepe (feather_param[examples])")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = load("docs/notebooks/execute.py").execute(NOTEBOOK, steps=8, count=60)
+    notebook = load("docs/notebooks/execute.py").execute(NOTEBOOK, steps=4, count=30)
     printed = "\n".join(texts(notebook))
     assert re.search(r"^all +485,376 +436,838 +90\.000%", printed, re.MULTILINE)
     assert "the loaded network is equal: True" in printed
-    assert "count = 60" in printed
+    assert "count = 30" in printed
 
 
 def test_another_value_for_an_unknown_parameter_is_refused() -> None:
