@@ -118,7 +118,7 @@ def test_create_model_takes_a_plain_file(folder, tmp_path):
 
 
 def test_a_pretrained_network_is_pruned():
-    dense = {name: torch.full_like(value, 0.5) for name, value in build().state_dict().items()}
+    dense = {name: torch.randn_like(value) for name, value in build().state_dict().items()}
     model = build(pretrained=True, pretrained_cfg_overlay={"state_dict": dense})
     assert torch.equal(model.head.weight, dense["head.weight"])
     feather_param.sparsify(model, final_rate=RATE, total_steps=1, end_step=0)
