@@ -169,7 +169,7 @@ def test_a_moving_average_from_before_sparsify_fails():
     model = build()
     ema = ModelEmaV3(model)
     feather_param.sparsify(model, final_rate=RATE, total_steps=2)
-    with pytest.raises((RuntimeError, ValueError, IndexError)):
+    with pytest.raises(RuntimeError):
         ema.update(model)
 
 
