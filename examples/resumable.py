@@ -27,7 +27,7 @@ from feather_param.files.atomic import atomic_write
 from feather_param.reports.figures import draw
 from feather_param.reports.history import History
 from feather_param.reports.report import Report
-from feather_param.reports.tensorboard import add_record
+from feather_param.reports.scalars import log_record
 
 _VERSION = 2
 _KEYS = {"settings", "training", "log"}
@@ -283,7 +283,7 @@ class RunLog:
             if name in row:
                 self._writer.add_scalar(tag, row[name], int(row["step"]))
         if self.history is not None:
-            add_record(self._writer, self.history.record())
+            log_record(self._writer.add_scalar, self.history.record())
         self._writer.flush()
 
     def save_checkpoint(self, training: dict[str, Any]) -> None:

@@ -18,6 +18,9 @@ from feather_param.utils.warn import warn
 
 # File and name of the function in which torch wraps `step`, and from which it calls the hooks.
 _WRAPPER = Optimizer.__init__.__code__.co_filename, "wrapper"
+# Tables of the hooks that a follower registers. The constructor of `Optimizer` makes all of them, and timm's Lookahead
+# only those of `step`.
+_TABLES = "_optimizer_step_post_hooks", "_optimizer_state_dict_post_hooks", "_optimizer_load_state_dict_pre_hooks"
 # File from which torch.distributed.checkpoint creates an optimizer's state, by a step that trains nothing.
 _INITIALISER = os.path.join("distributed", "checkpoint", "state_dict.py")
 
@@ -36,8 +39,7 @@ def checked_optimizer(optimizer: Any, weights: Mapping[str, Sequence[Tensor]]) -
         ValueError: it holds no Parameter of the weights.
     """
     outer = type(optimizer).__name__
-    # torch calls hooks from `step` only if the constructor of `Optimizer` was called.
-    while not (hasattr(optimizer, "_optimizer_step_post_hooks") and getattr(type(optimizer).step, "hooked", False)):
+    while not _calls_hooks(optimizer):
         held = vars(optimizer).values() if hasattr(optimizer, "__dict__") and hasattr(optimizer, "step") else ()
         inside = [each for each in held if isinstance(each, Optimizer)]
         if not inside and not isinstance(optimizer, Optimizer):
@@ -61,6 +63,14 @@ def checked_optimizer(optimizer: Any, weights: Mapping[str, Sequence[Tensor]]) -
             "leave them dense with exclude, unless another optimizer trains them"
         )
     return optimizer
+
+
+def _calls_hooks(optimizer: Any) -> bool:
+    """Return whether torch calls hooks of this optimizer: only if the constructor of `Optimizer` was called.
+
+    The tables alone do not tell it, and neither does the class: ``zero_grad`` prepares its ``step`` as well.
+    """
+    return all(hasattr(optimizer, table) for table in _TABLES) and getattr(type(optimizer).step, "hooked", False)
 
 
 class Follower:

@@ -1,12 +1,12 @@
-"""Reports of a sparsified model: text, figures, pages and TensorBoard scalars.
+"""Reports of a sparsified model: text, figures, pages and scalars.
 
 `Report` counts the zeros of each weight, `Plan` predicts them, `History` records the masks in training, and
 `MultiplyAdds` counts the multiply-adds of a forward pass. `figures.draw` draws these, `page` writes them as an HTML
-page, and the functions of `tensorboard` write them as scalars. Only `figures.draw` and `page` need matplotlib. They
+page, and the functions of `scalars` give them to a logger. Only `figures.draw` and `page` need matplotlib. They
 import it when they are called.
 """
 
-from feather_param.reports import figures, tensorboard
+from feather_param.reports import figures, scalars
 from feather_param.reports.history import History, LayerRecord, Record
 from feather_param.reports.html import page
 from feather_param.reports.multiply_adds import LayerMultiplyAdds, MultiplyAdds, multiply_adds
@@ -26,5 +26,5 @@ __all__ = [
     "figures",
     "multiply_adds",
     "page",
-    "tensorboard",
+    "scalars",
 ]

@@ -47,7 +47,7 @@ def select(
     """Choose the weights of a model to prune.
 
     By default these are the weights of all Linear, Conv and ConvTranspose layers and their subclasses, and the input
-    projections of ``nn.MultiheadAttention``.
+    projections of ``nn.MultiheadAttention``. The layers that peft adds stay dense (see `adapters.why_dense`).
 
     A glob is matched against the name of the module and that of the weight (``"layer1.*"``, ``"*.conv1.weight"``). A
     glob that ends with the name of a tensor (``"*.c_attn.weight"``, ``"lstm.weight_*"``) selects this tensor in any
@@ -76,13 +76,15 @@ def select(
         users.setdefault(place.key, []).append(place)
         default = place.by_default
         wanted = included.matches(place, aliases, default) if included else default
-        unwanted = excluded is not None and excluded.matches(place, aliases, wanted or default)
+        unwanted = excluded is not None and excluded.matches(place, aliases, wanted or default or bool(place.adapter))
         if not wanted:
             if default:
                 skipped[place.name] = "not included"
             elif include is None and is_matrix(place.parameter):
-                skipped[place.name] = f"a weight of {type(place.module).__name__}: name it in include to prune it"
-                by_name.append(place)
+                why = place.adapter or f"a weight of {type(place.module).__name__}"
+                skipped[place.name] = f"{why}: name it in include to prune it"
+                if not place.adapter:
+                    by_name.append(place)
             continue
         if unwanted:
             skipped[place.name] = "excluded"

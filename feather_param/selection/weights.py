@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from feather_param.selection.adapters import why_dense
 from feather_param.selection.names import full_name, names_of
 
 LINEAR_AND_CONV = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -28,10 +29,13 @@ class Place:
     name: str  # of the tensor: "layer1.conv.weight"
     module: nn.Module
     tensor: str  # name of the attribute: "weight"
+    adapter: str = ""  # why a layer of an adapter library stays dense by default
 
     @property
     def by_default(self) -> bool:
         """Whether the tensor is pruned without being named in ``include``."""
+        if self.adapter:
+            return False
         if isinstance(self.module, nn.MultiheadAttention):
             return self.tensor in _PROJECTIONS and bool(self.originals)
         return self.tensor == "weight" and isinstance(self.module, LAYERS)
@@ -124,15 +128,18 @@ def originals_of(own: parametrize.ParametrizationList) -> list[Tensor]:
 
 def places_of(model: nn.Module) -> Iterator[tuple[Place, list[str]]]:
     """Yield each tensor of each module once, with all names of the module."""
-    for module, aliases in names_of(model).items():
+    names = names_of(model)
+    known = {name for aliases in names.values() for name in aliases}
+    for module, aliases in names.items():
         if "parametrizations" in aliases[0].split("."):
             continue
         tensors = dict.fromkeys(module._parameters)
         if isinstance(module, LAYERS):
             tensors["weight"] = None  # even if a hook or a quantiser has replaced the Parameter: `select` refuses it
         tensors.update(dict.fromkeys(parametrizations_of(module)))
+        adapter = why_dense(aliases[0], known)
         for tensor in tensors:
-            yield Place(full_name(aliases[0], tensor), module, tensor), aliases
+            yield Place(full_name(aliases[0], tensor), module, tensor, adapter), aliases
 
 
 def is_matrix(parameter: Tensor | None) -> bool:

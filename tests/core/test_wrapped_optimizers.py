@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 
@@ -37,6 +39,15 @@ class Lookahead(Wrapper):
         return loss
 
 
+class WithStepHooks(Lookahead):
+    """Like timm's Lookahead, it has tables of hooks for `step` and no others, and no constructor was called."""
+
+    def __init__(self, optimizer) -> None:
+        super().__init__(optimizer)
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self.defaults = optimizer.defaults
+
+
 class PlainWrapper:
     """An object of a trainer that is no torch.optim.Optimizer."""
 
@@ -54,6 +65,7 @@ def accelerated(optimizer):
 WRAPPERS = {
     "Wrapper": Wrapper,
     "Lookahead": Lookahead,
+    "WithStepHooks": WithStepHooks,
     "PlainWrapper": PlainWrapper,
     "two wrappers": lambda optimizer: Wrapper(Wrapper(optimizer)),
     "accelerate": accelerated,
@@ -73,6 +85,17 @@ def test_the_optimizer_inside_a_wrapper_is_followed(wrap):
     feather_param.desparsify(model)
     assert zeros_in(model) == 1164
     assert all_equal(evaluated, [model[i].weight for i in (0, 3, 4)])
+
+
+def test_the_optimizer_inside_a_wrapper_whose_gradients_were_set_to_zero_is_followed():
+    model = random_conv_net()
+    optimizer = WithStepHooks(sgd(model))
+    optimizer.zero_grad()  # torch now prepares the step of the class to call hooks
+    assert WithStepHooks.step.hooked
+    controller = feather_param.sparsify(model, final_rate=0.5, total_steps=4, optimizer=optimizer)
+    model(torch.randn(2, 3, 6, 6)).square().sum().backward()
+    optimizer.step()
+    assert controller.step_count == 1
 
 
 class TwoInside(torch.optim.Optimizer):

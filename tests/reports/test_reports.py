@@ -13,7 +13,7 @@ import torch
 
 import feather_param
 from feather_param import reports as public
-from feather_param.reports import figures, page, tensorboard
+from feather_param.reports import figures, page, scalars
 from tests.reports.models import loss, network
 from tests.reports.pages import checked
 from tests.training import train
@@ -39,9 +39,9 @@ def test_reports_name_the_call_that_makes_the_expected_argument(reports):
         (lambda: page(None), r"expected a Report from .*, got NoneType"),
         (lambda: page(report, history=counted), r"expected a History from History\(controller\), got MultiplyAdds"),
         (lambda: figures.draw(report, multiply_adds=history), r"expected a MultiplyAdds from .*, got History"),
-        (lambda: tensorboard.add_report(report, None, 1), r"expected a Report from .*, got NoneType"),
-        (lambda: tensorboard.add_record(None, history), r"expected a Record from history\.records, got History"),
-        (lambda: tensorboard.add_multiply_adds(None, report, 1), r"expected a MultiplyAdds from .*, got Report"),
+        (lambda: scalars.log_report(print, None, 1), r"expected a Report from .*, got NoneType"),
+        (lambda: scalars.log_record(print, history), r"expected a Record from history\.records, got History"),
+        (lambda: scalars.log_multiply_adds(print, report, 1), r"expected a MultiplyAdds from .*, got Report"),
     ]:
         with pytest.raises(TypeError, match=message):
             call()
@@ -66,5 +66,5 @@ def test_the_documented_program_runs(tmp_path, monkeypatch):
     assert Path("report.png").read_bytes().startswith(b"\x89PNG")
     assert "from step 9 to 12" in " ".join(checked(Path("report.html").read_text(encoding="utf-8")).text)
     assert list(Path("runs/first").iterdir())
-    for name in re.findall(r"tensorboard\.(add_\w+)", text):
-        assert callable(getattr(tensorboard, name))
+    for name in re.findall(r"scalars\.(log_\w+)", text):
+        assert callable(getattr(scalars, name))

@@ -1,0 +1,40 @@
+"""The example with accelerate."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from feather_param import load_sparse
+from tests.examples.runs import identical
+
+pytest.importorskip("accelerate", reason="accelerate is missing: pip install 'feather_param[integrations]'")
+
+from examples import accelerate_loop
+
+
+def test_an_interrupted_and_resumed_run_ends_like_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(accelerate_loop, "EPOCHS", 4)
+    files = []
+    for name, runs in (("whole", [[]]), ("resumed", [["--epochs", "2"], []])):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        for arguments in runs:
+            accelerate_loop.main(arguments)
+        files.append(load_sparse("runs/accelerate/sparse.safetensors"))
+    assert identical(*files)
+    printed = capsys.readouterr().out
+    assert printed.count("epoch ") == 8
+    found = re.findall(r"test accuracy ([\d.]+)%, 80,256 zeros of 84,480 weights", printed)
+    assert len(found) == 2
+    assert float(found[0]) > 50
+    weights = [value for name, value in files[0].items() if name.endswith("weight")]
+    assert sum(int((weight == 0).sum()) for weight in weights) == 80_256
+
+
+def test_the_script_is_short() -> None:
+    assert len(Path(accelerate_loop.__file__).read_text(encoding="utf-8").splitlines()) < 80
