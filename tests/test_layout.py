@@ -51,7 +51,7 @@ LAYERS = [
     {"reports", "files"},
     {"controller", "api", "inference"},
     {"__init__"},
-    {"cli"},
+    {"cli", "integrations"},
     {"__main__"},
 ]
 
