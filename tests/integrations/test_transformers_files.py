@@ -57,10 +57,15 @@ def logged():
     logger.removeHandler(words)
 
 
+def complaints(logged: Words) -> set[str]:
+    """Return what transformers 4 or 5 says about weights that are missing in a file, or that a model does not have."""
+    return {word for word in ("MISSING", "UNEXPECTED", "newly initialized", "not used") if word in logged.text}
+
+
 def test_the_sparse_folder_loads_as_any_model(finished, logged):
     folder, model = finished
     loaded = type(model).from_pretrained(folder / "checkpoint-4" / "sparse")
-    assert logged.text == ""
+    assert not complaints(logged)
     assert zeros(loaded) == ZEROS
     assert same(loaded, model)
     assert same(type(model).from_pretrained(folder / "checkpoint-4", subfolder="sparse"), model)
@@ -70,9 +75,8 @@ def test_the_checkpoint_itself_loads_the_same_model(finished, logged):
     folder, model = finished
     loaded = type(model).from_pretrained(folder / "checkpoint-4")
     assert same(loaded, model)
-    assert "MISSING" not in logged.text
-    assert "newly initialized" not in logged.text
-    assert "UNEXPECTED" in logged.text  # the dense weights, which a resume needs
+    assert complaints(logged) <= {"UNEXPECTED", "not used"}  # the dense weights, which a resume needs
+    assert "parametrizations.weight.original" in logged.text
 
 
 def test_a_checkpoint_from_before_the_full_rate_has_the_zeros_of_its_step(finished):
@@ -116,7 +120,7 @@ def test_save_model_after_the_training_saves_the_plain_model(finished, tmp_path,
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     loaded = type(controller.model).from_pretrained(tmp_path / "final")
-    assert logged.text == ""
+    assert not complaints(logged)
     assert zeros(loaded) == ZEROS
 
 
@@ -126,7 +130,7 @@ def test_during_the_training_baked_weights_are_saved_with_save_pretrained(tmp_pa
     trainer_of(controller, tmp_path, desparsify=False).train()
     model.save_pretrained(tmp_path / "now", state_dict=feather_param.baked_state_dict(model))  # the line of the page
     assert zeros(type(model).from_pretrained(tmp_path / "now")) == ZEROS
-    assert logged.text == ""
+    assert not complaints(logged)
 
 
 def test_old_checkpoints_are_deleted(tmp_path):
@@ -185,7 +189,7 @@ def test_tied_embeddings_stay_tied_and_dense(tmp_path, kind, logged):
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     loaded = type(model).from_pretrained(tmp_path / "checkpoint-2/sparse")
-    assert logged.text == ""
+    assert not complaints(logged)
     assert same(loaded, model)
     assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
     assert sum(int((loaded.get_parameter(name) == 0).sum()) for name in names) == round(0.8 * asked)
@@ -195,7 +199,7 @@ def test_tied_embeddings_stay_tied_and_dense(tmp_path, kind, logged):
     trainer = Trainer(resumed, args, train_dataset=Ids(), callbacks=[FeatherCallback(again)])
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=True)  # it is at its end already
-    assert logged.text == ""
+    assert "unexpected keys" not in logged.text
     assert same(resumed, model)
 
 
