@@ -87,6 +87,7 @@ class FeatherCallback(TrainerCallback):
                 "pass what feather_param.sparsify(model, ...) returned"
             )
         self.controller, self._save_sparse, self._desparsify = controller, save_sparse, desparsify
+        self._final_rate: float = controller.state_dict()["final_rate"]
         self._completed = -1  # step of the last checkpoint that got the pruned weights
 
     def on_init_end(
@@ -146,7 +147,10 @@ class FeatherCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: dict[str, Any], **_: Any
     ) -> None:
-        """Add rate and threshold to the logs of the training loss. Evaluations become columns of the model card."""
+        """Add rate and threshold to the logs of the training loss.
+
+        Those of an evaluation do not get them: each of their entries becomes a column of the Trainer's model card.
+        """
         if "loss" in logs:
             found = {"feather/rate": self.controller.rate, "feather/threshold": float(self.controller.threshold)}
             logs.update(found)
@@ -185,8 +189,12 @@ class FeatherCallback(TrainerCallback):
         checkpoint = _checkpoint(args, state)
         sparse = os.path.join(checkpoint, "sparse")
         plain = baked_state_dict(model)
-        _save(model, {**model.state_dict(), **plain}, checkpoint, args)
-        _save(model, plain, sparse, args)
+        whole = os.path.join(checkpoint, "whole")
+        _save(model, {**model.state_dict(), **plain}, whole, args)
+        for name in os.listdir(whole):  # so that an interruption leaves the old file or the new one
+            os.replace(os.path.join(whole, name), os.path.join(checkpoint, name))
+        os.rmdir(whole)
+        _save(model, plain, sparse, args)  # it empties the dict
         if processing_class is not None:
             processing_class.save_pretrained(sparse)
         report, step = self.controller.report(), self.controller.step_count
@@ -194,10 +202,6 @@ class FeatherCallback(TrainerCallback):
         with open(os.path.join(sparse, "README.md"), "w", encoding="utf-8") as file:
             file.write(card)
         self._completed = state.global_step
-
-    @property
-    def _final_rate(self) -> float:
-        return self.controller.state_dict()["final_rate"]
 
     def _require(self, model: nn.Module) -> None:
         if not any(module is self.controller.model for module in model.modules()):

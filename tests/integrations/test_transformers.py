@@ -147,7 +147,7 @@ def trainer_for_best(folder: Path, values: tuple[float, ...], *more: Any, **opti
     return trainer
 
 
-@pytest.mark.parametrize("options", [{}, {"save_total_limit": 1}, {"optim": "schedule_free_adamw"}])
+@pytest.mark.parametrize("options", [{"save_total_limit": 1}, {"optim": "schedule_free_adamw"}])
 def test_the_best_model_is_that_of_the_full_rate(tmp_path, options):
     if "optim" in options:
         pytest.importorskip("schedulefree", reason="schedulefree needs feather_param[integrations]")
