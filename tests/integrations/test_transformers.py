@@ -238,3 +238,13 @@ def test_a_batch_that_does_not_fit_starts_again_with_a_smaller_one(tmp_path):
     assert full == [2]
     assert [seen for _, seen, _ in recorder.rates] == [1, 1, 2, 3, 4]
     assert zeros(controller.model) == ZEROS
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+@pytest.mark.filterwarnings("ignore:the best model:UserWarning", "ignore:expected desparsify:UserWarning")
+def test_early_stopping_before_the_full_rate_is_avoided_by_a_delay(tmp_path, delay):
+    early = transformers.EarlyStoppingCallback(early_stopping_patience=1)
+    trainer = trainer_for_best(tmp_path, (0.9, 0.8, 0.9, 0.8, 0.7), early, eval_delay=delay)
+    trainer.train()
+    assert trainer.state.global_step == (4 if delay else 2)
+    assert (zeros(trainer.model) == ZEROS) == bool(delay)

@@ -50,11 +50,12 @@ def test_a_second_training_after_desparsify_is_refused(tmp_path):
         trainer.train()
 
 
-def test_a_sharded_model_is_refused(tmp_path):
+@pytest.mark.parametrize("option", ["fsdp", "deepspeed"])
+def test_a_sharded_model_is_refused(tmp_path, option):
     controller = sparsified()
     trainer = trainer_of(controller, tmp_path)
     callback = trainer.pop_callback(FeatherCallback)
-    trainer.args.fsdp = ["full_shard"]
+    setattr(trainer.args, option, ["full_shard"])
     with pytest.raises(ValueError, match="expected a model that is not sharded, got fsdp"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=controller.model)
 

@@ -89,10 +89,12 @@ def test_a_checkpoint_from_before_the_full_rate_has_the_zeros_of_its_step(finish
     assert zeros(loaded) == early.report().zeros < ZEROS
 
 
-def test_without_save_sparse_the_checkpoint_holds_what_a_resume_needs_only(tmp_path):
+def test_without_save_sparse_the_checkpoint_holds_what_a_resume_needs_only(tmp_path, logged):
     trainer_of(sparsified(2), tmp_path, max_steps=2, **SAVING, save_sparse=False).train()
     assert not (tmp_path / "checkpoint-2/sparse").exists()
     assert load_file(tmp_path / "checkpoint-2/model.safetensors").keys() == sparsified().model.state_dict().keys()
+    type(build()).from_pretrained(tmp_path / "checkpoint-2")
+    assert complaints(logged) & {"MISSING", "newly initialized"}
 
 
 def test_the_checkpoint_loads_strictly_into_a_sparsified_model(finished):
@@ -127,14 +129,19 @@ def test_save_model_after_the_training_saves_the_plain_model(finished, tmp_path,
 def test_during_the_training_baked_weights_are_saved_with_save_pretrained(tmp_path, logged):
     controller = sparsified()
     model = controller.model
-    trainer_of(controller, tmp_path, desparsify=False).train()
+    trainer = trainer_of(controller, tmp_path, desparsify=False)
+    trainer.train()
     model.save_pretrained(tmp_path / "now", state_dict=feather_param.baked_state_dict(model))  # the line of the page
     assert zeros(type(model).from_pretrained(tmp_path / "now")) == ZEROS
     assert not complaints(logged)
+    trainer.save_model(str(tmp_path / "dense"))
+    type(model).from_pretrained(tmp_path / "dense")
+    assert complaints(logged) & {"MISSING", "newly initialized"}
 
 
 def test_old_checkpoints_are_deleted(tmp_path):
-    trainer_of(sparsified(), tmp_path, save_strategy="steps", save_steps=1, save_total_limit=2).train()
+    options = {"save_steps": 1, "save_total_limit": 2, "save_only_model": True}
+    trainer_of(sparsified(), tmp_path, save_strategy="steps", **options).train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
     assert all((path / "sparse/model.safetensors").exists() for path in tmp_path.iterdir())
 
