@@ -56,6 +56,11 @@ class Controller:
         self._links = links(model, self._shared)
 
     @property
+    def model(self) -> nn.Module:
+        """The model that `sparsify` got."""
+        return self._model
+
+    @property
     def step_count(self) -> int:
         """Number of optimizer steps seen."""
         return self._shared.position.step

@@ -20,12 +20,16 @@ def of_sparsified(names: Iterable[str]) -> bool:
 def accept_plain(state_dict: dict[str, Any], prefix: str, tensors: Iterable[str]) -> None:
     """Rename a plain layer's entries to those of the sparsified layer, so that a plain state_dict loads.
 
+    A state that holds both is that of a sparsified model, with its pruned weights added for plain models (a checkpoint
+    of transformers). The pruned weights are dropped.
+
     Args:
-        state_dict: the state that is being loaded; entries are renamed in place.
+        state_dict: the state that is being loaded; entries are renamed or dropped in place.
         prefix: prefix of the layer's entries.
         tensors: names of the layer's pruned tensors.
     """
     for tensor in tensors:
         original = f"{prefix}parametrizations.{tensor}.original"
-        if prefix + tensor in state_dict and original not in state_dict:
-            state_dict[original] = state_dict.pop(prefix + tensor)
+        if prefix + tensor in state_dict:
+            value = state_dict.pop(prefix + tensor)
+            state_dict.setdefault(original, value)

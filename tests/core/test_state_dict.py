@@ -70,6 +70,18 @@ def test_a_baked_state_loads_into_a_plain_model_and_into_a_sparsified_one():
     assert torch.equal(other.eval()(IMAGES), plain(IMAGES))  # at a rate of zero the operator is the identity
 
 
+def test_of_a_state_with_dense_and_pruned_weights_a_sparsified_model_loads_the_dense_ones():
+    model, controller = at_final_rate()
+    dense, pruned = model.state_dict(), feather_param.baked_state_dict(model)
+    other, other_controller = sparsified(seed=1)
+    other.load_state_dict({**dense, **pruned})
+    assert other_controller.step_count == controller.step_count
+    assert same_state(other.state_dict(), dense)
+    plain = net(1)
+    plain.load_state_dict({**dense, **pruned}, strict=False)
+    assert same_state(plain.state_dict(), pruned)
+
+
 def test_a_baked_model_loads_plain_states_only():
     model, _ = at_final_rate()
     state = model.state_dict()
