@@ -273,6 +273,15 @@ class Controller:
             self._require("desparsify()")
         bake(self._model)
 
+    def detach(self) -> None:
+        """Make the layers plain again with their dense weights, without zeros: undo `sparsify`.
+
+        Raises:
+            RuntimeError: the model has been desparsified.
+        """
+        self._require("detach()")
+        detach(self._shared)
+
     def _without_source(self) -> SharedSparsity:
         """Return the shared state, so that this controller can change it. A copy stops following its source."""
         self._shared.source = None

@@ -1,0 +1,1 @@
+"""Callbacks for trainers of other libraries. Each module needs its library."""
