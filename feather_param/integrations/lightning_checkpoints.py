@@ -21,6 +21,7 @@ from feather_param import Controller, baked_state_dict
 
 KEY = "feather_param"
 """The entry of a checkpoint."""
+_STATES = ("state_dict", "current_model_state")  # WeightAveraging saves its average as the first, the module as the second
 
 
 class Pruned:
@@ -63,9 +64,9 @@ class Pruned:
         return twin
 
 
-def restored(state: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state of the sparsified module, from the plain one and the entry of a checkpoint."""
-    return {**{key: value for key, value in state.items() if key not in entry["sparse"]}, **entry["dense"]}
+def restored(state: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of the sparsified module, from the two values that `Pruned.baked` returned."""
+    return {**{key: value for key, value in state.items() if key not in change["sparse"]}, **change["dense"]}
 
 
 class SparseCheckpoints:
@@ -91,14 +92,13 @@ class SparseCheckpoints:
             return self.inner.save_checkpoint(plain, path, *args, **kwargs)
         if self.pruned is not None:
             self.rates[str(path)] = self.pruned.controller.rate
-            state, entry = self.pruned.baked(checkpoint["state_dict"])
+            both = {name: self.pruned.baked(checkpoint[name]) for name in _STATES if name in checkpoint}
+            plain, changes = ({name: each[i] for name, each in both.items()} for i in range(2))
             if "optimizer_states" not in checkpoint:  # save_weights_only: it cannot be resumed
-                entry = {"dense": {}, "sparse": []}
-            entry |= {"controller": self.pruned.controller.state_dict(), "rates": dict(self.rates)}
-            checkpoint = self._with_entry({**checkpoint, "state_dict": state}, entry)
+                changes = {}
+            checkpoint = self._with_entry({**checkpoint, **plain}, changes, self.pruned.controller.state_dict())
         elif self.finished is not None:
-            entry = {"dense": {}, "sparse": [], "controller": self.finished, "rates": dict(self.rates)}
-            checkpoint = self._with_entry(checkpoint, entry)
+            checkpoint = self._with_entry(checkpoint, {}, self.finished)
         return self.inner.save_checkpoint(checkpoint, path, *args, **kwargs)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class SparseCheckpoints:
         entry = checkpoint.get(KEY, {}).get(self.name)
         if entry is None or self.pruned is None:
             return checkpoint
-        return {**checkpoint, "state_dict": restored(checkpoint["state_dict"], entry)}
+        return {**checkpoint, **{name: restored(checkpoint[name], change) for name, change in entry["changes"].items()}}
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint."""
@@ -118,5 +118,8 @@ class SparseCheckpoints:
         """Let the other CheckpointIO end."""
         self.inner.teardown()
 
-    def _with_entry(self, checkpoint: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-        return {**checkpoint, KEY: {**checkpoint.get(KEY, {}), self.name: dict(entry)}}
+    def _with_entry(
+        self, checkpoint: Mapping[str, Any], changes: Mapping[str, Any], controller: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        entry = {"changes": dict(changes), "controller": dict(controller), "rates": dict(self.rates)}
+        return {**checkpoint, KEY: {**checkpoint.get(KEY, {}), self.name: entry}}
