@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import feather_param
 from feather_param.integrations.lightning import FeatherCallback
 
-EPOCHS, BATCH = 20, 64
+EPOCHS, BATCH = 12, 64
 
 
 class Digits(LightningModule):
@@ -41,8 +41,9 @@ def trainer(epochs: int) -> Trainer:
     # end_step: the best checkpoint of the second half has the full rate
     sparse = FeatherCallback(0.95, total_steps=EPOCHS * steps, end_step=EPOCHS * steps // 2)  # added
     best = ModelCheckpoint("checkpoints", monitor="accuracy", mode="max", save_last=True, enable_version_counter=False)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[sparse, best], **quiet)
+    return Trainer(
+        max_epochs=epochs, accelerator="cpu", callbacks=[sparse, best], logger=False, enable_progress_bar=False
+    )
 
 
 seed_everything(0)

@@ -51,6 +51,7 @@ LAYERS = [
     {"reports", "files"},
     {"controller", "api", "inference"},
     {"__init__"},
+    {"integrations"},
     {"cli"},
     {"__main__"},
 ]

@@ -55,7 +55,6 @@ class FeatherCallback(FeatherHooks, Callback):
         with other settings.
 
     Example:
-        >>> import logging
         >>> from lightning.pytorch import LightningModule, Trainer
         >>> from feather_param.integrations.lightning import FeatherCallback
         >>> class Net(LightningModule):
@@ -66,9 +65,8 @@ class FeatherCallback(FeatherHooks, Callback):
         ...         return self.layer(batch).square().mean()
         ...     def configure_optimizers(self):
         ...         return torch.optim.SGD(self.parameters(), lr=0.1)
-        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         >>> net = Net()
-        >>> trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=FeatherCallback(0.75), **quiet)
+        >>> trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=FeatherCallback(0.75), barebones=True)
         >>> trainer.fit(net, torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=2))
         >>> int((net.layer.weight == 0).sum())
         12

@@ -21,7 +21,10 @@ from feather_param import Controller, baked_state_dict
 
 KEY = "feather_param"
 """The entry of a checkpoint."""
-_STATES = ("state_dict", "current_model_state")  # WeightAveraging saves its average as the first, the module as the second
+_STATES = (
+    "state_dict",
+    "current_model_state",
+)  # WeightAveraging saves its average as the first, the module as the second
 
 
 class Pruned:

@@ -121,7 +121,8 @@ class FeatherHooks:
         refused: Exception = ValueError("expected configure_optimizers to return an optimizer, got none")
         for optimizer in reversed(trainer.optimizers):
             try:
-                return self.controller.follow(optimizer)
+                self.controller.follow(optimizer)
+                return
             except ValueError as error:
                 refused = error
         raise refused
@@ -162,13 +163,13 @@ class FeatherHooks:
         if trainer.is_global_zero and not trainer.fast_dev_run:
             self._warn_of_fewer_zeros(trainer)
         if not self._desparsify:
-            return self.controller.refresh()  # an average was written into the module
+            self.controller.refresh()  # an average may have been written into the module
+            return
         copies = [value for callback in _averaging(trainer.callbacks) for value in vars(callback).values()]
         for copy in copies:
             if isinstance(copy, nn.Module) and _is_sparsified(copy) and copy is not pl_module:
                 feather_param.desparsify(copy)
         self._make_plain(trainer)
-        return None
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Undo `sparsify` if no step was made: a Tuner ends ``fit`` before it begins to train."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ from torch import nn
 
 pytest.importorskip("lightning", reason="lightning is missing; it needs feather_param[integrations]")
 
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner.tuning import Tuner
 
@@ -21,6 +25,25 @@ from feather_param.integrations.lightning import FeatherCallback
 from tests.integrations.lightning_case import QUIET, RATE, STEPS, ZEROS, Digits, assert_same, batches, fit, quiet, zeros
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    class Headed(Digits):
+        def __init__(self):
+            super().__init__()
+            self.net, self.head = self.net[:3], self.net[3]
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.head(self.net(batch[0])), batch[1])
+
+    page = (Path(__file__).parents[2] / "docs/trainers/lightning.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    trainer = partial(Trainer, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    scope = {"Trainer": trainer, "model": Headed(), "loader": batches()}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], scope)
+    assert int((scope["model"].net[0].weight == 0).sum()) == round(0.95 * 64 * 16)
+    assert (tmp_path / "sparse.ckpt").exists()
+    assert isinstance(eval(re.search(r"^\+(FeatherCallback.*)$", page, re.MULTILINE)[1], scope), FeatherCallback)
 
 
 def test_the_callback_can_be_pickled_and_copied():
@@ -134,7 +157,9 @@ def test_layers_of_setup_come_too_late(tmp_path):
         def setup(self, stage):
             self.net[3] = nn.Sequential(nn.Linear(16, 10))
 
-    with pytest.warns(UserWarning, match=r"got net.3.0.weight later: they stay dense; build layers in __init__ or conf"):
+    with pytest.warns(
+        UserWarning, match=r"got net.3.0.weight later: they stay dense; build layers in __init__ or conf"
+    ):
         fit(tmp_path, FeatherCallback(RATE, exclude="net.3"), module=Late())
 
 
@@ -153,7 +178,9 @@ def test_early_stopping_before_the_full_rate_is_named(tmp_path):
     def stop():
         return EarlyStopping("loss", patience=1, mode="max")  # after the second epoch
 
-    with pytest.warns(UserWarning, match=r"step 32, where the rate is 0.75, got step 8 .*pass total_steps= to FeatherC"):
+    with pytest.warns(
+        UserWarning, match=r"step 32, where the rate is 0.75, got step 8 .*pass total_steps= to FeatherC"
+    ):
         module, _ = fit(tmp_path, FeatherCallback(RATE), stop(), epochs=16)
     assert 0 < zeros(module) < ZEROS
     module, _ = fit(tmp_path, FeatherCallback(RATE, total_steps=8), stop(), epochs=16)
@@ -199,8 +226,6 @@ def test_a_tuner_of_the_batch_size_changes_the_number_of_steps(tmp_path):
 
 
 def test_a_batch_size_finder_in_fit_is_refused(tmp_path):
-    from lightning.pytorch.callbacks import BatchSizeFinder
-
     trainer = quiet(tmp_path, FeatherCallback(RATE), BatchSizeFinder(max_trials=3, init_val=2))
     with pytest.raises(RuntimeError, match="expected 16 batches in an epoch as in setup, got 4: another callback"):
         trainer.fit(Sized())
@@ -219,7 +244,7 @@ def test_an_unknown_number_of_steps_is_refused(tmp_path):
         fit(tmp_path, FeatherCallback(RATE), epochs=-1)
     with pytest.raises(ValueError, match=r"got -1 \(max_epochs=-1, or a loader without"):
         quiet(tmp_path, FeatherCallback(RATE)).fit(Digits(), iter_only())
-    with pytest.raises(RuntimeError, match="got AttributeError: .*build the data before LightningModule.setup"):
+    with pytest.raises(RuntimeError, match=r"got AttributeError: .*build the data before LightningModule.setup"):
         quiet(tmp_path, FeatherCallback(RATE)).fit(Setup())
     module = Setup()
     quiet(tmp_path, FeatherCallback(RATE, total_steps=16)).fit(module)
@@ -243,7 +268,11 @@ def test_wrong_arguments_are_refused_at_construction():
         ({"desparsify": 1}, TypeError, "expected desparsify to be True or False, got 1"),
         ({"log": "yes"}, TypeError, "expected log to be True or False, got 'yes'"),
         ({"optimizer": None}, TypeError, "expected no optimizer=: the callback follows the optimizer of configure_opt"),
-        ({"model": nn.Linear(1, 1)}, TypeError, "expected no model=: the callback prunes the LightningModule; pass mod"),
+        (
+            {"model": nn.Linear(1, 1)},
+            TypeError,
+            "expected no model=: the callback prunes the LightningModule; pass mod",
+        ),
         ({"exlude": "head"}, TypeError, "got exlude=; the closest is exclude="),
     ]:
         with pytest.raises(error, match=text.replace("(", r"\(")):
@@ -253,7 +282,11 @@ def test_wrong_arguments_are_refused_at_construction():
 def test_wrong_arguments_are_refused_in_setup(tmp_path):
     for callback, error, text in [
         (FeatherCallback(90), ValueError, "90 % is 0.9"),
-        (FeatherCallback(RATE, module="nett"), ValueError, "submodule of Digits, got 'nett'; the closest names are net"),
+        (
+            FeatherCallback(RATE, module="nett"),
+            ValueError,
+            "submodule of Digits, got 'nett'; the closest names are net",
+        ),
         (FeatherCallback(RATE, exclude="head"), ValueError, "head"),
         (FeatherCallback("0.9"), TypeError, "expected final_rate to be a number, got '0.9'"),
     ]:

@@ -116,7 +116,12 @@ def test_a_checkpoint_that_is_saved_after_fit_is_resumed_at_its_step(tmp_path):
     module, trainer = fit(tmp_path, FeatherCallback(RATE), epochs=2)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     assert zeros_in(tmp_path / "end.ckpt") == ZEROS
-    resumed, _ = fit(tmp_path, callback := FeatherCallback(RATE, total_steps=8, desparsify=False), epochs=2, ckpt_path=tmp_path / "end.ckpt")
+    resumed, _ = fit(
+        tmp_path,
+        callback := FeatherCallback(RATE, total_steps=8, desparsify=False),
+        epochs=2,
+        ckpt_path=tmp_path / "end.ckpt",
+    )
     assert callback.controller.step_count == 8
     assert callback.controller.report().zeros == ZEROS
     x = torch.cat([x for x, _ in batches()])
@@ -124,8 +129,10 @@ def test_a_checkpoint_that_is_saved_after_fit_is_resumed_at_its_step(tmp_path):
 
 
 def test_a_dense_checkpoint_is_refused_with_the_way_to_use_it(tmp_path):
-    dense, _ = fit(tmp_path, ModelCheckpoint(tmp_path, save_last=True), epochs=2)
-    with pytest.raises(ValueError, match="got a dense one; to start from its weights, pass the path to load_from_check"):
+    fit(tmp_path, ModelCheckpoint(tmp_path, save_last=True), epochs=2)
+    with pytest.raises(
+        ValueError, match="got a dense one; to start from its weights, pass the path to load_from_check"
+    ):
         fit(tmp_path, FeatherCallback(RATE), ckpt_path=tmp_path / "last.ckpt")
     module = Digits.load_from_checkpoint(tmp_path / "last.ckpt")
     fit(tmp_path, FeatherCallback(RATE), module=module)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-pl = pytest.importorskip(
-    "pytorch_lightning", reason="pytorch-lightning is missing; it needs feather_param[integrations]"
-)
+pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is missing; it needs feather_param[integrations]")
+
+import pytorch_lightning as pl
 
 from feather_param.integrations.pytorch_lightning import FeatherCallback
 
