@@ -278,6 +278,12 @@ class Controller:
 
         Raises:
             RuntimeError: the model has been desparsified.
+
+        Example:
+            >>> layer = nn.Linear(4, 4)
+            >>> feather_param.sparsify(layer, final_rate=0.5, total_steps=1, end_step=0).detach()
+            >>> int((layer.weight == 0).sum())
+            0
         """
         self._require("detach()")
         detach(self._shared)

@@ -76,7 +76,8 @@ class FeatherHooks:
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Sparsify the module, and let checkpoints be plain and sparse."""
         if stage != "fit":
-            self._files_of(trainer)
+            if self._files is not None:  # the module may still be sparsified, and a checkpoint be loaded into it
+                self._files_of(trainer)
             return
         _require_whole_weights(trainer)
         with trainer.init_module():
@@ -141,7 +142,10 @@ class FeatherHooks:
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Compute the thresholds of the first batch's weights: WeightAveraging swaps them, through ``.data``."""
+        """Compute the thresholds of the weights that are validated.
+
+        WeightAveraging swaps the weights, which a compiled module does not notice.
+        """
         if self.controller is not None and not batch_idx and not dataloader_idx and trainer.state.fn == "fit":
             self.controller.refresh()
 
@@ -303,8 +307,8 @@ def _require_whole_weights(trainer: Any) -> None:
     if found := _SHARDING & _class_names(trainer.strategy):
         raise ValueError(
             f"expected a strategy that keeps the weights whole (one device, DDP), got {min(found)}, which shards them; "
-            "without this callback, call feather_param.sparsify in configure_model before fully_shard, and "
-            "controller.follow(optimizer) in configure_optimizers"
+            "with FSDP2, leave this callback out, and call feather_param.sparsify in configure_model before "
+            "fully_shard and controller.follow(optimizer) in configure_optimizers"
         )
 
 

@@ -67,14 +67,13 @@ def test_the_best_checkpoint_is_evaluated_with_its_own_zeros(tmp_path):
     assert trainer.test(module, batches(), ckpt_path="best", verbose=False) == expected
 
 
-@pytest.mark.parametrize("step", [3, 7, 8, 10, 12])
 @pytest.mark.parametrize("frozen", [5, 20])
-def test_a_training_resumes_bit_for_bit(tmp_path, step, frozen):
+def test_a_training_resumes_bit_for_bit(tmp_path, frozen):
     saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
     full, _ = fit(tmp_path, FeatherCallback(RATE), FreezeAt(frozen), saver)
-    path = tmp_path / f"step={step}.ckpt"
-    resumed, _ = fit(tmp_path, FeatherCallback(RATE), FreezeAt(frozen), ckpt_path=path)
-    assert_same(full, resumed)
+    for step in (3, 8, 10):  # the second is at the end of an epoch
+        resumed, _ = fit(tmp_path, FeatherCallback(RATE), FreezeAt(frozen), ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert_same(full, resumed)
     assert frozen < 20 or zeros(full) == ZEROS
 
 
@@ -157,7 +156,7 @@ def test_several_modules_have_callbacks_of_their_own(tmp_path):
     callbacks = lambda: (FeatherCallback(0.9, module="net.0"), FeatherCallback(0.5, module="net.3"))  # noqa: E731
     saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
     full, _ = fit(tmp_path, *callbacks(), saver)
-    assert int((full.net[0].weight == 0).sum()), int((full.net[3].weight == 0).sum()) == (round(0.9 * 1024), 80)
+    assert [int((full.net[i].weight == 0).sum()) for i in (0, 3)] == [round(0.9 * 1024), 80]
     assert state_in(tmp_path / "step=10.ckpt").keys() == full.state_dict().keys()
     assert_same(full, fit(tmp_path, *callbacks(), ckpt_path=tmp_path / "step=6.ckpt")[0])
 

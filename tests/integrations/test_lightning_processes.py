@@ -45,5 +45,7 @@ def test_two_processes_have_the_same_zeros_and_resume_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
 def test_strategies_that_shard_are_refused(strategy):
     trainer = SimpleNamespace(strategy=strategy.__new__(strategy))
-    with pytest.raises(ValueError, match=f"got {strategy.__name__}, which shards them; without this callback, call"):
+    with pytest.raises(
+        ValueError, match=f"got {strategy.__name__}, which shards them; with FSDP2, leave this callback out"
+    ):
         FeatherCallback(RATE).setup(trainer, Digits(), "fit")

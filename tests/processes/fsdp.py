@@ -110,6 +110,10 @@ def may_be_moved_after_sharding(rank: int, world: int, folder: Path) -> None:
     controller = sparsify(model)
     shard(model)
     model.to("cpu")
+    model.eval()
+    with torch.no_grad():  # the first forward pass is no training
+        model(batch(0, rank, world)[0])
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     train(model, optimizer, controller, rank, world)
     threshold = controller.threshold
