@@ -15,7 +15,7 @@ from torch import nn
 
 pytest.importorskip("lightning", reason="lightning is missing; it needs feather_param[integrations]")
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner.tuning import Tuner
@@ -245,6 +245,19 @@ def test_an_unknown_number_of_steps_is_refused(tmp_path):
     module = Setup()
     quiet(tmp_path, FeatherCallback(RATE, total_steps=16)).fit(module)
     assert zeros(module) == ZEROS
+
+
+def test_the_data_may_come_from_a_datamodule(tmp_path):
+    class Data(LightningDataModule):
+        def setup(self, stage):
+            self.data = batches()
+
+        def train_dataloader(self):
+            return self.data
+
+    module = Digits()
+    quiet(tmp_path, FeatherCallback(RATE)).fit(module, datamodule=Data())
+    assert_same(module, fit(tmp_path, FeatherCallback(RATE))[0])
 
 
 def iter_only():
