@@ -278,6 +278,21 @@ class Controller:
             self._require("desparsify()")
         bake(self._model)
 
+    def detach(self) -> None:
+        """Make the layers plain again with their dense weights, without zeros: undo `sparsify`.
+
+        Raises:
+            RuntimeError: the model has been desparsified.
+
+        Example:
+            >>> layer = nn.Linear(4, 4)
+            >>> feather_param.sparsify(layer, final_rate=0.5, total_steps=1, end_step=0).detach()
+            >>> int((layer.weight == 0).sum())
+            0
+        """
+        self._require("detach()")
+        detach(self._shared)
+
     def _without_source(self) -> SharedSparsity:
         """Return the shared state, so that this controller can change it. A copy stops following its source."""
         self._shared.source = None

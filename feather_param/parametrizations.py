@@ -119,10 +119,13 @@ class FeatherParametrization(nn.Module):
         if own is not None:
             own.note_written()
             own.invalidate()
-            overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
-            replaces = overwrites or before.is_meta or self.threshold.is_meta
-            if replaces and not any(map(is_sharded, own.originals)):
-                own.computed_from = None  # torch is about to replace the Parameter
+            future = torch.__future__
+            converts = future.get_overwrite_module_params_on_conversion()
+            converts = converts or future.get_swap_module_params_on_conversion()
+            if any(map(is_sharded, own.originals)):
+                own.forget()  # torch is about to swap the Parameter with a converted one
+            elif converts or before.is_meta or self.threshold.is_meta:
+                own.computed_from = None  # torch is about to replace or swap the Parameter
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FeatherParametrization:

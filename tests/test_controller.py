@@ -308,3 +308,15 @@ def test_a_step_or_a_load_that_fails_changes_neither_threshold_nor_theta():
         model[3].parametrizations.weight.original[0, 0] = float("nan")
     for call in (controller.step, lambda: controller.load_state_dict(start)):
         check(call, "expected finite weights")
+
+
+def test_detach_leaves_the_dense_weights_and_no_zeros():
+    layer = nn.Linear(4, 4)
+    before = {name: each.clone() for name, each in layer.state_dict().items()}
+    controller = feather_param.sparsify(layer, final_rate=0.5, total_steps=1, end_step=0)
+    controller.detach()
+    assert type(layer) is nn.Linear
+    assert list(layer.state_dict()) == list(before)
+    assert all(torch.equal(each, before[name]) for name, each in layer.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"expected detach\(\) before desparsify, got it after"):
+        controller.detach()

@@ -42,6 +42,7 @@ GROUPS = {
         fsdp.refuses_a_pattern,
         fsdp.refuses_weights_on_two_meshes,
         fsdp.may_shard_a_part_of_the_model,
+        fsdp.may_be_moved_after_sharding,
         fsdp.saves_a_checkpoint,
     ],
     3: [*AGAINST_ONE_PROCESS, fsdp.resumes_in_another_number_of_processes],  # of the checkpoint of two processes

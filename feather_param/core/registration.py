@@ -87,6 +87,13 @@ class Registration:
         """Mark the threshold as out of date."""
         self.computed_from = version_of(self._inputs).invalidated()
 
+    def forget(self) -> None:
+        """Mark the threshold as out of date, and drop the references to the Parameters: torch swaps no tensor with one.
+
+        Forward passes do not compute the threshold then, as if another Parameter was in place (FSDP2 gathers one).
+        """
+        self.computed_from = version_of([]).invalidated()
+
     def note_written(self) -> None:
         """Note that we wrote the threshold's buffer."""
         self.written = version_of([self.reader.threshold])

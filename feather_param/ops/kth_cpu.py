@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ _SAMPLE = 1 << 14
 def kth_by_bracket(tensors: Sequence[Tensor], k: int) -> tuple[Tensor, bool]:
     """Return the k-th smallest magnitude, and whether all are finite; if not, the magnitude is meaningless."""
     dtype = common_dtype(tensors)
-    bits: list[Bits] = [flat(tensor.to("cpu", dtype)).view(INTEGER[dtype]).numpy() for tensor in tensors]
+    # `Tensor.numpy` would keep FSDP from resizing the storage of the tensor.
+    views: list[Any] = [np.from_dlpack(flat(tensor.to("cpu", dtype)).view(INTEGER[dtype])) for tensor in tensors]
+    bits: list[Bits] = views
     total = sum(part.size for part in bits)
     if k == 0:
         low, high = 0, -1  # empty: the scan only checks that all are finite

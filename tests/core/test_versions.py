@@ -84,3 +84,15 @@ def test_a_parameter_with_the_id_of_a_deleted_one_is_another_parameter():
     model(torch.ones(1, 4))
     assert torch.equal(model[0].parametrizations.weight[0].threshold, threshold)
     assert not torch.equal(controller.threshold, threshold)
+
+
+def test_a_conversion_may_swap_parameters():
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    model = linear_net(outputs=16)
+    controller = sparsify_at_once(model, 0.8)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double().float()  # torch refuses to swap a tensor that has a weak reference
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert zeros_in_pass(model) == controller.report().zeros == 819

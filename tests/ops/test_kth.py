@@ -110,6 +110,12 @@ def test_the_weights_are_not_changed():
     assert torch.equal(weight, before)
 
 
+def test_the_storage_of_a_weight_can_be_resized_afterwards():
+    weight = torch.randn(100)
+    kth_magnitude({"weight": weight}, 50)
+    weight.untyped_storage().resize_(0)  # as FSDP2 does
+
+
 def test_subnormal_magnitudes_are_distinguished():
     tiny = torch.tensor([1, 2, 3, 4], dtype=torch.int32).view(torch.float32)
     assert torch.equal(kth_magnitude({"w": tiny}, 3), tiny[2])

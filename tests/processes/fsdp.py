@@ -108,6 +108,25 @@ def trains_in_mixed_precision(rank: int, world: int, folder: Path) -> None:
     assert all(value.dtype == torch.float32 for value in state.values())
 
 
+def may_be_moved_after_sharding(rank: int, world: int, folder: Path) -> None:
+    """Lightning's ModelParallelStrategy calls `to` after fully_shard, and torch swaps the Parameters there."""
+    model = net()
+    controller = sparsify(model)
+    shard(model)
+    model.to("cpu")
+    model.eval()
+    with torch.no_grad():  # the first forward pass is no training
+        model(batch(0, rank, world)[0])
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train(model, optimizer, controller, rank, world)
+    threshold = controller.threshold
+    model.to(torch.float64)
+    controller.refresh()
+    assert torch.equal(controller.threshold, threshold.double())
+    assert sum(int((value == 0).sum()) for value in feather_param.baked_state_dict(model).values()) == ZEROS
+
+
 def saves_a_checkpoint(rank: int, world: int, folder: Path) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save

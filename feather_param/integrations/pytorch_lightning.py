@@ -1,0 +1,22 @@
+"""A callback for the Trainer of ``pytorch_lightning``; `integrations.lightning` says why there are two."""
+
+from __future__ import annotations
+
+try:
+    from pytorch_lightning.callbacks import Callback
+except ImportError as error:
+    message = "expected pytorch-lightning to be installed: pip install 'feather_param[integrations]'"
+    raise ImportError(message) from error
+
+from feather_param.integrations.lightning_hooks import FeatherHooks
+
+__all__ = ["FeatherCallback"]
+
+
+class FeatherCallback(FeatherHooks, Callback):
+    """Train a LightningModule to an exact sparsity, as ``feather_param.integrations.lightning.FeatherCallback``.
+
+    Example:
+        >>> from feather_param.integrations.pytorch_lightning import FeatherCallback
+        >>> callback = FeatherCallback(0.9, exclude="head")
+    """
