@@ -197,7 +197,7 @@ def test_sparsify_refuses_to_include_only_one_place_of_a_tied_weight():
         *((feather_param.desparsify, thing) for thing in ("controller", None, {"weight": torch.ones(2, 2)})),
         *((feather_param.baked_state_dict, thing) for thing in ("controller", None)),  # it also takes a state_dict
     ],
-    ids=str,
+    ids=lambda each: getattr(each, "__name__", None),
 )
 def test_only_a_model_can_be_baked(call, thing):
     if thing == "controller":
