@@ -58,6 +58,11 @@ def test_a_threshold_that_was_returned_does_not_change_later():
     assert [float(t) for t in returned] == sorted({float(t) for t in returned})
 
 
+def test_a_controller_names_its_model():
+    model = nn.Linear(4, 4)
+    assert feather_param.sparsify(model, final_rate=0.5, total_steps=1).model is model
+
+
 def test_the_repr_shows_rate_step_and_weights():
     controller = feather_param.sparsify(net(), final_rate=0.9, total_steps=4)
     controller.step()

@@ -57,9 +57,10 @@ class FeatherCallback(TrainerCallback):
         TypeError: ``controller`` is no Controller.
 
     Note:
-        During the training: ValueError if the model of the Trainer is not that of the controller, or if it is sharded
-        (FSDP, DeepSpeed); RuntimeError if the model is plain already, or if the controller follows an optimizer as
-        well. A warning if ``total_steps`` of the controller is not the number of updates of the training.
+        The start of a training raises a ValueError if the model of the Trainer is not that of the controller, if it is
+        sharded (FSDP, DeepSpeed), or if it has adapters of peft and ``save_sparse`` is True. It raises a RuntimeError
+        if the model is plain already, and warns if ``total_steps`` of the controller is not the number of updates. The
+        first update raises a RuntimeError if the controller follows an optimizer.
 
     Example:
         >>> import tempfile, transformers
@@ -104,6 +105,11 @@ class FeatherCallback(TrainerCallback):
             raise ValueError(
                 "expected a model that is not sharded, got fsdp or deepspeed in the TrainingArguments; use DDP, or "
                 "train with FSDP2 in your own loop"
+            )
+        if self._save_sparse and hasattr(model, "peft_config"):
+            raise ValueError(
+                "expected a model that is saved as a whole, got one with adapters of peft, of which the Trainer saves "
+                "only these; pass save_sparse=False"
             )
         self._require(model)
         if not _is_sparsified(model):

@@ -65,3 +65,13 @@ def test_a_wrong_number_of_steps_is_named_with_the_right_one(tmp_path):
     message = r"sparsify\(total_steps=4\), .* got total_steps=6: the full rate is reached at step 3"
     with pytest.warns(UserWarning, match=message):
         trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of transformers to peft
+def test_a_model_with_adapters_is_refused_unless_save_sparse_is_off(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft needs feather_param[integrations]")
+    controller = sparsified()
+    model = peft.get_peft_model(controller.model, peft.LoraConfig(r=2, target_modules=["query"]))
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=DATA, callbacks=[FeatherCallback(controller)])
+    with pytest.raises(ValueError, match=r"got one with adapters of peft, .* pass save_sparse=False"):
+        trainer.train()
