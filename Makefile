@@ -9,7 +9,7 @@ demo: .venv/ready
 	.venv/bin/python examples/demo.py
 
 test: .venv/ready
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	.venv/bin/ruff format --check .

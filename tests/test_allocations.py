@@ -25,7 +25,7 @@ VALUES = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 1.5, 2.0, -3.0, 7.0])
     tensors=st.lists(st.lists(VALUES, min_size=1, max_size=8), min_size=1, max_size=5),
     data=st.data(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_global_magnitude_equals_the_greedy_rule(tensors, data):
     weights = {str(i): torch.tensor(values) for i, values in enumerate(tensors)}
     guards = {

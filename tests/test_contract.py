@@ -334,9 +334,7 @@ class Contract(RuleBasedStateMachine):
 
 
 def _settings(sequences: int) -> settings:
-    return settings(
-        max_examples=sequences, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    return settings(max_examples=sequences, stateful_step_count=20, suppress_health_check=list(HealthCheck))
 
 
 TestContract = Contract.TestCase

@@ -182,7 +182,7 @@ def test_an_optimizer_that_does_not_train_all_weights_causes_a_warning():
     values=st.lists(st.sampled_from([0.0, 0.5, -0.5, 1.0, 2.0]) | st.floats(-4, 4, width=16), min_size=8, max_size=8),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_report_counts_the_zeros_that_desparsify_writes(rate, values, dtype):
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)).to(dtype)
     with torch.no_grad():

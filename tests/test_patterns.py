@@ -86,7 +86,7 @@ def train(model, controller, optimizer, steps) -> list[float]:
 # -- against the twins ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     name=st.sampled_from(sorted(TWINS)),
     kind=st.sampled_from(sorted(LAYERS)),

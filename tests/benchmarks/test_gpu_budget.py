@@ -71,7 +71,7 @@ def failing(message: str) -> Callable[[Call], dict[str, Any]]:
     return make
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     lengths=st.lists(st.tuples(st.floats(0.1, 100.0), st.floats(0.0, 300.0)), max_size=8),
     seconds=st.floats(0.0, 300.0),
@@ -96,7 +96,7 @@ def test_nothing_is_started_once_the_time_is_over(lengths, seconds):
         assert all(moment < end for moment in begun)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     lengths=st.lists(st.floats(0.1, 100.0), max_size=8),
     overruns=st.lists(st.floats(0.0, MARGIN), min_size=8, max_size=8),

@@ -52,7 +52,7 @@ def test_each_network_has_the_exact_number_of_zeros_at_each_rate(arch, dtype):
     p=st.sampled_from([1.0, 2.0, 3.0, 5.5, float("inf")]),
     dtype=st.sampled_from(DTYPES),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @pytest.mark.filterwarnings("ignore:nothing survives")
 def test_ties_and_zeros_among_the_weights_leave_the_number_of_zeros_exact(values, rate, p, dtype):
     size = len(values)

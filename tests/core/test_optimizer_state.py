@@ -98,7 +98,7 @@ TREES = st.recursive(
 
 
 @given(data=st.data(), tree=TREES, built_first=st.tuples(st.booleans(), st.booleans()), named=st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @pytest.mark.filterwarnings("ignore:nothing survives")
 def test_the_state_of_any_model_is_loaded_into_the_right_parameters_or_refused(data, tree, built_first, named):
     def make():

@@ -22,7 +22,7 @@ DTYPES = list(sparse._DTYPES.values())
 
 @pytest.mark.filterwarnings("ignore:B?Complex(32|Half) support is experimental")
 @pytest.mark.parametrize("zstd", [False, True], ids=["plain", "zstd"])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     dtype=st.sampled_from(DTYPES),
     shape=st.lists(st.integers(0, 40), max_size=3).map(tuple),

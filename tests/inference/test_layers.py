@@ -80,7 +80,7 @@ def test_a_sparse_layer_computes_the_dense_output(name, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(st.data())
 def test_a_convolution_of_any_geometry_computes_the_dense_output(method, data):
     dims = data.draw(st.integers(1, 2))

@@ -76,7 +76,7 @@ def twin(tensor: Tensor) -> bool:
 VALUES = st.sampled_from([0.0, 0.0, 0.0, 0.0, -0.0, 1.0, -2.0, float("nan"), float("inf")])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     data=st.data(),
     lead=st.lists(st.integers(1, 3), max_size=2),
@@ -92,7 +92,7 @@ def test_the_check_equals_a_slow_twin(data, lead, columns, dtype):
     assert is_semi_structured(flipped) is twin(flipped)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     data=st.data(),
     dtype=st.sampled_from([*HALVES, torch.int8]),

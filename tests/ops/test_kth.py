@@ -30,7 +30,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
     ),
     fraction=st.floats(0, 1),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_kth_magnitude_and_the_counts_equal_those_of_sorting(tensors, fraction):
     weights = {str(i): torch.tensor(values, dtype=dtype) for i, (values, dtype) in enumerate(tensors)}
     total = sum(weight.numel() for weight in weights.values())

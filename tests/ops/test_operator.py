@@ -54,7 +54,7 @@ def test_the_operator_equals_the_equation_within_rounding(operator, p, threshold
     threshold=st.floats(0.0, 2.0**100, width=32),
     p=st.floats(1.0, 60.0) | st.just(math.inf),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_kept_elements_keep_their_sign_and_do_not_grow(values, threshold, p):
     weight = torch.tensor(values)
     out = feather_threshold(weight, t(threshold), p=p)

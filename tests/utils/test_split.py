@@ -23,7 +23,7 @@ def problems(draw):
 
 
 @given(problem=problems())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_total_equals_that_of_adding_one_by_one(problem):
     ratios, least, most = problem
     room = sum(most[name] - least[name] for name in ratios if ratios[name])
