@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="stop after this number of epochs")
     stop_after = parser.parse_args(arguments).epochs
+    if stop_after < 1:
+        parser.error(f"expected --epochs to be at least 1, got {stop_after}")
 
     set_seed(0)
     pixels, digits = load_digits(return_X_y=True)

@@ -71,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each kind (%(default)s)")
     parser.add_argument("--tones", type=int, default=2000, help="number of tones to test with (%(default)s)")
     options = parser.parse_args(arguments)
+    for name in ("steps", "seeds", "tones"):
+        if (count := getattr(options, name)) < 1:
+            parser.error(f"expected --{name} to be at least 1, got {count}")
     test = pitch.tones(options.tones, torch.Generator().manual_seed(1_000_000))
     print(f"{'':20} zeros  accuracy")
 

@@ -36,9 +36,13 @@ def accuracy(found: EvalPrediction) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--folder", type=Path, default=Path("runs/hf"))
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of the whole training (8)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/hf"), help="folder of the checkpoints (runs/hf)")
     options = parser.parse_args(argv)
+    if options.epochs < 1:
+        parser.error(f"expected --epochs to be at least 1, got {options.epochs}")
+    if options.resume and not any(options.folder.glob("checkpoint-*")):
+        parser.error(f"expected a checkpoint in {options.folder} to resume, found none; leave out --resume")
     transformers.logging.disable_progress_bar()
     model = build()
 

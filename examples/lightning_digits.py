@@ -1,8 +1,10 @@
 """Train a LightningModule on scikit-learn's digits to 95 % zeros: `python examples/lightning_digits.py`.
 
 The training stops after half of its epochs. A second one resumes it and tests its best checkpoint.
+The files are in runs/lightning.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import feather_param
 from feather_param.integrations.lightning import FeatherCallback
 
-EPOCHS, BATCH = 12, 64
+FOLDER, EPOCHS, BATCH = Path("runs") / "lightning", 12, 64
 
 
 class Digits(LightningModule):
@@ -40,12 +42,13 @@ class Digits(LightningModule):
 def trainer(epochs: int) -> Trainer:
     # end_step: the best checkpoint of the second half has the full rate
     sparse = FeatherCallback(0.95, total_steps=EPOCHS * steps, end_step=EPOCHS * steps // 2)  # added
-    best = ModelCheckpoint("checkpoints", monitor="accuracy", mode="max", save_last=True, enable_version_counter=False)
+    best = ModelCheckpoint(FOLDER, monitor="accuracy", mode="max", save_last=True, enable_version_counter=False)
     return Trainer(
         max_epochs=epochs, accelerator="cpu", callbacks=[sparse, best], logger=False, enable_progress_bar=False
     )
 
 
+argparse.ArgumentParser(description=__doc__).parse_args()  # there are no options but --help
 seed_everything(0)
 pixels, digits = load_digits(return_X_y=True)
 arrays = train_test_split(pixels.astype("float32") / 16, digits, random_state=0)
@@ -56,12 +59,12 @@ steps = len(train)
 
 trainer(EPOCHS // 2).fit(Digits(), train, test)
 model, second = Digits(), trainer(EPOCHS)
-second.fit(model, train, test, ckpt_path="checkpoints/last.ckpt")
+second.fit(model, train, test, ckpt_path=FOLDER / "last.ckpt")
 second.test(model, test, ckpt_path="best")
 
 accuracy = (model.net(test_x).argmax(dim=1) == test_y).float().mean()
 weights = [layer.weight for layer in model.net if isinstance(layer, nn.Linear)]
 zeros, total = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
-feather_param.save_sparse(model.state_dict(), "digits.safetensors")
-size = Path("digits.safetensors").stat().st_size / 1e3
+feather_param.save_sparse(model, FOLDER / "sparse.safetensors")
+size = (FOLDER / "sparse.safetensors").stat().st_size / 1e3
 print(f"test accuracy {accuracy:.1%}, {zeros:,} of {total:,} weights are zero, file {size:.1f} kB")

@@ -40,9 +40,11 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="stop after this number of epochs")
     stop_after = parser.parse_args(arguments).epochs
+    if stop_after < 1:
+        parser.error(f"expected --epochs to be at least 1, got {stop_after}")
     torch.manual_seed(0)
     pixels, digits = load_digits(return_X_y=True)
     arrays = train_test_split(pixels.reshape(-1, 1, 8, 8).astype("float32") / 16, digits, random_state=0)

@@ -81,6 +81,18 @@ def test_the_search_works_from_a_folder(site):
     assert 'src="javascripts/iframe-worker.js"' in (site / "index.html").read_text(encoding="utf-8")
 
 
+def test_the_search_splits_the_keys_of_a_checkpoint(site):
+    text = (site / "search" / "search_index.js").read_text(encoding="utf-8").removeprefix("var __index = ")
+    separator = json.loads(text)["config"]["separator"]
+    assert re.split(separator, "0.parametrizations.weight.original") == ["0", "parametrizations", "weight", "original"]
+    assert re.split(separator, "final_rate=0.95") == ["final_rate", "0.95"]
+
+
+def test_the_reference_has_no_markup_of_sphinx(site):
+    for page in (site / "reference").glob("*.html"):
+        assert not re.search(r":\w+:\W*<code>|\.\. \w+::", page.read_text(encoding="utf-8")), page.name
+
+
 def test_files_outside_the_folder_of_the_pages_are_part_of_the_site(site):
     for path in ("benchmarks/index.html", "CHANGELOG.html", "CONTRIBUTING.html", "benchmarks/results/ten_layers.png"):
         assert (site / "repository" / path).is_file()

@@ -53,8 +53,8 @@ def in_training(checkpoint: Checkpoint) -> str:
     if not of_sparsified(checkpoint.tensors):
         return ""
     return (
-        "these are the weights of a model in training: its zeros are not in them yet; run feather-param bake, or save "
-        "feather_param.baked_state_dict(model), or the state_dict after desparsify"
+        "the weights with parametrizations in their names are those of a model in training: its zeros are not in them "
+        "yet; run feather-param bake, or save feather_param.baked_state_dict(model), or the state_dict after desparsify"
     )
 
 

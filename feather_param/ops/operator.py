@@ -37,16 +37,15 @@ from feather_param.ops.tracing import concrete, transformed
 
 
 def feather_threshold(weight: Tensor, threshold: Tensor, theta: float | Tensor = 1.0, p: float = 3.0) -> Tensor:
-    r"""Apply the Feather thresholding operator to a weight.
+    """Apply the Feather thresholding operator to a weight.
 
-    .. math::
-        P(w) = \operatorname{sign}(w) \, (|w|^p - t^p)^{1/p} \text{ where } |w| > t, \text{ else } 0
+    ``P(w) = sign(w) * (|w|^p - t^p)^(1/p)`` where ``|w| > t``, else 0.
 
     ``p = 1`` is soft thresholding, ``p = math.inf`` hard thresholding. The smaller ``p`` is, the more an element near
     the threshold shrinks. A zero threshold is the identity.
     Magnitudes are compared in float32, those of a float64 weight in float64. Arithmetic has at least this precision.
 
-    The gradient of the weight is straight-through: 1 where :math:`|w| > t`, ``theta`` elsewhere. ``threshold`` gets no
+    The gradient of the weight is straight-through: 1 where ``|w| > t``, ``theta`` elsewhere. ``threshold`` gets no
     gradient.
 
     Args:

@@ -20,12 +20,11 @@ from feather_param.ops.tracing import concrete, transformed
 def shrink_units(
     weight: Tensor, magnitude: Tensor, threshold: Tensor, theta: float | Tensor = 1.0, p: float = 3.0
 ) -> Tensor:
-    r"""Apply the Feather operator to a weight whose elements are pruned in units.
+    """Apply the Feather operator to a weight whose elements are pruned in units.
 
-    .. math::
-        P(w) = w \, (1 - (t/m)^p)^{1/p} \text{ where } m > t, \text{ else } 0
+    ``P(w) = w * (1 - (t / m)^p)^(1/p)`` where ``m > t``, else 0.
 
-    The gradient of the weight is straight-through: 1 where :math:`m > t`, ``theta`` elsewhere. Magnitudes and
+    The gradient of the weight is straight-through: 1 where ``m > t``, ``theta`` elsewhere. Magnitudes and
     thresholds get no gradient.
 
     Args:

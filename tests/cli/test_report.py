@@ -125,6 +125,8 @@ def test_a_model_in_training_has_its_zeros_not_yet(run):
         "its zeros are not in them yet; run feather-param bake, or save feather_param.baked_state_dict(model)"
         in result.err
     )
+    torch.save(model.state_dict() | feather_param.baked_state_dict(model), "both.pt")  # as the Trainer's checkpoints
+    assert "the weights with parametrizations in their names are those of a" in run("report", "both.pt").err
     torch.save(feather_param.baked_state_dict(model), "baked.pt")
     assert "64     32  50.000%" in done(run("report", "baked.pt", "--no-sizes"))
     bench = ["--arch", "torch.nn:Linear", "in_features=8", "out_features=8", "--input", "1x8"]

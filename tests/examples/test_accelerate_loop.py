@@ -37,4 +37,10 @@ def test_an_interrupted_and_resumed_run_ends_like_an_uninterrupted_one(
 
 
 def test_the_script_is_short() -> None:
-    assert len(Path(accelerate_loop.__file__).read_text(encoding="utf-8").splitlines()) < 80
+    assert len(Path(accelerate_loop.__file__).read_text(encoding="utf-8").splitlines()) < 85
+
+
+def test_fewer_than_one_epoch_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        accelerate_loop.main(["--epochs", "0"])
+    assert "expected --epochs to be at least 1, got 0" in capsys.readouterr().err

@@ -56,6 +56,13 @@ def test_tones_have_the_pitch_that_they_say() -> None:
     assert (whole > half).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("name", ["steps", "seeds", "tones"])
+def test_a_number_below_one_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        finetune_pretrained.main([f"--{name}", "0"])
+    assert f"expected --{name} to be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_without_torchcrepe_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)

@@ -40,9 +40,13 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer = partial(Trainer, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     scope = {"Trainer": trainer, "model": Headed(), "loader": batches()}
-    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], scope)
+    first, ship = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(first, scope)
     assert int((scope["model"].net[0].weight == 0).sum()) == round(0.95 * 64 * 16)
-    assert (tmp_path / "sparse.ckpt").exists()
+    exec(ship, scope | {"Digits": Headed}, shipped := {})
+    assert torch.equal(shipped["loaded"].net[0].weight, scope["model"].net[0].weight)
+    fast, _ = feather_param.to_sparse_inference(shipped["loaded"].eval().net, torch.rand(1, 64))
+    assert fast(torch.rand(1, 64)).shape == (1, 16)
     assert isinstance(eval(re.search(r"^\+(FeatherCallback.*)$", page, re.MULTILINE)[1], scope), FeatherCallback)
 
 

@@ -26,8 +26,6 @@ BATCHES = 4
 
 def build(**options) -> nn.Module:
     torch.manual_seed(0)
-    if "pretrained_cfg_overlay" in options:
-        options["pretrained_cfg_overlay"] |= {"num_classes": 10, "input_size": (1, 8, 8)}
     return timm.create_model("vit_tiny_patch16_224", **SMALL, **options)
 
 
@@ -117,9 +115,18 @@ def test_create_model_takes_a_plain_file(folder, tmp_path):
     assert same(build(checkpoint_path=path).state_dict(), folder[1].state_dict())
 
 
+def test_a_state_as_pretrained_weights_loses_a_classifier_of_another_size(folder):
+    state = {name: value.clone() for name, value in folder[1].state_dict().items()}
+    overlay = {"state_dict": state, "input_size": (1, 8, 8)}
+    model = build(pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, folder[1].blocks[0].attn.qkv.weight)
+    assert not torch.equal(model.head.weight, folder[1].head.weight)
+
+
 def test_a_pretrained_network_is_pruned():
     dense = {name: torch.randn_like(value) for name, value in build().state_dict().items()}
-    model = build(pretrained=True, pretrained_cfg_overlay={"state_dict": dense})
+    overlay = {"state_dict": dense, "num_classes": 10, "input_size": (1, 8, 8)}
+    model = build(pretrained=True, pretrained_cfg_overlay=overlay)
     assert torch.equal(model.head.weight, dense["head.weight"])
     feather_param.sparsify(model, final_rate=RATE, total_steps=1, end_step=0)
     feather_param.desparsify(model)

@@ -71,6 +71,16 @@ def test_the_sparse_folder_loads_as_any_model(finished, logged):
     assert same(type(model).from_pretrained(folder / "checkpoint-4", subfolder="sparse"), model)
 
 
+def test_a_sparse_file_of_the_final_model_loads_into_a_plain_one(finished, tmp_path):
+    _, model = finished
+    feather_param.save_sparse(model, tmp_path / "sparse.safetensors")
+    loaded = build()
+    loaded.load_state_dict(feather_param.load_sparse(tmp_path / "sparse.safetensors"))
+    assert same(loaded, model)
+    fast, _ = feather_param.to_sparse_inference(loaded.eval(), DATA[0]["input_ids"][None])
+    assert fast(DATA[0]["input_ids"][None]).logits.shape == (1, loaded.config.num_labels)
+
+
 def test_the_checkpoint_itself_loads_the_same_model(finished, logged):
     folder, model = finished
     loaded = type(model).from_pretrained(folder / "checkpoint-4")
