@@ -45,16 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(controller)  # added
 
-    if (FOLDER / "checkpoint").exists():
-        accelerator.load_state(str(FOLDER / "checkpoint"))
-    first = controller.step_count * EPOCHS // updates
+    first = max((int(path.name.split("-")[1]) for path in FOLDER.glob("epoch-*")), default=0)
+    if first:
+        accelerator.load_state(str(FOLDER / f"epoch-{first}"))
     for epoch in range(first, min(first + stop_after, EPOCHS)):
         for x, y in loader:
             with accelerator.accumulate(model):
                 accelerator.backward(F.cross_entropy(model(x), y))
                 optimizer.step()  # advances the controller
                 optimizer.zero_grad()
-        accelerator.save_state(str(FOLDER / "checkpoint"))
+        accelerator.save_state(str(FOLDER / "unfinished"))  # so that no folder epoch-N is written only in part
+        (FOLDER / "unfinished").rename(FOLDER / f"epoch-{epoch + 1}")
         accelerator.print(f"epoch {epoch + 1}: {controller.rate:.1%} zeros")
     if controller.step_count < updates:
         return

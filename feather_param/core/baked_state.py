@@ -130,7 +130,9 @@ def _parts(state: Mapping[str, Tensor]) -> list[_Part]:
     if not parts:
         found = next(filter(_ORIGINAL.fullmatch, state), None)
         if found is None:
-            raise ValueError("expected the state of a sparsified model, got a plain one: there is nothing to bake")
+            raise ValueError(
+                "expected the state of a sparsified model, got a plain one: there is nothing to bake, use it as it is"
+            )
         raise ValueError(
             f"expected an entry *{POSITION} beside {found}, got none: save the whole state_dict of the model; "
             "parametrizations of other libraries are removed with torch.nn.utils.parametrize.remove_parametrizations"
