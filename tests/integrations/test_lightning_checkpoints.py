@@ -167,7 +167,8 @@ def test_checkpoints_may_be_written_in_the_background(tmp_path):
     assert_same(full, fit(tmp_path, FeatherCallback(RATE), ckpt_path=tmp_path / "step=6.ckpt")[0])
 
 
-def test_an_interrupted_training_is_resumed_by_the_same_trainer(tmp_path):
+@pytest.mark.parametrize("same_trainer", [True, False])
+def test_an_interrupted_training_is_resumed_by_the_same_callback(tmp_path, same_trainer):
     class Stop(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 10:
@@ -175,9 +176,13 @@ def test_an_interrupted_training_is_resumed_by_the_same_trainer(tmp_path):
 
     saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
     full, _ = fit(tmp_path, FeatherCallback(RATE))
-    module, trainer = Digits(), quiet(tmp_path, FeatherCallback(RATE), saver, Stop())
+    callback, module = FeatherCallback(RATE), Digits()
+    trainer = quiet(tmp_path, callback, saver, Stop())
     with pytest.raises(ConnectionError):
         trainer.fit(module, batches(), batches())
     trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, Stop)]
+    if not same_trainer:
+        trainer = quiet(tmp_path, callback, saver)
     trainer.fit(module, batches(), batches(), ckpt_path=tmp_path / "step=6.ckpt")
     assert_same(full, module)
+    assert state_in(tmp_path / "step=12.ckpt").keys() == full.state_dict().keys()
