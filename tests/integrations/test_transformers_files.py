@@ -89,6 +89,27 @@ def test_a_checkpoint_from_before_the_full_rate_has_the_zeros_of_its_step(finish
     assert zeros(loaded) == early.report().zeros < ZEROS
 
 
+def test_a_checkpoint_in_several_files_becomes_one(tmp_path, logged):
+    """A file of the Trainer's own would be read instead of ours."""
+    controller = sparsified()
+    model, save = controller.model, controller.model.save_pretrained
+    model.save_pretrained = lambda folder, **options: save(folder, **{"max_shard_size": "4KB", **options})
+    (tmp_path / "checkpoint-4/whole").mkdir(parents=True)
+    (tmp_path / "checkpoint-4/whole/left.txt").touch()  # an interruption left it
+    trainer_of(controller, tmp_path, **SAVING, desparsify=False).train()
+    plain = feather_param.baked_state_dict(model)
+    assert [path.name for path in (tmp_path / "checkpoint-4").glob("model*")] == ["model.safetensors"]
+    assert len(list((tmp_path / "checkpoint-4/sparse").glob("model-*"))) > 1
+    assert not [path for path in tmp_path.glob("checkpoint-4/*") if path.is_dir() and path.name != "sparse"]
+    for folder in ("checkpoint-4", "checkpoint-4/sparse"):
+        loaded = type(model).from_pretrained(tmp_path / folder).state_dict()
+        assert not complaints(logged) & {"MISSING", "newly initialized"}
+        assert all(torch.equal(loaded[name], plain[name]) for name in plain)
+    again = sparsified()
+    trainer_of(again, tmp_path, **SAVING, desparsify=False).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(again.model, model)
+
+
 def test_without_save_sparse_the_checkpoint_holds_what_a_resume_needs_only(tmp_path, logged):
     trainer_of(sparsified(2), tmp_path, max_steps=2, **SAVING, save_sparse=False).train()
     assert not (tmp_path / "checkpoint-2/sparse").exists()
