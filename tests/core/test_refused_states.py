@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
+import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -153,3 +156,41 @@ def test_no_damage_of_the_entry_raises_another_error():
         with contextlib.suppress(ValueError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             feather_param.baked_state_dict({**state, ENTRY: broken})
+
+
+def with_text(state: dict[str, Tensor], text: str) -> dict[str, Tensor]:
+    """Return a state whose entry holds another text."""
+    entry, data = state[ENTRY], text.encode()
+    return {**state, ENTRY: torch.cat([entry[:5], torch.tensor([len(data), *data])])}
+
+
+def settings_in(state: dict[str, Tensor]) -> dict[str, Any]:
+    return json.loads(bytes(state[ENTRY][6 : 6 + int(state[ENTRY][5])].tolist()))
+
+
+@pytest.mark.parametrize(
+    "name", ["group_each", "per_layer", "in_proportion", "from_plan", "Group", "Allocation", "best"]
+)
+def test_a_name_that_is_no_allocation_is_refused(name):
+    state = state_of()
+    text = json.dumps({**settings_in(state), "allocation": name})
+    refuses(with_text(state, text), f"expected an allocation of this feather_param, got {name}; bake with the release")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 10**5,
+        '{"p":' * 10**5,
+        "[]",
+        "null",
+        '{"p": ' + "9" * 5000 + "}",
+        *({"p": 10**400}, {"p": math.nan}, {"p": 0}, {"max_rate": 2}, {"min_nonzero": math.inf}, {"min_nonzero": -1}),
+        *({"weights": []}, {"weights": {}}, {"weights": {"0.weight": 1}}, {"stacked": 1}),
+    ],
+    ids=lambda text: str(text)[:20],
+)
+def test_a_damaged_text_is_refused(text):
+    state = state_of()
+    text = text if isinstance(text, str) else json.dumps({**settings_in(state), **text})
+    refuses(with_text(state, text), f"expected {ENTRY} as feather_param saves it, got a damaged one")
