@@ -17,7 +17,7 @@ from feather_param.core.movement import Movement
 from feather_param.core.optimizer import Follower, checked_optimizer
 from feather_param.core.shared import SharedSparsity
 from feather_param.core.starvation import Starvation
-from feather_param.core.warnings import warn_of_dead, warn_of_early
+from feather_param.core.warnings import warn_of_dead, warn_of_early, warn_of_late_step
 from feather_param.ops.finite import LateNaN
 from feather_param.ops.tracing import eager
 from feather_param.parametrizations import states_of
@@ -25,7 +25,6 @@ from feather_param.reports.report import Report, rows
 from feather_param.selection.select import Selection
 from feather_param.utils.checks import integer, require_same_shapes
 from feather_param.utils.text import name_of
-from feather_param.utils.warn import warn
 
 _VERSION = 1  # of a saved state
 
@@ -281,6 +280,9 @@ class Controller:
     def detach(self) -> None:
         """Make the layers plain again with their dense weights, without zeros: undo `sparsify`.
 
+        An optimizer that the controller follows is no longer followed. Its state stays valid, since the Parameters are
+        the same. A frozen model keeps its zeros, which `freeze` wrote into the dense weights.
+
         Raises:
             RuntimeError: the model has been desparsified.
 
@@ -291,6 +293,9 @@ class Controller:
             0
         """
         self._require("detach()")
+        if self._follower is not None:
+            self._follower.detach()
+            self._follower = None
         detach(self._shared)
 
     def _without_source(self) -> SharedSparsity:
@@ -310,11 +315,7 @@ class Controller:
             self._advance()
         elif not self._warned_after_desparsify and not states_of(self._model):
             self._warned_after_desparsify = True
-            warn(
-                "this optimizer has just stepped a model that was desparsified: momentum and weight decay make "
-                "pruned weights non-zero again, so its zeros are lost; build a new optimizer and sparsify again, "
-                "or stop training before desparsify"
-            )
+            warn_of_late_step()
 
     def _advance(self) -> None:
         shared = self._without_source()
