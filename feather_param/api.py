@@ -171,7 +171,7 @@ def baked_state_dict(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tens
     Raises:
         ValueError: the model is not sparsified, or a weight holds NaN or infinity, or has no values. The state is plain
             already, damaged or incomplete, or it does not tell all that its zeros depend on: the pattern is none of
-            `feather_param.patterns`, or a weight carries parametrizations of other libraries.
+            `feather_param.patterns`, or a weight carries parametrizations of other libraries (pass the model then).
         TypeError: it is neither a model nor a state_dict.
 
     Example:

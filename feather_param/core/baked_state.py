@@ -155,7 +155,7 @@ def _part(state: Mapping[str, Tensor], entry: str) -> _Part:
     if settings.stacked:
         raise ValueError(
             f"expected weights with no parametrization but ours, got another library's too at {settings.stacked[0]}; "
-            "load the state into the model, sparsified as before, and call desparsify(model)"
+            + _INSTEAD
         )
     pattern = settings.known_pattern
     if pattern is None:

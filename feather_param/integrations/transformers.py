@@ -245,7 +245,8 @@ def _add_weights(model: nn.Module, plain: dict[str, Tensor], checkpoint: str, ar
     reads no others. So those of a checkpoint that was divided are removed last.
     """
     whole = _empty(checkpoint, "whole")
-    _save(model, {**model.state_dict(), **plain}, whole, args, max_shard_size="1000000GB")
+    # Parameters of other parametrizations (weight norm) have one name in both. A resume needs the dense ones.
+    _save(model, {**plain, **model.state_dict()}, whole, args, max_shard_size="1000000GB")
     for name in os.listdir(whole):
         os.replace(os.path.join(whole, name), os.path.join(checkpoint, name))
     os.rmdir(whole)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 pytest.importorskip("lightning", reason="lightning is missing; it needs feather_param[integrations]")
 
@@ -159,6 +160,20 @@ def test_several_modules_have_callbacks_of_their_own(tmp_path):
     assert [int((full.net[i].weight == 0).sum()) for i in (0, 3)] == [round(0.9 * 1024), 80]
     assert state_in(tmp_path / "step=10.ckpt").keys() == full.state_dict().keys()
     assert_same(full, fit(tmp_path, *callbacks(), ckpt_path=tmp_path / "step=6.ckpt")[0])
+
+
+def test_a_layer_with_weight_norm_is_saved_sparse_and_resumed(tmp_path):
+    def normed() -> Digits:
+        module = Digits()
+        parametrizations.weight_norm(module.net[0])
+        return module
+
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
+    full, _ = fit(tmp_path, FeatherCallback(RATE), saver, module=normed())
+    assert_same(full, fit(tmp_path, FeatherCallback(RATE), module=normed(), ckpt_path=tmp_path / "step=10.ckpt")[0])
+    loaded = normed()
+    loaded.load_state_dict(state_in(tmp_path / "step=12.ckpt"))
+    assert sum(int((loaded.net[i].weight == 0).sum()) for i in (0, 3)) == ZEROS
 
 
 def test_checkpoints_may_be_written_in_the_background(tmp_path):

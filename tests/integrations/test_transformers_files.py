@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import feather_param
 from tests.integrations.bert import (
@@ -253,6 +254,25 @@ def test_a_model_of_torch_is_saved_as_one_file(tmp_path):
     loaded.load_state_dict(load_file(tmp_path / "checkpoint-4/sparse/model.safetensors"))
     assert same(loaded, model)
     assert zeros(loaded) == round(0.8 * (8 * 32 + 32 * 10))
+
+
+def test_a_layer_with_weight_norm_is_saved_sparse_and_resumed(tmp_path):
+    def train(folder: Path, **options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = Net()
+        parametrizations.weight_norm(model.body[0])
+        controller = sparsified(4, model, max_rate_per_layer=0.9)
+        args = arguments(folder, **SAVING)
+        trainer = Trainer(model, args, train_dataset=DATA, callbacks=[FeatherCallback(controller)])
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train(**options)
+        return model
+
+    model = train(tmp_path)
+    loaded = load_file(tmp_path / "checkpoint-4/sparse/model.safetensors")
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+    assert same(train(tmp_path / "again", resume_from_checkpoint=str(tmp_path / "checkpoint-2")), model)
 
 
 def test_what_is_pushed_to_the_hub_loads_as_a_sparse_model(tmp_path, monkeypatch):
