@@ -70,7 +70,7 @@ def sparsify(
             (``lambda rate: 1.0 if rate < 0.9 else 0.5``); None: 0.5 if ``final_rate`` is above 0.95, else 1.
         include: prune only these weights: globs on names, or a predicate ``(name, module) -> bool``. A glob matches
             the name of a module or of a weight. One that ends with the name of a tensor (``"lstm.weight_*"``) also
-            selects weights of layers that are not Linear or Conv, and the adapters of peft (``lora_*``).
+            selects weights of layers that are not Linear or Conv, and the adapters of peft (``lora_A``).
         exclude: leave these weights dense, in the same form.
         min_params: leave weights with fewer elements dense.
         max_rate_per_layer: largest fraction of zeros of a weight, in (0, 1). The other weights get more zeros, so that
@@ -171,7 +171,7 @@ def baked_state_dict(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tens
     Raises:
         ValueError: the model is not sparsified, or a weight holds NaN or infinity, or has no values. The state is plain
             already, damaged or incomplete, or it does not tell all that its zeros depend on: the pattern is none of
-            `feather_param.patterns`, or a weight carries parametrizations of other libraries.
+            `feather_param.patterns`, or a weight carries parametrizations of other libraries (pass the model then).
         TypeError: it is neither a model nor a state_dict.
 
     Example:

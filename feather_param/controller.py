@@ -12,22 +12,19 @@ from torch import Tensor, nn
 from feather_param.core.attach import attach, detach, links, require_attached
 from feather_param.core.baking import bake
 from feather_param.core.config import Config
+from feather_param.core.controller_state import position_in, saved
 from feather_param.core.freezing import freeze, restore_zeros
 from feather_param.core.movement import Movement
 from feather_param.core.optimizer import Follower, checked_optimizer
 from feather_param.core.shared import SharedSparsity
 from feather_param.core.starvation import Starvation
-from feather_param.core.warnings import warn_of_dead, warn_of_early
+from feather_param.core.warnings import warn_of_dead, warn_of_early, warn_of_late_step
 from feather_param.ops.finite import LateNaN
 from feather_param.ops.tracing import eager
 from feather_param.parametrizations import states_of
 from feather_param.reports.report import Report, rows
 from feather_param.selection.select import Selection
-from feather_param.utils.checks import integer, require_same_shapes
 from feather_param.utils.text import name_of
-from feather_param.utils.warn import warn
-
-_VERSION = 1  # of a saved state
 
 
 class Controller:
@@ -235,14 +232,7 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings and the position as plain Python values, which ``weights_only=True`` loads."""
-        position = self._shared.position
-        return {
-            "version": _VERSION,
-            **self._shared.config.saved,
-            "weights": self._shapes,
-            "step_count": position.step,
-            "frozen_step": position.frozen_step,
-        }
+        return saved(self._shared.config, self._shapes, self._shared.position)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from the state of a controller of the same model with the same settings.
@@ -259,17 +249,8 @@ class Controller:
             RuntimeError: the model has been desparsified.
         """
         self._require("load_state_dict()")
-        if not isinstance(state_dict, Mapping) or not {"version", "step_count", "frozen_step"} <= state_dict.keys():
-            raise ValueError("expected the state_dict of a feather_param Controller, got something else")
-        if state_dict["version"] != _VERSION:
-            raise ValueError(
-                f"expected a controller state of version {_VERSION}, got {state_dict['version']}; "
-                "load it with the feather_param release that wrote it"
-            )
-        self._shared.config.require_same(state_dict)
-        require_same_shapes("a controller state", self._shapes, state_dict.get("weights"))
-        step, frozen = integer("step_count", state_dict["step_count"], 0), state_dict["frozen_step"]
-        self._without_source().move_to(step, None if frozen is None else integer("frozen_step", frozen, 0))
+        position = position_in(state_dict, self._shared.config, self._shapes)
+        self._without_source().move_to(*position)
         self._late_nan = LateNaN()
 
     def desparsify(self) -> None:
@@ -281,6 +262,9 @@ class Controller:
     def detach(self) -> None:
         """Make the layers plain again with their dense weights, without zeros: undo `sparsify`.
 
+        An optimizer that the controller follows is no longer followed. Its state stays valid, since the Parameters are
+        the same. A frozen model keeps its zeros, which `freeze` wrote into the dense weights.
+
         Raises:
             RuntimeError: the model has been desparsified.
 
@@ -291,6 +275,9 @@ class Controller:
             0
         """
         self._require("detach()")
+        if self._follower is not None:
+            self._follower.detach()
+            self._follower = None
         detach(self._shared)
 
     def _without_source(self) -> SharedSparsity:
@@ -310,11 +297,7 @@ class Controller:
             self._advance()
         elif not self._warned_after_desparsify and not states_of(self._model):
             self._warned_after_desparsify = True
-            warn(
-                "this optimizer has just stepped a model that was desparsified: momentum and weight decay make "
-                "pruned weights non-zero again, so its zeros are lost; build a new optimizer and sparsify again, "
-                "or stop training before desparsify"
-            )
+            warn_of_late_step()
 
     def _advance(self) -> None:
         shared = self._without_source()

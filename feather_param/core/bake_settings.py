@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from feather_param import allocations, patterns
 from feather_param.allocations import Allocation
 from feather_param.core.config import Config
 from feather_param.patterns import Pattern
+from feather_param.utils.checks import takes
 from feather_param.utils.text import name_of
 
 
@@ -71,8 +73,8 @@ class BakeSettings:
         Raises:
             ValueError: it is another text.
         """
-        found = json.loads(text)
         try:
+            found = json.loads(text)
             settings = cls(
                 p=float(found["p"]),
                 pattern=str(found["pattern"]),
@@ -82,7 +84,7 @@ class BakeSettings:
                 weights={str(name): tuple(map(str, names)) for name, names in found["weights"].items()},
                 stacked=tuple(map(str, found["stacked"])),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"a setting is missing or of another type: {error}") from error
         if not (settings.p > 0 and 0 < settings.max_rate <= 1 and settings.min_nonzero >= 0 and settings.weights):
             raise ValueError("a setting is out of its range")
@@ -109,4 +111,6 @@ class BakeSettings:
 
 
 def _allocation(name: str) -> Allocation | None:
-    return getattr(allocations, name) if name in allocations.__all__ else None
+    found = getattr(allocations, name) if name in allocations.__all__ else None
+    # The others are types, and functions that make an allocation or help to write one.
+    return found if inspect.isfunction(found) and takes(found, 3) else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -156,7 +157,7 @@ def _part(state: Mapping[str, Tensor], entry: str) -> _Part:
     if settings.stacked:
         raise ValueError(
             f"expected weights with no parametrization but ours, got another library's too at {settings.stacked[0]}; "
-            "load the state into the model, sparsified as before, and call desparsify(model)"
+            + _INSTEAD
         )
     pattern = settings.known_pattern
     if pattern is None:
@@ -179,29 +180,32 @@ def _part(state: Mapping[str, Tensor], entry: str) -> _Part:
 def _keys(state: Mapping[str, Tensor], entry: str, saved: SavedSettings) -> dict[str, list[str]]:
     """Return the keys of each weight. The state may have another prefix than the model that was sparsified."""
     names = {name: (name, *others) for name, others in saved.settings.weights.items()}
-    best: dict[str, list[str]] = {}
+    nearest: list[list[str]] = []
+    furthest = (0, 0)
     for form in (_unchanged, without_wrappers):  # wrappers may add parts inside of the names
         originals = {form("".join(_split(_ORIGINAL, key))): key for key in state if _ORIGINAL.fullmatch(key)}
         owner = form("".join(_split(_POSITION, entry)))
-        for first in (form(name) for every in names.values() for name in every):
-            old, new = _different_prefixes(first, owner)
-            found = {
-                name: [
-                    originals[key]
-                    for each in map(form, every)
-                    if each.startswith(old) and (key := new + each.removeprefix(old)) in originals
-                ]
-                for name, every in names.items()
-            }
-            if all(found.values()):
-                return found
-            best = max(best, found, key=lambda each: sum(map(bool, each.values())))
-    missing = [name for name in names if not best[name]]
+        formed = [tuple(map(form, every)) for every in names.values()]
+        for old, new in dict.fromkeys(_different_prefixes(name, owner) for every in formed for name in every):
+            found = (_renamed(every, old, new, originals) for every in formed)
+            before = list(itertools.takewhile(bool, found))  # most prefixes are wrong, and the first weight tells it
+            if len(before) == len(names):
+                return dict(zip(names, before, strict=True))
+            if not nearest or (len(before), -len(old + new)) > furthest:
+                nearest = [_renamed(every, old, new, originals) for every in formed]
+                furthest = len(before), -len(old + new)
+    missing = [name for name, own in zip(names, nearest, strict=True) if not own]
     raise ValueError(
         f"expected the {len(names)} weights that {entry} names, got a state without {missing[0]} "
         f"({len(missing)} missing); bake the state of the whole model under the names that torch gives it, and a copy "
         "of a part of the model together with the model itself, which needs baked_state_dict(model)"
     )
+
+
+def _renamed(names: Iterable[str], old: str, new: str, originals: Mapping[str, str]) -> list[str]:
+    """Return the keys of a weight with some names in a state that has another prefix."""
+    ours = (new + name.removeprefix(old) for name in names if name.startswith(old))
+    return [originals[name] for name in ours if name in originals]
 
 
 def _different_prefixes(name: str, other: str) -> tuple[str, str]:

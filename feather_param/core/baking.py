@@ -43,15 +43,21 @@ def baked(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     bare = {without_wrappers(key): key for key in values if key not in state}  # some wrappers hide their names
     layers: dict[str, dict[str, Tensor | None]] = {}  # by prefix: its tensors in the plain order; None: not pruned
+    stacked: dict[str, Tensor] = {}  # Parameters of other libraries' parametrizations
     dropped: set[str] = set()  # prefixes of entries that a plain model does not have
     for key in state:
         if found := values.pop(key if key in values else bare.pop(without_wrappers(key), ""), None):
             registration, value = found
-            prefix, _, tensor = key.removesuffix(".original").rpartition("parametrizations.")
-            layer = layers.setdefault(prefix, dict.fromkeys(registration.parameter_order))
-            layer[tensor] = value.to(state[key].device, state[key].dtype)
-            dropped.add(f"{prefix}parametrizations.{tensor}.")
+            value = value.to(state[key].device, state[key].dtype)
+            own = key.rpartition("original")[0]
+            prefix, _, tensor = own[:-1].rpartition("parametrizations.")
+            if registration.stacked:
+                stacked[key] = value
+            else:
+                layers.setdefault(prefix, dict.fromkeys(registration.parameter_order))[tensor] = value
+            dropped.add(own + _ours_in(registration))
     new = with_plain_entries(state, layers, dropped)
+    new.update(stacked)
     if values or of_sparsified(new):
         raise ValueError(
             "expected the model's state_dict() to hold the weights under the names that torch gives them, got other "
@@ -69,16 +75,33 @@ def _values_by_key(model: nn.Module) -> tuple[dict[str, tuple[Registration, Tens
     for shared in _whole_states(model):
         values = final_values(shared)
         for each in shared.registrations.values():
+            tensors = {"original": values[each.name]}
             if each.stacked:
-                raise ValueError(
-                    f"expected {each.place.name} to carry no parametrization but ours, got another library's too; "
-                    "desparsify a copy.deepcopy(model) and take its state_dict"
-                )
+                tensors = _values_of_stacked(each, values[each.name])
             for name in names[each.place.module]:
                 prefix = full_name(name, f"parametrizations.{each.place.tensor}.")
-                ours.add(prefix)
-                found[f"{prefix}original"] = each, values[each.name]
+                ours.add(prefix + _ours_in(each))
+                found.update({prefix + key: (each, tensor) for key, tensor in tensors.items()})
     return found, ours
+
+
+def _ours_in(registration: Registration) -> str:
+    """Return the prefix of our entries among those of all parametrizations of a weight."""
+    return f"{len(registration.earlier)}." if registration.stacked else ""
+
+
+def _values_of_stacked(registration: Registration, value: Tensor) -> dict[str, Tensor]:
+    """Return the Parameters from which the other parametrizations of a weight compute a value, by their names."""
+    originals, earlier = registration.originals, registration.earlier
+    if any(map(is_sharded, originals)) or len(registration.parametrizations) > len(earlier) + 1:
+        raise ValueError(
+            f"expected {registration.place.name} to carry no parametrization but ours if it is sharded, and none after "
+            "ours, got another library's; remove it (parametrize.remove_parametrizations), or exclude the weight"
+        )
+    tensors = invert(registration.name, originals, copy.deepcopy(earlier), value)
+    if registration.parametrizations.is_tensor:
+        return {"original": tensors[0]}
+    return {f"original{i}": tensor for i, tensor in enumerate(tensors)}
 
 
 def with_plain_entries(

@@ -1,4 +1,4 @@
-"""Warnings about zeros that come too early, and about weights with no survivors."""
+"""Warnings about zeros that come too early or are lost, and about weights with no survivors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ def warn_of_early(call: str, zeros: int, final_zeros: int) -> None:
         f"expected {call} after the {final_zeros:,} zeros of final_rate are reached, got it at {zeros:,}: call "
         "controller.step() after each optimizer.step(), or pass optimizer= to sparsify; if you bake a saved "
         f"state, choose one from end_step or later{purpose}"
+    )
+
+
+def warn_of_late_step() -> None:
+    """Warn of a step of the optimizer after the bake."""
+    warn(
+        "this optimizer has just stepped a model that was desparsified: momentum and weight decay make pruned weights "
+        "non-zero again, so its zeros are lost; build a new optimizer and sparsify again, or stop training before "
+        "desparsify"
     )
 
 

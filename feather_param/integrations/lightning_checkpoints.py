@@ -47,11 +47,13 @@ class Pruned:
         """
         prefix = self.name and f"{self.name}."
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        baked = baked_state_dict(self._with_values(own))
-        names = self.module.state_dict().keys()
-        dense = {prefix + key: value for key, value in own.items() if key in names and key not in baked}
-        sparse = {prefix + key: value for key, value in baked.items() if key not in names} if dense else {}
-        new = OrderedDict((key, value) for key, value in [*state.items(), *sparse.items()] if key not in dense)
+        module = self._with_values(own)
+        baked, live = baked_state_dict(module), module.state_dict()
+        kept = {key for key, value in baked.items() if key in live and _same(value, live[key])}
+        dense = {prefix + key: value for key, value in own.items() if key in live and key not in kept}
+        sparse = {prefix + key: value for key, value in baked.items() if key not in kept} if dense else {}
+        new = OrderedDict((key, value) for key, value in state.items() if key not in dense)
+        new.update(sparse)
         metadata = {k: v for k, v in getattr(state, "_metadata", {}).items() if "parametrizations" not in k.split(".")}
         new._metadata = metadata  # type: ignore[attr-defined]
         return new, {"dense": dense, "sparse": list(sparse)}
@@ -65,6 +67,11 @@ class Pruned:
         twin = copy.deepcopy(self.module)
         twin.load_state_dict(state, strict=False)
         return twin
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Return whether two entries are one tensor. Entries that are no tensors are not baked."""
+    return not isinstance(value, Tensor) or value.data_ptr() == other.data_ptr()
 
 
 def restored(state: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class FeatherHooks:
         with trainer.init_module():
             pl_module.configure_model()
         module = self._find(pl_module)
+        self._files_of(trainer)  # also if an earlier Trainer, which was interrupted, has sparsified the module
         if self.controller is None or module is not self._module:
             self._sparsify(trainer, module)
         self._parameters = {id(parameter) for parameter in module.parameters()}

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from peft import LoraConfig
-from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+try:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+except ImportError as error:
+    raise ImportError("expected peft to be installed: pip install 'feather_param[integrations]'") from error
 
 __all__ = ["SparseLora", "keep_zeros"]
 

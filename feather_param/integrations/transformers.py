@@ -6,15 +6,22 @@ Trainer resumes by itself. `from_pretrained` needs plain weights, so the callbac
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_NAME
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
+except ImportError as error:
+    raise ImportError("expected transformers to be installed: pip install 'feather_param[integrations]'") from error
 
 from feather_param import Controller, baked_state_dict
 from feather_param.parametrizations import FeatherParametrization
@@ -192,21 +199,19 @@ class FeatherCallback(TrainerCallback):
     ) -> None:
         if not (self._save_sparse and args.should_save) or self._completed == state.global_step:
             return
-        checkpoint = _checkpoint(args, state)
-        sparse = os.path.join(checkpoint, "sparse")
-        plain = baked_state_dict(model)
-        whole = os.path.join(checkpoint, "whole")
-        _save(model, {**model.state_dict(), **plain}, whole, args)
-        for name in os.listdir(whole):  # so that an interruption leaves the old file or the new one
-            os.replace(os.path.join(whole, name), os.path.join(checkpoint, name))
-        os.rmdir(whole)
-        _save(model, plain, sparse, args)  # it empties the dict
+        checkpoint, plain = _checkpoint(args, state), baked_state_dict(model)
+        _add_weights(model, plain, checkpoint, args)
+        new = _empty(checkpoint, "sparse.unfinished")
+        _save(model, plain, new, args)  # it empties the dict
         if processing_class is not None:
-            processing_class.save_pretrained(sparse)
+            processing_class.save_pretrained(new)
         report, step = self.controller.report(), self.controller.step_count
         card = _CARD.format(zeros=report.zeros, total=report.total, rate=report.rate, step=step, report=report)
-        with open(os.path.join(sparse, "README.md"), "w", encoding="utf-8") as file:
+        with open(os.path.join(new, "README.md"), "w", encoding="utf-8") as file:
             file.write(card)
+        sparse = os.path.join(checkpoint, "sparse")
+        shutil.rmtree(sparse, ignore_errors=True)
+        os.replace(new, sparse)
         self._completed = state.global_step
 
     def _require(self, model: nn.Module) -> None:
@@ -232,12 +237,40 @@ def _use_averages(optimizer: Any) -> None:
         optimizer.eval()
 
 
-def _save(model: nn.Module, state: dict[str, Tensor], folder: str, args: TrainingArguments) -> None:
+def _empty(checkpoint: str, name: str) -> str:
+    """Return the path of a folder that does not exist. An interruption may have left one."""
+    folder = os.path.join(checkpoint, name)
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def _add_weights(model: nn.Module, plain: dict[str, Tensor], checkpoint: str, args: TrainingArguments) -> None:
+    """Add plain weights to those of a checkpoint. An interruption leaves the old weights or the new ones.
+
+    The new weights are one file, since several could not be replaced at once. Where there is one file, transformers
+    reads no others. So those of a checkpoint that was divided are removed last.
+    """
+    whole = _empty(checkpoint, "whole")
+    # Parameters of other parametrizations (weight norm) have one name in both. A resume needs the dense ones.
+    _save(model, {**plain, **model.state_dict()}, whole, args, max_shard_size="1000000GB")
+    for name in os.listdir(whole):
+        os.replace(os.path.join(whole, name), os.path.join(checkpoint, name))
+    os.rmdir(whole)
+    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        with suppress(FileNotFoundError):
+            with open(index := os.path.join(checkpoint, name), encoding="utf-8") as file:
+                parts = set(json.load(file)["weight_map"].values())
+            for each in (index, *(os.path.join(checkpoint, part) for part in parts)):
+                os.remove(each)
+
+
+def _save(model: nn.Module, state: dict[str, Tensor], folder: str, args: TrainingArguments, **options: Any) -> None:
     """Write a state_dict of the model as the Trainer writes models."""
     save_pretrained = getattr(model, "save_pretrained", None)
     if save_pretrained is None:
         os.makedirs(folder, exist_ok=True)
         save_file(state, os.path.join(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
         return
-    safe = getattr(args, "save_safetensors", None)  # an option of transformers 4
-    save_pretrained(folder, state_dict=state, **({} if safe is None else {"safe_serialization": safe}))
+    if (safe := getattr(args, "save_safetensors", None)) is not None:  # an option of transformers 4
+        options["safe_serialization"] = safe
+    save_pretrained(folder, state_dict=state, **options)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container
 
-_LOW_RANK = "lora_"  # lora_A, lora_B, lora_embedding_A, ...: peft's names, and those of other libraries
+# The names of peft (lora_A, lora_embedding_B, ...) and of diffusers. Other names with lora_ may be anything.
+_LOW_RANK = re.compile(r"lora_(?:(?:embedding_)?[A-Z]|down|up)")
 _KEPT, _TRAINED = "original_module", "modules_to_save"  # the two attributes of peft's ModulesToSaveWrapper
 
 
@@ -28,7 +30,7 @@ def why_dense(module: str, modules: Container[str]) -> str:
         ''
     """
     parts = module.split(".")
-    if any(part.startswith(_LOW_RANK) for part in parts):
+    if any(map(_LOW_RANK.fullmatch, parts)):
         return "a low-rank adapter"
     for i, part in enumerate(parts):
         if part == _KEPT and ".".join([*parts[:i], _TRAINED]) in modules:

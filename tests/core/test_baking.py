@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 import feather_param
 from tests import twins
-from tests.core.models import IMAGES, sparsify_at_once, weights_by_name
+from tests.core.models import IMAGES, Doubled, sparsify_at_once, weights_by_name
 from tests.network import WEIGHTS, net
 from tests.training import zero_where_masked, zeros_in
 
@@ -91,13 +91,45 @@ def test_weight_norm_stays_on_a_baked_layer_and_computes_the_same_zeros():
     sparsify_at_once(layer, 0.75)
     assert len(layer.parametrizations.weight) == 2
     assert twins.count_zeros([layer.weight]) == 18
-    with pytest.raises(ValueError, match=r"weight to carry no parametrization but ours.*deepcopy"):
-        feather_param.baked_state_dict(layer)
     output = layer(torch.ones(1, 6))
     feather_param.desparsify(layer)
     assert twins.count_zeros([layer.weight]) == 18
     assert len(layer.parametrizations.weight) == 1
     assert torch.allclose(layer(torch.ones(1, 6)), output, rtol=1e-5)
+
+
+def other_parametrizations() -> nn.Module:
+    """Return layers with parametrizations of other libraries, that of one Parameter and that of two."""
+    model = nn.Sequential(nn.Conv1d(4, 6, 3), nn.ReLU(), nn.Linear(6, 4), nn.Linear(4, 2))
+    torch_parametrizations.weight_norm(model[0], dim=2)
+    parametrize.register_parametrization(model[2], "weight", Doubled())
+    return nn.ModuleDict({"first": model, "again": model[0]})
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_baked_state_holds_the_parameters_of_other_parametrizations(frozen):
+    model = other_parametrizations()
+    controller = sparsify_at_once(model)
+    if frozen:
+        controller.freeze()
+    found, before = feather_param.baked_state_dict(model), copy.deepcopy(model.state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    feather_param.desparsify(model)
+    expected = model.state_dict()
+    assert list(found) == list(expected)
+    assert found._metadata == expected._metadata  # type: ignore[attr-defined]
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    plain = other_parametrizations()
+    plain.load_state_dict(found)
+    assert twins.count_zeros([plain["first"][i].weight for i in (0, 2, 3)]) == 52
+
+
+def test_a_parametrization_after_ours_is_refused_by_the_baked_state():
+    layer = nn.Linear(6, 4)
+    sparsify_at_once(layer)
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    with pytest.raises(ValueError, match=r"expected weight to carry .* none after ours, got another library's; remove"):
+        feather_param.baked_state_dict(layer)
 
 
 def test_a_baked_layer_with_weight_norm_has_none_of_our_hooks():
@@ -111,6 +143,7 @@ def test_a_baked_layer_with_weight_norm_has_none_of_our_hooks():
 
 
 def test_a_row_of_zeros_under_weight_norm_is_baked_as_zeros():
+    torch.manual_seed(0)
     layer = torch_parametrizations.weight_norm(nn.Linear(6, 4, bias=False))
     with torch.no_grad():
         layer.parametrizations.weight.original0[1:3] *= 1e-3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 pytest.importorskip("lightning", reason="lightning is missing; it needs feather_param[integrations]")
 
@@ -161,13 +162,28 @@ def test_several_modules_have_callbacks_of_their_own(tmp_path):
     assert_same(full, fit(tmp_path, *callbacks(), ckpt_path=tmp_path / "step=6.ckpt")[0])
 
 
+def test_a_layer_with_weight_norm_is_saved_sparse_and_resumed(tmp_path):
+    def normed() -> Digits:
+        module = Digits()
+        parametrizations.weight_norm(module.net[0])
+        return module
+
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
+    full, _ = fit(tmp_path, FeatherCallback(RATE), saver, module=normed())
+    assert_same(full, fit(tmp_path, FeatherCallback(RATE), module=normed(), ckpt_path=tmp_path / "step=10.ckpt")[0])
+    loaded = normed()
+    loaded.load_state_dict(state_in(tmp_path / "step=12.ckpt"))
+    assert sum(int((loaded.net[i].weight == 0).sum()) for i in (0, 3)) == ZEROS
+
+
 def test_checkpoints_may_be_written_in_the_background(tmp_path):
     saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
     full, _ = fit(tmp_path, FeatherCallback(RATE), saver, plugins=[AsyncCheckpointIO()])
     assert_same(full, fit(tmp_path, FeatherCallback(RATE), ckpt_path=tmp_path / "step=6.ckpt")[0])
 
 
-def test_an_interrupted_training_is_resumed_by_the_same_trainer(tmp_path):
+@pytest.mark.parametrize("same_trainer", [True, False])
+def test_an_interrupted_training_is_resumed_by_the_same_callback(tmp_path, same_trainer):
     class Stop(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 10:
@@ -175,9 +191,13 @@ def test_an_interrupted_training_is_resumed_by_the_same_trainer(tmp_path):
 
     saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
     full, _ = fit(tmp_path, FeatherCallback(RATE))
-    module, trainer = Digits(), quiet(tmp_path, FeatherCallback(RATE), saver, Stop())
+    callback, module = FeatherCallback(RATE), Digits()
+    trainer = quiet(tmp_path, callback, saver, Stop())
     with pytest.raises(ConnectionError):
         trainer.fit(module, batches(), batches())
     trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, Stop)]
+    if not same_trainer:
+        trainer = quiet(tmp_path, callback, saver)
     trainer.fit(module, batches(), batches(), ckpt_path=tmp_path / "step=6.ckpt")
     assert_same(full, module)
+    assert state_in(tmp_path / "step=12.ckpt").keys() == full.state_dict().keys()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import feather_param
 from tests.integrations.bert import (
@@ -97,6 +98,27 @@ def test_a_checkpoint_from_before_the_full_rate_has_the_zeros_of_its_step(finish
         trainer.train()
     loaded = type(model).from_pretrained(folder / "early/checkpoint-2/sparse")
     assert zeros(loaded) == early.report().zeros < ZEROS
+
+
+def test_a_checkpoint_in_several_files_becomes_one(tmp_path, logged):
+    """A file of the Trainer's own would be read instead of ours."""
+    controller = sparsified()
+    model, save = controller.model, controller.model.save_pretrained
+    model.save_pretrained = lambda folder, **options: save(folder, **{"max_shard_size": "4KB", **options})
+    (tmp_path / "checkpoint-4/whole").mkdir(parents=True)
+    (tmp_path / "checkpoint-4/whole/left.txt").touch()  # an interruption left it
+    trainer_of(controller, tmp_path, **SAVING, desparsify=False).train()
+    plain = feather_param.baked_state_dict(model)
+    assert [path.name for path in (tmp_path / "checkpoint-4").glob("model*")] == ["model.safetensors"]
+    assert len(list((tmp_path / "checkpoint-4/sparse").glob("model-*"))) > 1
+    assert not [path for path in tmp_path.glob("checkpoint-4/*") if path.is_dir() and path.name != "sparse"]
+    for folder in ("checkpoint-4", "checkpoint-4/sparse"):
+        loaded = type(model).from_pretrained(tmp_path / folder).state_dict()
+        assert not complaints(logged) & {"MISSING", "newly initialized"}
+        assert all(torch.equal(loaded[name], plain[name]) for name in plain)
+    again = sparsified()
+    trainer_of(again, tmp_path, **SAVING, desparsify=False).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(again.model, model)
 
 
 def test_without_save_sparse_the_checkpoint_holds_what_a_resume_needs_only(tmp_path, logged):
@@ -242,6 +264,25 @@ def test_a_model_of_torch_is_saved_as_one_file(tmp_path):
     loaded.load_state_dict(load_file(tmp_path / "checkpoint-4/sparse/model.safetensors"))
     assert same(loaded, model)
     assert zeros(loaded) == round(0.8 * (8 * 32 + 32 * 10))
+
+
+def test_a_layer_with_weight_norm_is_saved_sparse_and_resumed(tmp_path):
+    def train(folder: Path, **options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = Net()
+        parametrizations.weight_norm(model.body[0])
+        controller = sparsified(4, model, max_rate_per_layer=0.9)
+        args = arguments(folder, **SAVING)
+        trainer = Trainer(model, args, train_dataset=DATA, callbacks=[FeatherCallback(controller)])
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train(**options)
+        return model
+
+    model = train(tmp_path)
+    loaded = load_file(tmp_path / "checkpoint-4/sparse/model.safetensors")
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+    assert same(train(tmp_path / "again", resume_from_checkpoint=str(tmp_path / "checkpoint-2")), model)
 
 
 def test_what_is_pushed_to_the_hub_loads_as_a_sparse_model(tmp_path, monkeypatch):

@@ -74,3 +74,8 @@ def test_an_original_module_without_modules_to_save_is_pruned():
 
 def test_an_adapter_alone_is_pruned():
     assert names(select(adapted()["body"]["lora_A"])) == ["default.weight"]
+
+
+def test_layers_of_ones_own_with_lora_in_their_names_are_pruned():
+    model = nn.ModuleDict({"lora_encoder": nn.Linear(8, 8), "lora": nn.ModuleDict({"head": nn.Linear(8, 4)})})
+    assert names(select(model)) == ["lora_encoder.weight", "lora.head.weight"]
