@@ -26,18 +26,21 @@ _TOKENS = torch.as_tensor(_PIXELS.reshape(-1, 8, 8).mean(axis=2)).long()  # the 
 DATA = [{"input_ids": row, "labels": int(digit)} for row, digit in zip(_TOKENS[:144], _DIGITS[:144], strict=True)]
 
 
-def build() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    config = BertConfig(
+def configuration(**more: Any) -> BertConfig:
+    return BertConfig(
         vocab_size=17,
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=8,
-        num_labels=10,
+        **more,
     )
-    return BertForSequenceClassification(config)
+
+
+def build() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(configuration(num_labels=10))
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
