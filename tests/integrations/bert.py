@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import feather_param
+from tests.training import same_state
 
 transformers = pytest.importorskip("transformers", reason="transformers needs feather_param[integrations]")
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments  # noqa: E402
@@ -84,8 +85,7 @@ def logits(model: nn.Module) -> Tensor:
 
 def same(first: nn.Module, second: nn.Module) -> bool:
     """Return whether two models have the same state_dict, bit for bit."""
-    one, two = first.state_dict(), second.state_dict()
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    return same_state(first.state_dict(), second.state_dict())
 
 
 def zeros(model: nn.Module) -> int:
