@@ -57,7 +57,11 @@ class Pruned:
         return new, {"dense": dense, "sparse": list(sparse)}
 
     def _with_values(self, state: Mapping[str, Any]) -> nn.Module:
-        """Return the module, or a copy with the values of a state if these are not the module's own."""
+        """Return the module, or a copy with the values of a state if these are not the module's own.
+
+        `baked_state_dict` of the state alone would need no copy. But it refuses patterns of users and parametrizations
+        of other libraries, and warns at each checkpoint before the full rate.
+        """
         live = self.module.state_dict()
         tensors = [(state[key], value) for key, value in live.items() if isinstance(value, Tensor) and key in state]
         if all(ours.data_ptr() == value.data_ptr() for ours, value in tensors if value.is_floating_point()):
