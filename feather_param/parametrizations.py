@@ -144,6 +144,11 @@ class FeatherParametrization(nn.Module):
         return f"p={self.shared.config.p}, theta={self.shared.config.theta}{frozen}"
 
 
+def is_sparsified(model: nn.Module) -> bool:
+    """Return whether a weight of a model is sparsified."""
+    return any(isinstance(module, FeatherParametrization) for module in model.modules())
+
+
 def states_of(model: nn.Module) -> list[SharedSparsity]:
     """Return the shared state of each part of a model that was sparsified by itself."""
     found = [module.shared for module in model.modules() if isinstance(module, FeatherParametrization)]

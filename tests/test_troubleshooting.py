@@ -136,6 +136,13 @@ def test_transformers_initialises_the_weights_of_a_sparsified_checkpoint_and_loa
     assert all(torch.equal(value, baked[name]) for name, value in loaded.state_dict().items())
 
 
+def test_the_missing_and_the_unexpected_keys_have_the_names_of_the_page():
+    with pytest.raises(
+        RuntimeError, match=r"Missing key\(s\)(.|\n)*\.weight\"(.|\n)*parametrizations\.weight\.original"
+    ):
+        sparsified_into_plain()
+
+
 def test_fewer_zeros_than_asked_comes_with_a_warning_and_freeze_stops_early_on_purpose():
     model, controller = sparsified(end_step=4)
     controller.step()

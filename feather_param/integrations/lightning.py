@@ -7,12 +7,11 @@ same code. So there are two classes, in two modules with the names of the packag
 
 from __future__ import annotations
 
-try:
-    from lightning.pytorch.callbacks import Callback
-except ImportError as error:
-    raise ImportError("expected lightning to be installed: pip install 'feather_param[integrations]'") from error
-
 from feather_param.integrations.lightning_hooks import FeatherHooks
+from feather_param.utils.extras import imports
+
+with imports("lightning"):
+    from lightning.pytorch.callbacks import Callback
 
 __all__ = ["FeatherCallback"]
 

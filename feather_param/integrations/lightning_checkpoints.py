@@ -21,10 +21,8 @@ from feather_param import Controller, baked_state_dict
 
 KEY = "feather_param"
 """The entry of a checkpoint."""
-_STATES = (
-    "state_dict",
-    "current_model_state",
-)  # WeightAveraging saves its average as the first, the module as the second
+# WeightAveraging saves its average as the first and the module as the second.
+_STATES = ("state_dict", "current_model_state")
 
 
 class Pruned:
@@ -59,7 +57,11 @@ class Pruned:
         return new, {"dense": dense, "sparse": list(sparse)}
 
     def _with_values(self, state: Mapping[str, Any]) -> nn.Module:
-        """Return the module, or a copy with the values of a state if these are not the module's own."""
+        """Return the module, or a copy with the values of a state if these are not the module's own.
+
+        `baked_state_dict` of the state alone would need no copy. But it refuses patterns of users and parametrizations
+        of other libraries, and warns at each checkpoint before the full rate.
+        """
         live = self.module.state_dict()
         tensors = [(state[key], value) for key, value in live.items() if isinstance(value, Tensor) and key in state]
         if all(ours.data_ptr() == value.data_ptr() for ours, value in tensors if value.is_floating_point()):
@@ -102,8 +104,9 @@ class SparseCheckpoints:
             return self.inner.save_checkpoint(plain, path, *args, **kwargs)
         if self.pruned is not None:
             self.rates[str(path)] = self.pruned.controller.rate
-            both = {name: self.pruned.baked(checkpoint[name]) for name in _STATES if name in checkpoint}
-            plain, changes = ({name: each[i] for name, each in both.items()} for i in range(2))
+            baked = {name: self.pruned.baked(checkpoint[name]) for name in _STATES if name in checkpoint}
+            plain = {name: state for name, (state, _) in baked.items()}
+            changes = {name: change for name, (_, change) in baked.items()}
             if "optimizer_states" not in checkpoint:  # save_weights_only: it cannot be resumed
                 changes = {}
             checkpoint = self._with_entry({**checkpoint, **plain}, changes, self.pruned.controller.state_dict())

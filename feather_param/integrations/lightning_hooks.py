@@ -28,7 +28,7 @@ from torch import nn
 import feather_param
 from feather_param import Controller
 from feather_param.integrations.lightning_checkpoints import KEY, Pruned, SparseCheckpoints
-from feather_param.parametrizations import FeatherParametrization
+from feather_param.parametrizations import is_sparsified
 from feather_param.utils.checks import integer
 from feather_param.utils.text import listed
 from feather_param.utils.warn import warn
@@ -108,7 +108,11 @@ class FeatherHooks:
             self.controller.load_state_dict(entry["controller"])
         except ValueError as error:
             total = entry["controller"].get("total_steps")
-            hint = f": FeatherCallback(..., total_steps={total})" if total != self._saved["total_steps"] else ""
+            hint = (
+                f": FeatherCallback(..., total_steps={total})"
+                if total != self.controller.state_dict()["total_steps"]
+                else ""
+            )
             raise ValueError(f"{error}{hint}") from error
         self._files_of(trainer).rates.update(entry["rates"])
         if checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader"):
@@ -172,7 +176,7 @@ class FeatherHooks:
             return
         copies = [value for callback in _averaging(trainer.callbacks) for value in vars(callback).values()]
         for copy in copies:
-            if isinstance(copy, nn.Module) and _is_sparsified(copy) and copy is not pl_module:
+            if isinstance(copy, nn.Module) and is_sparsified(copy) and copy is not pl_module:
                 feather_param.desparsify(copy)
         self._make_plain(trainer)
 
@@ -183,11 +187,6 @@ class FeatherHooks:
             self._forget(trainer, None)
 
     # -- helpers ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _saved(self) -> dict[str, Any]:
-        assert self.controller is not None
-        return self.controller.state_dict()
 
     def _find(self, pl_module: nn.Module) -> nn.Module:
         """Return the module to prune."""
@@ -320,7 +319,3 @@ def _averaging(callbacks: list[Any]) -> list[Any]:
 
 def _class_names(value: Any) -> set[str]:
     return {cls.__name__ for cls in type(value).__mro__}
-
-
-def _is_sparsified(module: nn.Module) -> bool:
-    return any(isinstance(each, FeatherParametrization) for each in module.modules())

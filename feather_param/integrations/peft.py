@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-try:
+from feather_param.utils.extras import imports
+
+with imports("peft"):
     from peft import LoraConfig
     from peft.tuners.lora import Linear
-except ImportError as error:
-    raise ImportError("expected peft to be installed: pip install 'feather_param[integrations]'") from error
 
 __all__ = ["SparseLora", "keep_zeros"]
 

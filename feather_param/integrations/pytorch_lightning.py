@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-try:
-    from pytorch_lightning.callbacks import Callback
-except ImportError as error:
-    message = "expected pytorch-lightning to be installed: pip install 'feather_param[integrations]'"
-    raise ImportError(message) from error
-
 from feather_param.integrations.lightning_hooks import FeatherHooks
+from feather_param.utils.extras import imports
+
+with imports("pytorch-lightning"):
+    from pytorch_lightning.callbacks import Callback
 
 __all__ = ["FeatherCallback"]
 

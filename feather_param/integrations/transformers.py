@@ -9,22 +9,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from contextlib import suppress
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-try:
+from feather_param import Controller, baked_state_dict
+from feather_param.parametrizations import is_sparsified
+from feather_param.utils.extras import imports
+from feather_param.utils.warn import warn
+
+with imports("transformers"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
-except ImportError as error:
-    raise ImportError("expected transformers to be installed: pip install 'feather_param[integrations]'") from error
-
-from feather_param import Controller, baked_state_dict
-from feather_param.parametrizations import FeatherParametrization
 
 __all__ = ["FeatherCallback"]
 
@@ -119,17 +118,16 @@ class FeatherCallback(TrainerCallback):
                 "only these; pass save_sparse=False"
             )
         self._require(model)
-        if not _is_sparsified(model):
+        if not is_sparsified(model):
             raise RuntimeError(
                 "expected a sparsified model, got a plain one: it was desparsified, as this callback does at the end "
                 "of train(); to train again, call sparsify again, or pass desparsify=False"
             )
         settings = self.controller.state_dict()
         if settings["total_steps"] != state.max_steps:
-            warnings.warn(
+            warn(
                 f"expected sparsify(total_steps={state.max_steps}), the updates of this training, got total_steps="
-                f"{settings['total_steps']}: the full rate is reached at step {settings['end_step']}",
-                stacklevel=2,
+                f"{settings['total_steps']}: the full rate is reached at step {settings['end_step']}"
             )
         if settings["step_count"] != state.global_step:
             self.controller.load_state_dict({**settings, "step_count": state.global_step})
@@ -179,17 +177,16 @@ class FeatherCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
     ) -> None:
         """Do the same before the Trainer pushes a checkpoint to the Hub, which is before `on_save`."""
-        if args.push_to_hub and _is_sparsified(model) and os.path.isdir(_checkpoint(args, state)):
+        if args.push_to_hub and is_sparsified(model) and os.path.isdir(_checkpoint(args, state)):
             self._complete_checkpoint(args, state, model, kwargs.get("processing_class"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Name a best model with fewer zeros, and make the model plain. The Trainer has loaded the best model."""
         if self.controller.step_count < state.global_step and self.controller.rate < self._final_rate:
-            warnings.warn(
+            warn(
                 f"the best model, {state.best_model_checkpoint}, is from step {self.controller.step_count}, before the "
                 f"full rate: it has a rate of {self.controller.rate:.1%}, and final_rate is {self._final_rate:.1%}; "
-                "train to the full rate and evaluate after it",
-                stacklevel=2,
+                "train to the full rate and evaluate after it"
             )
         if self._desparsify:
             self.controller.desparsify()
@@ -225,10 +222,6 @@ class FeatherCallback(TrainerCallback):
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:
     return os.path.join(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-
-
-def _is_sparsified(model: nn.Module) -> bool:
-    return any(isinstance(module, FeatherParametrization) for module in model.modules())
 
 
 def _use_averages(optimizer: Any) -> None:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 # The extra of this package that installs each library.
-_EXTRAS = {"matplotlib": "plot", "numba": "inference", "zstandard": "files"}
+_EXTRAS = {
+    "lightning": "integrations",
+    "matplotlib": "plot",
+    "numba": "inference",
+    "peft": "integrations",
+    "pytorch-lightning": "integrations",
+    "transformers": "integrations",
+    "zstandard": "files",
+}
 
 
 def extra(name: str) -> ModuleType:
     """Import a module of an optional library; if it is missing, the ImportError names the extra to install."""
-    try:
+    with imports(name.partition(".")[0]):
         return importlib.import_module(name)
+
+
+@contextmanager
+def imports(library: str) -> Iterator[None]:
+    """Let an ImportError within the context name the extra that installs a library."""
+    try:
+        yield
     except ImportError as error:
-        library = name.partition(".")[0]
         message = f"expected {library} to be installed: pip install 'feather_param[{_EXTRAS[library]}]'"
         raise ImportError(message) from error

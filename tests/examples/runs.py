@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 from torch import Tensor
+
+from feather_param import load_sparse
 
 RATE = 0.8
 TINY = f"--dataset digits --train-size 100 --batch-size 32 --epochs 4 --ptarget {RATE} --no-cuda".split()
@@ -23,3 +27,17 @@ def baked(folder: Path) -> dict[str, Tensor]:
 
 def identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(a[key].equal(b[key]) for key in a)
+
+
+def whole_and_resumed(
+    script: ModuleType, file: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[dict[str, Tensor]]:
+    """Run a script, and run it again with a stop after two epochs. Return the sparse file of each."""
+    files = []
+    for name, runs in (("whole", [[]]), ("resumed", [["--epochs", "2"], []])):
+        (folder / name).mkdir()
+        monkeypatch.chdir(folder / name)
+        for arguments in runs:
+            script.main(arguments)
+        files.append(load_sparse(file))
+    return files

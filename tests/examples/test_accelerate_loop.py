@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from feather_param import load_sparse
-from tests.examples.runs import identical
+from tests.examples.runs import identical, whole_and_resumed
 
 pytest.importorskip("accelerate", reason="accelerate is missing: pip install 'feather_param[integrations]'")
 
@@ -19,13 +18,7 @@ def test_an_interrupted_and_resumed_run_ends_like_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(accelerate_loop, "EPOCHS", 4)
-    files = []
-    for name, runs in (("whole", [[]]), ("resumed", [["--epochs", "2"], []])):
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-        for arguments in runs:
-            accelerate_loop.main(arguments)
-        files.append(load_sparse("runs/accelerate/sparse.safetensors"))
+    files = whole_and_resumed(accelerate_loop, "runs/accelerate/sparse.safetensors", tmp_path, monkeypatch)
     assert identical(*files)
     printed = capsys.readouterr().out
     assert printed.count("epoch ") == 8

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from feather_param import load_sparse
-from tests.examples.runs import identical
+from tests.examples.runs import identical, whole_and_resumed
 
 pytest.importorskip("timm", reason="timm is missing: pip install 'feather_param[integrations]'")
 
@@ -22,13 +21,7 @@ def test_an_interrupted_and_resumed_run_ends_like_an_uninterrupted_one(
     monkeypatch.setattr(timm_finetune, "DENSE_EPOCHS", 0)
     few = [array[:400] for array in timm_finetune.load_digits(return_X_y=True)]
     monkeypatch.setattr(timm_finetune, "load_digits", lambda return_X_y: few)
-    files = []
-    for name, runs in (("whole", [[]]), ("resumed", [["--epochs", "2"], []])):
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-        for arguments in runs:
-            timm_finetune.main(arguments)
-        files.append(load_sparse("runs/timm/sparse.safetensors"))
+    files = whole_and_resumed(timm_finetune, "runs/timm/sparse.safetensors", tmp_path, monkeypatch)
     assert identical(*files)
     printed = capsys.readouterr().out
     assert printed.count("epoch ") == 6

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import feather_param
+from tests.training import same_state
 
 transformers = pytest.importorskip("transformers", reason="transformers needs feather_param[integrations]")
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments  # noqa: E402
@@ -26,18 +27,21 @@ _TOKENS = torch.as_tensor(_PIXELS.reshape(-1, 8, 8).mean(axis=2)).long()  # the 
 DATA = [{"input_ids": row, "labels": int(digit)} for row, digit in zip(_TOKENS[:144], _DIGITS[:144], strict=True)]
 
 
-def build() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    config = BertConfig(
+def configuration(**more: Any) -> BertConfig:
+    return BertConfig(
         vocab_size=17,
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=8,
-        num_labels=10,
+        **more,
     )
-    return BertForSequenceClassification(config)
+
+
+def build() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(configuration(num_labels=10))
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
@@ -81,8 +85,7 @@ def logits(model: nn.Module) -> Tensor:
 
 def same(first: nn.Module, second: nn.Module) -> bool:
     """Return whether two models have the same state_dict, bit for bit."""
-    one, two = first.state_dict(), second.state_dict()
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    return same_state(first.state_dict(), second.state_dict())
 
 
 def zeros(model: nn.Module) -> int:

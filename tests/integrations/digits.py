@@ -58,10 +58,6 @@ def outputs(model: nn.Module) -> Tensor:
         return model.eval()(digits(100).tensors[0])
 
 
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def blocks_of(page: str) -> list[str]:
     """Return the blocks of Python code of a page."""
     return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)

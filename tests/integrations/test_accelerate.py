@@ -14,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import feather_param
 from feather_param.reports import History, scalars
-from tests.integrations.digits import TOTAL, loader, network, outputs, run_page, same, zeros
+from tests.integrations.digits import TOTAL, loader, network, outputs, run_page, zeros
+from tests.training import same_state
 
 accelerate = pytest.importorskip(
     "accelerate", reason="accelerate is missing: pip install 'feather_param[integrations]'"
@@ -92,7 +93,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path):
     assert resumed.controller.step_count == BATCHES
     train(resumed)
     for one, other in ((whole.model, resumed.model), (whole.ema, resumed.ema)):
-        assert same(feather_param.baked_state_dict(one), feather_param.baked_state_dict(other))
+        assert same_state(feather_param.baked_state_dict(one), feather_param.baked_state_dict(other))
     assert zeros(feather_param.baked_state_dict(resumed.model)) == KEPT
 
 
@@ -138,19 +139,26 @@ def test_a_moving_average_is_baked_with_the_zeros_of_the_model(precision):
     )
 
 
+def loaded(path: Path) -> dict[str, torch.Tensor]:
+    """Return the state of a plain network that has loaded a file."""
+    model = network()
+    model.load_state_dict(load_file(path))
+    return model.state_dict()
+
+
 def test_save_model_saves_a_plain_file_after_desparsify(tmp_path):
     run = built()
     train(run)
     run.accelerator.save_model(run.model, str(tmp_path / "live"))
     with pytest.raises(RuntimeError, match="Missing key"):
-        network().load_state_dict(load_file(tmp_path / "live" / "model.safetensors"))
+        loaded(tmp_path / "live" / "model.safetensors")
     sparse = feather_param.baked_state_dict(run.model)
     run.accelerator.save(sparse, str(tmp_path / "baked.safetensors"), safe_serialization=True)
-    assert same(load_file(tmp_path / "baked.safetensors"), sparse)
+    assert same_state(loaded(tmp_path / "baked.safetensors"), sparse)
     sparse = copy.deepcopy(sparse)
     feather_param.desparsify(run.model)
     run.accelerator.save_model(run.model, str(tmp_path / "plain"))
-    assert same(load_file(tmp_path / "plain" / "model.safetensors"), sparse)
+    assert same_state(loaded(tmp_path / "plain" / "model.safetensors"), sparse)
 
 
 def test_the_trackers_of_accelerate_log_a_record(tmp_path):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import feather_param
-from tests.integrations.digits import TOTAL, digits, network, outputs, run_page, same, zeros
+from tests.integrations.digits import TOTAL, digits, network, outputs, run_page, zeros
+from tests.training import same_state
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", r"`torch.jit.script` is deprecated", FutureWarning)  # decorators of fastai
@@ -76,7 +77,7 @@ def test_the_code_of_the_page_ships_the_best_network(tmp_path, monkeypatch, caps
     scope = run_page("fastai.md", scope)
     assert scope["controller"].step_count >= 2 * BATCHES  # that of the best network
     assert zeros(scope["model"]) == KEPT
-    assert same(feather_param.load_sparse("sparse.safetensors"), scope["model"].state_dict())
+    assert same_state(feather_param.load_sparse("sparse.safetensors"), scope["model"].state_dict())
     assert "sparse_accuracy value: 0.0" in capsys.readouterr().out  # in the first epoch, before the final rate
 
 
@@ -105,7 +106,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path):
     assert resumed.controller.step_count == 2 * BATCHES
     fit(resumed)
     states = [feather_param.baked_state_dict(run.model) for run in (whole, resumed)]
-    assert same(*states)
+    assert same_state(*states)
     assert zeros(states[0]) == KEPT
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import feather_param
 from feather_param.reports import History, scalars
-from tests.integrations.digits import TOTAL, loader, network, outputs, run_page, same, zeros
+from tests.integrations.digits import TOTAL, loader, network, outputs, run_page, zeros
+from tests.training import same_state
 
 pytest.importorskip("ignite", reason="ignite is missing: pip install 'feather_param[integrations]'")
 
@@ -51,7 +52,7 @@ def test_the_code_of_the_page_resumes_and_ships_the_best_average(tmp_path, monke
     scope = run_page("ignite.md", {**PAGE, "resume": "run/last_checkpoint_4.pt"})
     assert scope["trainer"].state.iteration == 4 * BATCHES
     assert zeros(scope["model"]) == KEPT
-    assert same(feather_param.load_sparse("sparse.safetensors"), scope["model"].state_dict())
+    assert same_state(feather_param.load_sparse("sparse.safetensors"), scope["model"].state_dict())
     assert not (tmp_path / "run" / "best_model_0.0000.pt").exists()  # of the epochs before the final rate
 
 
@@ -81,7 +82,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(without, tmp_path):
     assert resumed.controller.step_count == BATCHES
     resumed.trainer.run(loader(), max_epochs=2)
     for one, other in ((whole.model, resumed.model), (whole.ema, resumed.ema)):
-        assert same(feather_param.baked_state_dict(one), feather_param.baked_state_dict(other))
+        assert same_state(feather_param.baked_state_dict(one), feather_param.baked_state_dict(other))
     assert zeros(feather_param.baked_state_dict(resumed.model)) == KEPT
 
 

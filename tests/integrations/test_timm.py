@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import feather_param
-from tests.integrations.digits import digits, run_page, same
+from tests.integrations.digits import digits, run_page
+from tests.training import same_state
 
 timm = pytest.importorskip("timm", reason="timm is missing: pip install 'feather_param[integrations]'")
 
@@ -96,7 +97,7 @@ def _folder(tmp_path_factory):
 def test_the_code_of_the_page_resumes_and_ships_the_best_average(folder):
     path, model = folder
     assert zeros(model) == KEPT
-    assert same(feather_param.load_sparse(path / "sparse.safetensors"), model.state_dict())
+    assert same_state(feather_param.load_sparse(path / "sparse.safetensors"), model.state_dict())
     metadata = torch.load(path / "run" / "model_best.pth.tar", weights_only=True)
     assert metadata["metric"] > 0
     assert metadata["epoch"] >= 1  # the first one is not at the final rate
@@ -112,7 +113,7 @@ def test_a_checkpoint_loads_into_a_sparsified_model_only(folder):
 def test_create_model_takes_a_plain_file(folder, tmp_path):
     path = str(tmp_path / "plain.pth")
     torch.save(folder[1].state_dict(), path)
-    assert same(build(checkpoint_path=path).state_dict(), folder[1].state_dict())
+    assert same_state(build(checkpoint_path=path).state_dict(), folder[1].state_dict())
 
 
 def test_a_state_as_pretrained_weights_loses_a_classifier_of_another_size(folder):
@@ -145,7 +146,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(opt, tmp_path):
     assert resumed.controller.step_count == BATCHES
     train_one_epoch(resumed.model, None, resumed.optimizer, resumed.ema)
     for one, other in ((whole.model, resumed.model), (whole.ema.module, resumed.ema.module)):
-        assert same(feather_param.baked_state_dict(one), feather_param.baked_state_dict(other))
+        assert same_state(feather_param.baked_state_dict(one), feather_param.baked_state_dict(other))
 
 
 def test_lookahead_counts_each_step_once_and_is_baked_as_evaluated():

@@ -20,6 +20,7 @@ from tests.integrations.bert import (
     Trainer,
     arguments,
     build,
+    configuration,
     same,
     sparsified,
     trainer_of,
@@ -203,15 +204,7 @@ class Ids(torch.utils.data.Dataset):
 def language_model(kind: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     if kind == "bert":
-        config = transformers.BertConfig(
-            vocab_size=17,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=8,
-        )
-        return transformers.BertForMaskedLM(config), None
+        return transformers.BertForMaskedLM(configuration()), None
     config = transformers.GPT2Config(
         vocab_size=17, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
     )
