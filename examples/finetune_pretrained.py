@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("steps", "seeds", "tones"):
         if (count := getattr(options, name)) < 1:
             parser.error(f"expected --{name} to be at least 1, got {count}")
+    if not 0 < options.rate < 1:
+        parser.error(f"expected --rate between 0 and 1, got {options.rate:g}")
     test = pitch.tones(options.tones, torch.Generator().manual_seed(1_000_000))
     print(f"{'':20} zeros  accuracy")
 

@@ -9,12 +9,23 @@ from typing import Any
 
 from torch import Tensor
 
-from feather_param.core.state_dict import of_sparsified
+from feather_param.core.state_dict import dense_beside_pruned, of_sparsified
 from feather_param.files.checkpoint import Checkpoint
 from feather_param.files.tied import untied
 from feather_param.ops.count import PruneCount
 from feather_param.reports.report import Report, rows
 from feather_param.utils.text import aligned, listed, percent
+
+_ORIGINAL = ".original"  # a part of the names of weights with parametrizations
+
+
+def counted(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return the tensors that a report is about.
+
+    These are all, except the dense weights of a model in training whose pruned weights are in the file as well.
+    """
+    left_out = dense_beside_pruned(checkpoint.tensors)
+    return {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left_out}
 
 
 def zeros(checkpoint: Checkpoint) -> Report:
@@ -33,7 +44,7 @@ def zeros(checkpoint: Checkpoint) -> Report:
         all               16     12  75.000%           100.00%         1.0
         and 1 other tensor (biases, norms, integers)
     """
-    weights = {name: tensor for name, tensor in untied(checkpoint.tensors).items() if _is_weight(tensor)}
+    weights = {name: tensor for name, tensor in untied(counted(checkpoint)).items() if _is_weight(tensor)}
     counts = {name: PruneCount(_count(tensor)) for name, tensor in weights.items()}
     return Report(rows(weights, counts, outputs={name: len(tensor) for name, tensor in weights.items()}))
 
@@ -60,12 +71,19 @@ def in_training(checkpoint: Checkpoint) -> str:
 
 def notes(checkpoint: Checkpoint) -> list[str]:
     """Return remarks on tensors that are not counted, not baked or larger than necessary."""
-    found = [note] if (note := in_training(checkpoint)) else []
+    found = []
+    if twice := dense_beside_pruned(checkpoint.tensors):
+        found.append(
+            f"not counted, and not in the sizes: the dense weights of a model in training ({listed(sorted(twice))}), "
+            "because their pruned weights are in the file as well"
+        )
+    if any(_ORIGINAL in name for name in counted(checkpoint)) and (note := in_training(checkpoint)):
+        found.append(note)
     if checkpoint.others:
         kinds = listed([f"{name} ({kind})" for name, kind in checkpoint.others.items()])
         found.append(f"not counted, because they are no dense tensors: {kinds}")
     weights = [
-        tensor for tensor in untied(checkpoint.tensors).values() if _is_weight(tensor) and tensor.element_size() > 1
+        tensor for tensor in untied(counted(checkpoint)).values() if _is_weight(tensor) and tensor.element_size() > 1
     ]
     negative = sum(int(((tensor == 0) & tensor.signbit()).sum()) for tensor in weights)
     if negative:
@@ -93,8 +111,9 @@ def as_text(
     if checkpoint.beside:
         lines.append(f"beside them: {listed(checkpoint.beside)}")
     lines += ["", str(report)]
-    tied = len(checkpoint.tensors) - len(untied(checkpoint.tensors))
-    others = len(checkpoint.tensors) - tied - len(report.rows)
+    tensors = counted(checkpoint)
+    tied = len(tensors) - len(untied(tensors))
+    others = len(tensors) - tied - len(report.rows)
     if others:
         lines.append(f"and {others} other tensor{'s' * (others > 1)} (biases, norms, integers)")
     if tied:
@@ -127,7 +146,7 @@ def as_json(
                 "dtype": str(tensor.dtype).removeprefix("torch."),
                 "shape": list(tensor.shape),
                 "total": tensor.numel(),
-                "zeros": counts.get(name),  # null: no weight, or tied to an earlier one
+                "zeros": counts.get(name),  # null: no weight, tied to an earlier one, or not counted
             }
             for name, tensor in checkpoint.tensors.items()
         ],

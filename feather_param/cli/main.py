@@ -19,8 +19,9 @@ from torch import Tensor
 import feather_param
 from feather_param.cli.architecture import build, load
 from feather_param.cli.bake import baked_tensors
-from feather_param.cli.file_report import as_json, as_text, in_training, notes, zeros
+from feather_param.cli.file_report import as_json, as_text, counted, in_training, notes, zeros
 from feather_param.cli.progress import Progress
+from feather_param.core.state_dict import dense_beside_pruned
 from feather_param.files.atomic import atomic_write
 from feather_param.files.checkpoint import Checkpoint, read
 from feather_param.files.sizes import file_sizes
@@ -165,7 +166,7 @@ def _report(arguments: argparse.Namespace) -> str:
     checkpoint = _read(path, arguments.key)
     report, remarks = zeros(checkpoint), notes(checkpoint)
     with Progress() as progress:
-        sizes = {} if arguments.no_sizes else file_sizes(checkpoint.tensors, progress)
+        sizes = {} if arguments.no_sizes else file_sizes(counted(checkpoint), progress)
     if arguments.html:
         with atomic_write(arguments.html) as file:
             file.write(page(report, sizes=sizes, title=path.name).encode())
@@ -210,6 +211,11 @@ def _compress(arguments: argparse.Namespace) -> str:
     for name, kind in checkpoint.others.items():
         raise _Failed(
             f"expected tensors alone, got {kind} at {name}, which a sparse file cannot hold; save it elsewhere"
+        )
+    if twice := dense_beside_pruned(checkpoint.tensors):
+        raise _Failed(
+            f"expected each weight once, got {len(twice)} of {path} twice, pruned and dense (*.original); "
+            "run feather-param bake, and compress its output"
         )
     with Progress() as progress:
         progress("compressing", 0.0)

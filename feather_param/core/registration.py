@@ -34,6 +34,7 @@ class Registration:
     parametrizations: parametrize.ParametrizationList  # all parametrizations of the tensor, with its Parameters
     parameter_order: tuple[str, ...]  # names of the layer's Parameters before any parametrization
     written: Version = field(init=False)  # of the threshold's buffer at our last write
+    memory: int | None = field(init=False, default=None)  # of a copy: address of the buffer at our last write
     computed_from: Version | None = None  # of the weight when its threshold was computed; None: it has changed
     checksum: Checksum | None = None  # of a copy: that of the weight when its threshold was computed
 

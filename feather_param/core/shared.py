@@ -242,10 +242,14 @@ class SharedSparsity(Copyable):
                 values.append(value)
                 if old.dtype != value.dtype or old.device != like.device or old.is_inference() or each.buffer_replaced:
                     each.reader.threshold = torch.empty_like(value, device=like.device)
+                elif self.source is not None and old.data_ptr() != each.memory:
+                    # A moving average may assign the model's buffers through `.data`, and then shares their memory.
+                    old.data = torch.empty_like(value, device=like.device)
             buffers = [each.reader.threshold for each in self.registrations.values()]
             torch._foreach_copy_(buffers, values)  # pyright: ignore[reportPrivateImportUsage]
         for each in self.registrations.values():
             each.note_written()
+            each.memory = None if self.source is None else each.reader.threshold.data_ptr()
 
     # -- the position in the model's state_dict ---------------------------------------------------------------------
 

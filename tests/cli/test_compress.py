@@ -62,6 +62,19 @@ def test_compress_drops_nothing_that_it_was_not_told_to(run):
     assert not Path("no.safetensors").exists()
 
 
+def test_compress_refuses_weights_that_are_dense_and_pruned_in_one_file(run):
+    """A checkpoint of the Trainer of transformers holds both. Its baked file can be compressed."""
+    model = torch.nn.Linear(64, 64)
+    feather_param.sparsify(model, final_rate=0.9, total_steps=1, end_step=0)
+    plain = feather_param.baked_state_dict(model)
+    torch.save(model.state_dict() | plain, "both.pt")
+    fails(run("compress", "both.pt", "no.safetensors"), 1, "expected each weight once, got 1 of both.pt twice")
+    assert not Path("no.safetensors").exists()
+    done(run("bake", "both.pt", "baked.pt"))
+    done(run("compress", "baked.pt", "out.safetensors"))
+    assert torch.equal(feather_param.load_sparse("out.safetensors")["weight"], plain["weight"])
+
+
 def test_what_needs_no_doing_is_told(run):
     KINDS["torch"](Path("in.pt"))
     KINDS["sparse"](Path("sparse.safetensors"))

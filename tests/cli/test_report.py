@@ -115,6 +115,38 @@ def test_notes_are_on_stderr_and_in_the_json(run):
     assert report["notes"][1].startswith("1 zeros are -0.0")
 
 
+def test_a_pruned_weight_counts_once_if_its_dense_weight_is_beside_it(run):
+    """A checkpoint of the Trainer of transformers holds both."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(4, 4))
+    feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0)
+    plain = feather_param.baked_state_dict(model)
+    torch.save(model.state_dict() | plain, "both.pt")
+    torch.save(plain, "plain.pt")
+    both, alone = run("report", "both.pt", "--json"), run("report", "plain.pt", "--json")
+    found, expected = json.loads(both.out), json.loads(alone.out)
+    assert (found["zeros"], found["total"]) == (expected["zeros"], expected["total"]) == (64, 144)
+    position = next(tensor.nbytes for name, tensor in model.state_dict().items() if name.endswith("_extra_state"))
+    assert found["sizes"]["dense"] == expected["sizes"]["dense"] + position
+    assert [tensor["zeros"] for tensor in found["tensors"] if "original" in tensor["name"]] == [None, None]
+    assert "not counted, and not in the sizes: the dense weights of a model in training" in both.err
+    assert "0.parametrizations.weight.original" in both.err
+    assert "its zeros are not in them yet" not in both.err
+    text = run("report", "both.pt", "--no-sizes").out
+    assert "original" not in text
+    assert "and 3 other tensors" in text  # two biases and the position
+
+
+def test_a_dense_weight_without_its_pruned_weight_counts(run):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0)
+    baked = feather_param.baked_state_dict(model)
+    torch.save(model.state_dict() | {"0.weight": baked["0.weight"]}, "half.pt")
+    result = run("report", "half.pt", "--json", "--no-sizes")
+    assert json.loads(result.out)["total"] == 128
+    assert "(0.parametrizations.weight.original)" in result.err
+    assert "its zeros are not in them yet" in result.err
+
+
 def test_a_model_in_training_has_its_zeros_not_yet(run):
     model = nn.Linear(8, 8)
     feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0)
@@ -125,8 +157,6 @@ def test_a_model_in_training_has_its_zeros_not_yet(run):
         "its zeros are not in them yet; run feather-param bake, or save feather_param.baked_state_dict(model)"
         in result.err
     )
-    torch.save(model.state_dict() | feather_param.baked_state_dict(model), "both.pt")  # as the Trainer's checkpoints
-    assert "the weights with parametrizations in their names are those of a" in run("report", "both.pt").err
     torch.save(feather_param.baked_state_dict(model), "baked.pt")
     assert "64     32  50.000%" in done(run("report", "baked.pt", "--no-sizes"))
     bench = ["--arch", "torch.nn:Linear", "in_features=8", "out_features=8", "--input", "1x8"]

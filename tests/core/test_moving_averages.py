@@ -45,7 +45,22 @@ def averaged_model(model: nn.Module, **arguments):
     return average.module, lambda: average.update_parameters(model)
 
 
+def average_that_shares_buffers(model: nn.Module):
+    """Average the Parameters, and let the average share the memory of all buffers, as ignite's EMAHandler does."""
+    average = copy.deepcopy(model)
+
+    def update() -> None:
+        with torch.no_grad():
+            for parameter, target in zip(average.parameters(), model.parameters(), strict=True):
+                parameter.mul_(0.7).add_(target, alpha=0.3)
+            for buffer, target in zip(average.buffers(), model.buffers(), strict=True):
+                buffer.data = target.data
+
+    return average, update
+
+
 AVERAGES = {
+    "shared buffers": average_that_shares_buffers,
     "data": average_of_data,
     "state_dict": average_of_state_dict,
     "AveragedModel": averaged_model,
@@ -156,3 +171,18 @@ def test_the_average_of_a_model_that_holds_its_controller_follows_the_model(whol
     average = AveragedModel(model)
     train_on_noise(model, model.controller, 8, lambda: average.update_parameters(model))
     assert zeros_in_pass(average.module) == zeros_in_pass(model) == 819
+
+
+def test_an_evaluation_of_an_average_that_shares_buffers_does_not_change_the_trained_model():
+    model = linear_net()
+    controller = feather_param.sparsify(model, final_rate=0.5, total_steps=4, end_step=2)
+    average, update = average_that_shares_buffers(model)
+    for _ in range(4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        controller.step()
+        update()
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        zeros_in_pass(average)
+        assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

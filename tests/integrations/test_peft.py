@@ -78,6 +78,8 @@ def test_an_adapter_that_is_loaded_again_computes_the_same(tmp_path):
     again = keep_zeros(peft.LoraConfig.from_pretrained(str(tmp_path)))
     loaded = peft.PeftModel.from_pretrained(sparse_network(), str(tmp_path), config=again)
     assert torch.equal(outputs(loaded), outputs(model))
+    without = peft.PeftModel.from_pretrained(sparse_network(), str(tmp_path))
+    assert not torch.allclose(outputs(without), outputs(model), atol=1e-2)
 
 
 @pytest.mark.parametrize("safe", [False, True])
