@@ -22,7 +22,8 @@ from examples.imagenet_data import ImageNet
 from examples.imagenet_recipe import RECIPES
 from examples.processes import Processes
 from examples.resumable import Stopped, StopRequest
-from tests.examples.runs import identical, only
+from tests.examples.runs import only
+from tests.training import same_state
 
 MODEL, RATE, CLASSES = "tiny", 0.5, 4
 TRAIN, VAL, BATCH = 47, 17, 8  # odd numbers, which leave images over in every division
@@ -141,7 +142,7 @@ def resumed_equals_uninterrupted(rank: int, world: int, folder: Path, *, names: 
         return
     states = [{p.stem[20:]: torch.load(p) for p in (folder / name / "models").iterdir()} for name in names]
     assert states[0].keys() == states[1].keys()
-    assert all(identical(state, states[1][name]) for name, state in states[0].items())
+    assert all(same_state(state, states[1][name]) for name, state in states[0].items())
     rows = [results_of(folder / name)["epochs"] for name in names]
     for first, second in zip(*rows, strict=True):  # the loss of each process is saved as the mean over them
         assert {**first, "train_loss": 0} == {**second, "train_loss": 0}

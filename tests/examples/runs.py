@@ -25,10 +25,6 @@ def baked(folder: Path) -> dict[str, Tensor]:
     return torch.load(only(folder, "models/*.pt"), weights_only=True)
 
 
-def identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return list(a) == list(b) and all(a[key].equal(b[key]) for key in a)
-
-
 def whole_and_resumed(
     script: ModuleType, file: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[dict[str, Tensor]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.runs import identical, whole_and_resumed
+from tests.examples.runs import whole_and_resumed
+from tests.training import same_state
 
 pytest.importorskip("accelerate", reason="accelerate is missing: pip install 'feather_param[integrations]'")
 
@@ -19,7 +20,7 @@ def test_an_interrupted_and_resumed_run_ends_like_an_uninterrupted_one(
 ) -> None:
     monkeypatch.setattr(accelerate_loop, "EPOCHS", 4)
     files = whole_and_resumed(accelerate_loop, "runs/accelerate/sparse.safetensors", tmp_path, monkeypatch)
-    assert identical(*files)
+    assert same_state(*files)
     printed = capsys.readouterr().out
     assert printed.count("epoch ") == 8
     found = re.findall(r"test accuracy ([\d.]+)%, 80,256 zeros of 84,480 weights", printed)

@@ -22,7 +22,8 @@ from examples import cifar100, script
 from examples.cifar100 import Training
 from examples.processes import Processes
 from examples.resumable import Stopped
-from tests.examples.runs import RATE, STEPS, TINY, baked, identical, only
+from tests.examples.runs import RATE, STEPS, TINY, baked, only
+from tests.training import same_state
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,7 +95,7 @@ def test_an_interrupted_and_resumed_run_ends_like_an_uninterrupted_one(
     assert torch.load(checkpoint, weights_only=True)["training"]["step"] == at
     assert not list(Path().glob("models/*"))
     assert cifar100.main(["--resume", str(checkpoint.parent), "--workers", "0", "--data-dir", "elsewhere"]) == 0
-    assert identical(baked(Path()), baked(finished))
+    assert same_state(baked(Path()), baked(finished))
     ours, theirs = (
         json.loads(only(folder, "runs/*/results.json").read_text())["epochs"] for folder in (tmp_path, finished)
     )
@@ -129,7 +130,7 @@ def test_a_killed_process_loses_only_the_running_epoch(finished: Path, tmp_path:
     )
     assert resumed.returncode == 0, resumed.stderr
     assert "test accuracy" in resumed.stdout
-    assert identical(baked(tmp_path), baked(finished))
+    assert same_state(baked(tmp_path), baked(finished))
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")

@@ -33,8 +33,9 @@ from tests.examples.imagenet import (
     resumed_equals_uninterrupted,
     zeros_in,
 )
-from tests.examples.runs import identical, only
+from tests.examples.runs import only
 from tests.processes.launch import run
+from tests.training import same_state
 
 ROOT = Path(imagenet.__file__).resolve().parents[1]
 
@@ -100,7 +101,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["training"]["step"] == at
     assert imagenet.main(["--resume", str(folder)]) == 0
     ours, theirs = models(tmp_path), models(finished)
-    assert all(identical(ours[name], state) for name, state in theirs.items())
+    assert all(same_state(ours[name], state) for name, state in theirs.items())
     assert results_of(tmp_path)["epochs"] == results_of(finished)["epochs"]
 
 
