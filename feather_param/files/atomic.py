@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import re
 import secrets
 import shutil
+import socket
+import stat
+import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from feather_param.files.errors import errors_behind_torch, errors_name
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # pyright: ignore[reportAssignmentType]
+
+# Note [Left-over files]
+#
+# A process that is killed while it writes leaves its temporary file. The next write into the folder removes it.
+#
+# A living writer holds a lock on its file (flock), and the system frees the lock of a dead one. So a file is removed by
+# the process that gets its lock. The writer takes the lock after it made the file. If the file was removed in between,
+# it takes a new name. It closes the file after the rename, so that the lock is held as long as the name exists.
+#
+# Some network disks (Lustre, BeeGFS, NFS with nolock) keep the locks of each machine apart. So the name tells the
+# machine, and a file of another machine is removed if nobody wrote to it for a day. A disk without locks keeps its
+# files. Windows has no flock, but removes no open file: there, each file that is older than a day is removed.
+_MACHINE = f"{zlib.crc32(socket.gethostname().encode(errors='replace')):08x}"
+_NAME = re.compile(r"\.feather_param-([0-9a-f]{8})-[0-9a-f]{16}\.tmp")
+_DAY = 24 * 60 * 60  # seconds
+_TRIES = 100
 
 
 @contextmanager
@@ -18,11 +47,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     If the body raises, the temporary file is removed and the old file stays. The temporary name is random, so several
     processes may write to one path. The content is flushed to the disk before the file is renamed. A symbolic link
-    stays a link, and an existing file keeps its permissions.
+    stays a link, and an existing file keeps its permissions. The temporary files of killed writers are removed first.
 
     Raises:
         ValueError: the path is a folder, a device or a pipe.
         FileNotFoundError: the folder of the path does not exist.
+        OSError: the file cannot be written. The error has the path as it was given. It replaces the error that
+            ``torch.save`` makes of it.
     """
     given, path = path, Path(os.path.realpath(path))
     if path.exists() and not path.is_file():  # as root, os.replace would replace a device
@@ -32,15 +63,82 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         # If the folder of the given path exists, the path is a link into a folder that does not.
         folder = path.parent if given.parent.is_dir() else given.parent
         raise FileNotFoundError(errno.ENOENT, "expected an existing folder to write a file into", str(folder))
-    temporary = path.with_name(f".feather_param-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
+    remove_leftovers(path.parent)
+    with _temporary(path, given) as raw:
+        file = io.BufferedWriter(raw)
+        with errors_behind_torch():
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+        file.flush()
+        os.fsync(raw.fileno())
         if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            shutil.copymode(path, raw.name)
+        if fcntl is None:  # Windows renames no open file
+            raw.close()
+        os.replace(raw.name, path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed writers left in a folder. See Note [Left-over files].
+
+    What cannot be removed stays, for example a file of another user.
+
+    Example:
+        >>> import tempfile
+        >>> remove_leftovers(Path(tempfile.mkdtemp()))
+    """
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if match := _NAME.fullmatch(entry.name):
+                with suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    old = time.time() - status.st_mtime > _DAY
+                    if stat.S_ISREG(status.st_mode) and (old or (fcntl is not None and match[1] == _MACHINE)):
+                        _remove_if_dead(entry.path)
+
+
+def _remove_if_dead(path: str) -> None:
+    """Remove a temporary file. Raise an OSError if its writer lives."""
+    if fcntl is None:
+        os.unlink(path)
+        return
+    with open(path, "r+b", buffering=0, opener=_open_no_link) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+@contextmanager
+def _temporary(path: Path, given: Path) -> Iterator[io.FileIO]:
+    """Make and lock a file with a random name beside ``path``. Remove it at the end if it was not renamed.
+
+    Args:
+        path: the file that it shall become.
+        given: the path in the errors.
+    """
+    for _ in range(_TRIES):
+        temporary = path.with_name(f".feather_param-{_MACHINE}-{secrets.token_hex(8)}.tmp")
+        try:
+            # A BufferedWriter in place of the FileIO would try to write once more when an error closes it.
+            with errors_name(given, temporary, path), io.FileIO(str(temporary), "x") as file:
+                if _lock(file):
+                    yield file
+                    return
+        finally:
+            with suppress(OSError):  # it shall not hide the error of the body
+                temporary.unlink()
+    raise BlockingIOError(errno.EAGAIN, "expected a lock on a new file, which other processes lock at once", str(given))
+
+
+def _lock(file: io.FileIO) -> bool:
+    """Lock a new file until it is closed. Return False if `remove_leftovers` of another process came first."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a disk without locks, where `remove_leftovers` removes nothing
+            return True
+    return os.path.exists(file.name)

@@ -7,17 +7,18 @@ import os
 import stat
 import struct
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 
-def write_container(file: BinaryIO, metadata: Mapping[str, str], parts: Mapping[str, NDArray[np.uint8]]) -> None:
-    """Write metadata and parts in the given order. Each part becomes a one-dimensional tensor of dtype U8.
+def container_of(metadata: Mapping[str, str], parts: Mapping[str, NDArray[np.uint8]]) -> list[memoryview | bytes]:
+    """Return the content of a file, in pieces: a header, and the parts in the given order.
 
-    The safetensors library writes its metadata in a random order, so two files of the same tensors would differ.
+    Each part becomes a one-dimensional tensor of dtype U8. The safetensors library writes its metadata in a random
+    order, so two files of the same tensors would differ.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -26,9 +27,7 @@ def write_container(file: BinaryIO, metadata: Mapping[str, str], parts: Mapping[
         end += content.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
-    file.write(struct.pack("<Q", len(text)) + text)
-    for content in parts.values():
-        file.write(content.data)
+    return [struct.pack("<Q", len(text)) + text, *(content.data for content in parts.values())]
 
 
 def open_container(path: str | os.PathLike[str]) -> Any:

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from feather_param.files.atomic import atomic_write
 from feather_param.files.codec import MAX_EXPANSION, Bytes, checksum, decode, encode
 from feather_param.files.elements import elements_of
-from feather_param.files.safetensors import open_container, parse_json, write_container
+from feather_param.files.safetensors import container_of, open_container, parse_json
 from feather_param.files.tied import first_names
 from feather_param.ops.distributed import is_sharded
 
@@ -58,6 +58,22 @@ def write_sparse(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *,
         >>> torch.equal(load_sparse(path)["w"], torch.eye(100)), path.stat().st_size < 1500
         (True, True)
     """
+    content = sparse_content(tensors, zstd)
+    with atomic_write(Path(path)) as file:
+        file.writelines(content)
+
+
+def sparse_content(tensors: Mapping[str, Tensor], zstd: bool) -> list[memoryview | bytes]:
+    """Return the content of a sparse file, in pieces.
+
+    Args:
+        tensors: the tensors by name.
+        zstd: whether to compress with zstandard as well.
+
+    Example:
+        >>> sum(map(len, sparse_content({"w": torch.eye(100)}, zstd=False))) < 1500
+        True
+    """
     state = dict(tensors.items())  # keeps all tensors alive, as `first_names` requires
     for name, tensor in state.items():
         _check(name, tensor)
@@ -69,8 +85,7 @@ def write_sparse(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *,
         entries[name] = {"dtype": dtype, "shape": shape, "zstd": compressed, "crc32": checksum(own)}
         parts.update({f"{part}:{name}": content for part, content in own.items()})
     text = json.dumps({"version": _VERSION, "tensors": entries}, separators=(",", ":"))
-    with atomic_write(Path(path)) as file:
-        write_container(file, {SPARSE: text, _CRC: str(zlib.crc32(text.encode()))}, parts)
+    return container_of({SPARSE: text, _CRC: str(zlib.crc32(text.encode()))}, parts)
 
 
 def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -1,0 +1,60 @@
+"""Errors of reading and writing a file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def errors_name(path: Path, *others: Path) -> Iterator[None]:
+    """Set the path in the OSErrors of the body that name no file, as those of reads and writes do.
+
+    Args:
+        path: the file as the user knows it.
+        *others: paths that are replaced by this one, such as that of a temporary file.
+
+    Example:
+        >>> with errors_name(Path("out.pt")):
+        ...     raise OSError(28, "No space left on device")
+        Traceback (most recent call last):
+        OSError: [Errno 28] No space left on device: 'out.pt'
+    """
+    try:
+        yield
+    except OSError as error:
+        # An error without a number has its own message, which a path would hide.
+        if error.errno is None or error.filename not in (None, *map(str, others)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextmanager
+def errors_behind_torch() -> Iterator[None]:
+    """Raise the error of a write, or of a signal, that ``torch.save`` replaced by a RuntimeError.
+
+    Its C++ code calls the ``write`` of a file, and raises "unexpected pos" if that fails or is interrupted by Ctrl-C.
+
+    Example:
+        >>> with errors_behind_torch():
+        ...     try:
+        ...         raise OSError(28, "No space left on device")
+        ...     finally:
+        ...         raise RuntimeError("unexpected pos 704 vs 598")
+        Traceback (most recent call last):
+        OSError: [Errno 28] No space left on device
+    """
+    before = sys.exc_info()[1]  # the context of the body: an error that is being handled
+    try:
+        yield
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while isinstance(cause, RuntimeError) and cause is not before:
+            cause = cause.__cause__ or cause.__context__
+        if cause is None or cause is before:
+            raise
+        if not isinstance(cause, Exception) or (isinstance(cause, OSError) and cause.filename is None):
+            raise cause from None
+        raise
