@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
@@ -21,9 +21,11 @@ from feather_param.cli.architecture import build, load
 from feather_param.cli.bake import baked_tensors
 from feather_param.cli.file_report import as_json, as_text, counted, in_training, notes, zeros
 from feather_param.cli.progress import Progress
+from feather_param.cli.streams import open_closed_streams, print_message, print_result
 from feather_param.core.state_dict import dense_beside_pruned
 from feather_param.files.atomic import atomic_write
 from feather_param.files.checkpoint import Checkpoint, read
+from feather_param.files.errors import errors_name
 from feather_param.files.sizes import file_sizes
 from feather_param.files.tied import first_names, untied
 from feather_param.reports import page
@@ -53,6 +55,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise _Usage(f"{message}; see {self.prog} --help")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print the text of --help or --version. The method of argparse ignores errors."""
+        print_result(message, end="")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
@@ -65,18 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> said.getvalue()
         'feather-param: error: nowhere.pt: No such file or directory\\n'
     """
+    open_closed_streams()
     try:
         arguments = _parser().parse_args(argv)
-        text = arguments.run(arguments)
-        print(text, flush=True)
+        print_result(arguments.run(arguments))
         return 0
     except SystemExit as done:  # after --help and --version
         return int(done.code or 0)
     except _Usage as error:
         return _fail(error, 2)
     except BrokenPipeError:
-        # The interpreter flushes stdout when it exits. Without another stdout, that would print an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error, 1)
@@ -91,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: object, status: int) -> int:
-    print(f"{_PROGRAM}: error: {message or 'out of memory'}", file=sys.stderr)
+    print_message(f"{_PROGRAM}: error: {message or 'out of memory'}")
     return status
 
 
 def _note(message: str) -> None:
-    print(f"{_PROGRAM}: note: {message}", file=sys.stderr)
+    print_message(f"{_PROGRAM}: note: {message}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -295,7 +299,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(path: Path, key: str | None) -> Checkpoint:
-    with Progress() as progress:
+    with Progress() as progress, errors_name(path):
         progress("reading", 0.0)
         return read(path, key)
 
