@@ -6,6 +6,7 @@ Trainer resumes by itself. `from_pretrained` needs plain weights, so the callbac
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -26,6 +27,8 @@ with imports("transformers"):
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
 
 __all__ = ["FeatherCallback"]
+
+_WHOLE, _UNFINISHED = "whole", "sparse.unfinished"  # folders in a checkpoint that are renamed when they are complete
 
 _CARD = """---
 library_name: transformers
@@ -132,6 +135,8 @@ class FeatherCallback(TrainerCallback):
         if settings["step_count"] != state.global_step:
             self.controller.load_state_dict({**settings, "step_count": state.global_step})
         self._completed = -1
+        if self._save_sparse and args.should_save:
+            _remove_unfinished(args)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -198,7 +203,7 @@ class FeatherCallback(TrainerCallback):
             return
         checkpoint, plain = _checkpoint(args, state), baked_state_dict(model)
         _add_weights(model, plain, checkpoint, args)
-        new = _empty(checkpoint, "sparse.unfinished")
+        new = os.path.join(checkpoint, _UNFINISHED)
         _save(model, plain, new, args)  # it empties the dict
         if processing_class is not None:
             processing_class.save_pretrained(new)
@@ -230,11 +235,12 @@ def _use_averages(optimizer: Any) -> None:
         optimizer.eval()
 
 
-def _empty(checkpoint: str, name: str) -> str:
-    """Return the path of a folder that does not exist. An interruption may have left one."""
-    folder = os.path.join(checkpoint, name)
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
+def _remove_unfinished(args: TrainingArguments) -> None:
+    """Remove the folders that a killed training left in its checkpoints."""
+    checkpoints = os.path.join(glob.escape(str(args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-*")
+    for name in (_WHOLE, _UNFINISHED):
+        for folder in glob.glob(os.path.join(checkpoints, name)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _add_weights(model: nn.Module, plain: dict[str, Tensor], checkpoint: str, args: TrainingArguments) -> None:
@@ -243,7 +249,7 @@ def _add_weights(model: nn.Module, plain: dict[str, Tensor], checkpoint: str, ar
     The new weights are one file, since several could not be replaced at once. Where there is one file, transformers
     reads no others. So those of a checkpoint that was divided are removed last.
     """
-    whole = _empty(checkpoint, "whole")
+    whole = os.path.join(checkpoint, _WHOLE)
     # Parameters of other parametrizations (weight norm) have one name in both. A resume needs the dense ones.
     _save(model, {**plain, **model.state_dict()}, whole, args, max_shard_size="1000000GB")
     for name in os.listdir(whole):

@@ -106,13 +106,14 @@ def test_a_checkpoint_in_several_files_becomes_one(tmp_path, logged):
     controller = sparsified()
     model, save = controller.model, controller.model.save_pretrained
     model.save_pretrained = lambda folder, **options: save(folder, **{"max_shard_size": "4KB", **options})
-    (tmp_path / "checkpoint-4/whole").mkdir(parents=True)
-    (tmp_path / "checkpoint-4/whole/left.txt").touch()  # an interruption left it
+    for left in ("checkpoint-1/sparse.unfinished", "checkpoint-4/whole"):  # by a training that was killed
+        (tmp_path / left).mkdir(parents=True)
+        (tmp_path / left / "left.txt").touch()
     trainer_of(controller, tmp_path, **SAVING, desparsify=False).train()
     plain = feather_param.baked_state_dict(model)
     assert [path.name for path in (tmp_path / "checkpoint-4").glob("model*")] == ["model.safetensors"]
     assert len(list((tmp_path / "checkpoint-4/sparse").glob("model-*"))) > 1
-    assert not [path for path in tmp_path.glob("checkpoint-4/*") if path.is_dir() and path.name != "sparse"]
+    assert not [path for path in tmp_path.glob("checkpoint-*/*") if path.is_dir() and path.name != "sparse"]
     for folder in ("checkpoint-4", "checkpoint-4/sparse"):
         loaded = type(model).from_pretrained(tmp_path / folder).state_dict()
         assert not complaints(logged) & {"MISSING", "newly initialized"}
