@@ -129,7 +129,9 @@ def _temporary(path: Path, given: Path) -> Iterator[io.FileIO]:
         finally:
             with suppress(OSError):  # it shall not hide the error of the body
                 temporary.unlink()
-    raise BlockingIOError(errno.EAGAIN, "expected a lock on a new file, which other processes lock at once", str(given))
+    raise BlockingIOError(
+        errno.EAGAIN, "expected a lock on a new file, got none: others lock each; try again", str(given)
+    )
 
 
 def _lock(file: io.FileIO) -> bool:
