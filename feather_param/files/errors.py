@@ -55,6 +55,7 @@ def errors_behind_torch() -> Iterator[None]:
             cause = cause.__cause__ or cause.__context__
         if cause is None or cause is before:
             raise
-        if not isinstance(cause, Exception) or (isinstance(cause, OSError) and cause.filename is None):
+        of_a_write = isinstance(cause, OSError) and cause.errno is not None and cause.filename is None
+        if of_a_write or not isinstance(cause, Exception):
             raise cause from None
         raise

@@ -156,8 +156,7 @@ def test_a_page_without_matplotlib_fails_before_any_work(run, monkeypatch):
     "command",
     [["compress", "in.pt", "out.safetensors"], ["expand", "sparse", "out.pt"], ["bake", "training.pt", "out.pt"]],
 )
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device", "out")])
-def test_a_stopped_command_leaves_the_old_file_and_no_other(command, error, run, monkeypatch):
+def test_a_stopped_command_leaves_the_old_file_and_no_other(command, run, monkeypatch):
     KINDS["torch"](Path("in.pt"))
     KINDS["sparse"](Path("sparse"))
     layer = nn.Linear(4, 4)
@@ -167,13 +166,10 @@ def test_a_stopped_command_leaves_the_old_file_and_no_other(command, error, run,
 
     def stop(*_: object) -> None:
         assert len(list(Path().iterdir())) == 5  # the new file is there, under another name
-        raise error
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", stop)
-    if error is KeyboardInterrupt:
-        fails(run(*command), 130, "interrupted")
-    else:
-        fails(run(*command), 1, "out: No space left on device")
+    fails(run(*command), 130, "interrupted")
     assert sorted(path.name for path in Path().iterdir()) == sorted(["in.pt", "sparse", "training.pt", command[2]])
     assert Path(command[2]).read_bytes() == b"old"
 

@@ -2,30 +2,136 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import shutil
 import sys
 import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from feather_param import load_sparse, save_sparse
+from feather_param.files import atomic, errors
+from feather_param.files.atomic import atomic_write
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def failing(error: BaseException):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+FULL = (errno.ENOSPC, "No space left on device")
+WRITES = {
+    "torch": lambda file: torch.save({"w": torch.ones(10_000)}, file),
+    "large": lambda file: file.write(bytes(100_000)),
+    "small": lambda file: file.write(b"new"),  # it is written at the end
+}
+
+
+class FullDisk(io.FileIO):
+    def write(self, content: Any) -> int:
+        raise OSError(*FULL)
+
+
+FAULTS = {
+    "open": (io, "FileIO", lambda path, mode: failing(OSError(*FULL, path))()),
+    "write": (io, "FileIO", FullDisk),
+    "fsync": (os, "fsync", failing(OSError(*FULL))),
+    "permissions": (shutil, "copymode", lambda old, new: failing(OSError(*FULL, new))()),
+    "rename": (os, "replace", lambda old, new: failing(OSError(*FULL, old, None, new))()),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("write", WRITES)
+def test_an_error_of_each_step_has_its_number_and_the_path_as_given(fault, write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old").write_bytes(b"old")
+    if sys.platform != "win32":
+        Path("link").symlink_to("old")
+    before = sorted(Path().iterdir())
+    for path in [*before, *([Path("new")] if fault != "permissions" else [])]:  # a new file gets none of an old one
+        with monkeypatch.context() as patch:
+            patch.setattr(*FAULTS[fault])
+            with pytest.raises(OSError, match=FULL[1]) as caught, atomic_write(path) as file:
+                WRITES[write](file)
+        error = caught.value
+        assert (error.errno, error.filename, error.filename2) == (errno.ENOSPC, str(path), None)
+        assert sorted(Path().iterdir()) == before
+        assert Path("old").read_bytes() == b"old"
+
+
+def test_errors_of_other_files_and_other_errors_stay(tmp_path):
+    for error in (
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "font.ttf"),
+        OSError("encoder error"),
+        RuntimeError("out of memory"),
+        ValueError("no figure"),
+    ):
+        with pytest.raises(type(error)) as caught, atomic_write(tmp_path / "t"):
+            raise error
+        assert caught.value is error
+        with pytest.raises(RuntimeError, match="no picture"), atomic_write(tmp_path / "t"):
+            raise RuntimeError("no picture") from (None if isinstance(error, RuntimeError) else error)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_signal_during_torch_save_raises_its_own_error(error, tmp_path):
+    """The C++ code of torch raises a RuntimeError of its own."""
+
+    class Interrupted:
+        def __init__(self, file):
+            self.write = lambda content: failing(error)() if len(content) > 1000 else file.write(content)
+
+    with pytest.raises(type(error)) as caught, atomic_write(tmp_path / "t") as file:
+        torch.save({"w": torch.ones(10_000)}, Interrupted(file))
+    assert caught.value is error
+    try:
+        raise error
+    except BaseException:  # of a signal that came before
+        with pytest.raises(RuntimeError, match="another"), atomic_write(tmp_path / "t"):
+            raise RuntimeError("another") from None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file that is closed a bit later
+def test_an_interruption_at_any_line_leaves_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "t"
-    save_sparse({"t": torch.ones(3)}, path)
-    before = path.read_bytes()
+    path.write_bytes(b"old")
+    files = {module.__file__ for module in (atomic, errors)}
+    lines = 0
 
-    def full(descriptor):
-        raise OSError("disk full")
+    def trace(frame, event, _):
+        nonlocal lines
+        if frame.f_code.co_filename not in files:
+            return None
+        lines += event == "line"
+        if event == "line" and lines == last:
+            raise KeyboardInterrupt
+        return trace
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="disk full"):
-            save_sparse({"t": torch.zeros(3)}, path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    before, last = sys.gettrace(), 0
+    while last <= lines:
+        last, lines = last + 1, 0
+        with suppress(KeyboardInterrupt):
+            sys.settrace(trace)
+            try:
+                with atomic_write(path) as file:
+                    file.write(b"new")
+            finally:
+                sys.settrace(before)
+        assert list(tmp_path.iterdir()) == [path], f"line {last}"
+        assert path.read_bytes() in (b"old", b"new")
+    assert last > 30
+    assert path.read_bytes() == b"new"
 
 
 def test_the_error_names_a_missing_folder_as_given(tmp_path, monkeypatch):
