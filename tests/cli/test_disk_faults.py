@@ -6,7 +6,6 @@ import errno
 import io
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,16 +103,15 @@ def test_a_fault_ends_with_one_sentence_and_leaves_the_old_file(command, fault, 
     assert out.stat().st_size > 600
 
 
-@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="an administrator may write anywhere")
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_folder_that_may_not_be_written_to_is_wrong_usage(command, run):
+def test_a_folder_that_may_not_be_written_to_is_wrong_usage(run):
     Path("folder").mkdir(mode=0o500)
-    *argv, out = COMMANDS[command]
-    fails(run(*argv, f"folder/{out}"), 2, "expected OUT in a folder that you may write to, got folder/out")
-    assert not list(Path("folder").iterdir())
+    if os.access("folder", os.W_OK):
+        pytest.skip("an administrator may write anywhere, as anyone on Windows")
+    for *argv, out in COMMANDS.values():
+        fails(run(*argv, f"folder/{out}"), 2, f"expected OUT in a folder that you may write to, got folder/{out}\n")
 
 
-def test_report_needs_no_temporary_folder(run, monkeypatch):
+def test_report_needs_no_temporary_folder(run):
     with failing(os, "open", errno.EROFS), failing(os, "mkdir", errno.EROFS):
         assert "sparse" in run("report", "in.pt").out
 
