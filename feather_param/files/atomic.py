@@ -28,13 +28,14 @@ except ImportError:  # Windows
 #
 # A process that is killed while it writes leaves its temporary file. The next write into the folder removes it.
 #
-# A living writer holds a lock on its file (flock), and the system frees the lock of a dead one. So a file is removed by
-# the process that gets its lock. The writer takes the lock after it made the file. If the file was removed in between,
-# it takes a new name. It closes the file after the rename, so that the lock is held as long as the name exists.
+# A living writer holds a lock on its file (flock), and the system frees the lock of a dead one. A process removes a
+# file only if it gets the lock. A writer locks its file after making it. If the file was removed in between, the writer
+# makes another one. The writer closes the file after the rename, so the name exists only while the lock is held.
 #
-# Some network disks (Lustre, BeeGFS, NFS with nolock) keep the locks of each machine apart. So the name tells the
-# machine, and a file of another machine is removed if nobody wrote to it for a day. A disk without locks keeps its
-# files. Windows has no flock, but removes no open file: there, each file that is older than a day is removed.
+# On some network disks (Lustre, BeeGFS, NFS with nolock), a machine does not see the locks of others. So the name holds
+# a checksum of the machine's name, and the file of another machine is removed only if it has not changed for a day. On
+# a disk without locks, no file is removed. Windows has no flock, but removes no open file. There, each file that has
+# not changed for a day is removed.
 _MACHINE = f"{zlib.crc32(socket.gethostname().encode(errors='replace')):08x}"
 _NAME = re.compile(r"\.feather_param-([0-9a-f]{8})-[0-9a-f]{16}\.tmp")
 _DAY = 24 * 60 * 60  # seconds
@@ -72,9 +73,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         os.fsync(raw.fileno())
         if path.exists():
             shutil.copymode(path, raw.name)
-        if fcntl is None:  # Windows renames no open file
+        try:
+            os.replace(raw.name, path)
+        except OSError:  # Windows and some network disks rename no open file
             raw.close()
-        os.replace(raw.name, path)
+            os.replace(raw.name, path)
 
 
 def remove_leftovers(folder: Path) -> None:

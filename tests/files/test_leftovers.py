@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import random
 import signal
@@ -164,6 +165,25 @@ def test_without_flock_the_file_goes_after_a_day(tmp_path, monkeypatch):
     young, _ = leftover(tmp_path), leftover(tmp_path, age=25 * 3600)
     write(tmp_path / "t")
     assert names(tmp_path) == [young.name, "t"]
+
+
+def test_a_disk_that_renames_no_open_file(tmp_path, monkeypatch):
+    opened, replace = [], os.replace
+
+    class File(io.FileIO):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            opened.append(self)
+
+    def refuse(old, new):
+        if not opened[-1].closed:
+            raise PermissionError(errno.EACCES, "The process cannot access the file", old)
+        replace(old, new)
+
+    monkeypatch.setattr(io, "FileIO", File)
+    monkeypatch.setattr(os, "replace", refuse)
+    write(tmp_path / "t")
+    assert names(tmp_path) == ["t"]
 
 
 @posix
