@@ -77,7 +77,7 @@ CASES = [
 def test_a_stream_that_cannot_be_written():
     KINDS["torch"](Path("file"))
     torch.save({"w": -torch.zeros(3)}, "negative")
-    cases = [(buffered, *case) for buffered in (True, False) for case in CASES]
+    cases = [(True, *case) for case in CASES] + [(False, *case) for case in CASES if case[1]]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHILDREN, json.dumps([case[:4] for case in cases])]
     ended = subprocess.run(command, env=env, text=True, stdout=subprocess.PIPE, check=True)
