@@ -22,6 +22,11 @@ to exchange gradients and to validate was not measured either, and comes on top.
 
 from __future__ import annotations
 
+from feather_param.utils import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # on Ctrl-C during the imports, which take seconds
+
 import argparse
 import difflib
 import math
@@ -43,8 +48,9 @@ from examples.imagenet_data import ImageNet
 from examples.imagenet_recipe import RECIPES
 from examples.imagenet_training import Training
 from examples.processes import ALONE, Processes, choose_device
-from examples.resumable import RunLog, Stopped, StopRequest, UserError
+from examples.resumable import RunLog, UserError
 from examples.script import TrainingFailed, measured, run
+from examples.stop import Stopped, StopRequest
 from feather_param.reports.history import History
 
 PROGRAM = "imagenet.py"
@@ -136,12 +142,13 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
     if processes.first:
         folder = options.resume.parent if checkpoint else resumable.new_folder(parent, options.sname)
         log = RunLog(folder, options, controller, processes.count, checkpoint, PROGRAM, "ImageNet")
+        stop.checkpoint = log.checkpoint
     # The log reads masks. If the weights are divided over the processes, all of them must take part.
     history = History(controller) if controller is not None and training.sharded and log is None else None
     done, total = training.step_count * images, training.steps * images
     bar = tqdm(total=total, initial=done, desc=options.sname, unit="img", unit_scale=True, disable=log is None)
     bar.mininterval = 0.2 if sys.stderr.isatty() else 30.0
-    with bar, closing(log) if log else nullcontext():
+    with stop, bar, closing(log) if log else nullcontext():
         while training.epoch < options.epochs:
             train_epoch(training, stop, log, bar)
             evaluate_epoch(training, log, history, bar)
