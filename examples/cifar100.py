@@ -6,12 +6,17 @@
 
 A run writes the folder runs/<datetime>_<sname>/ (TensorBoard events, settings, results, a picture, a checkpoint) and
 the file models/<datetime>_<sname>.pt, the weights of the plain network with exactly the requested number of zeros.
-Ctrl-C saves a checkpoint and stops. --resume continues the run. On a CPU with the same number of threads, the weights
-are then the same bit for bit. After a kill -9 it continues from the last finished epoch. A run that is killed before
-its first epoch has finished has no checkpoint.
+Ctrl-C saves a checkpoint and stops. A second Ctrl-C ends the run at once, without another checkpoint. --resume
+continues the run. On a CPU with the same number of threads, the weights are then the same bit for bit. After a kill -9
+it continues from the last finished epoch. A run that is killed before its first epoch has finished has no checkpoint.
 """
 
 from __future__ import annotations
+
+from feather_param.utils import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # on Ctrl-C during the imports, which take seconds
 
 import argparse
 import math
@@ -34,8 +39,9 @@ import feather_param
 from examples import resumable, script
 from examples.data import TrainBatches, batch_loader, load_data
 from examples.processes import ALONE, Processes, choose_device
-from examples.resumable import RunLog, Stopped, StopRequest, UserError
+from examples.resumable import RunLog, UserError
 from examples.script import TrainingFailed, measured, raised_as, run
+from examples.stop import Stopped, StopRequest
 
 PROGRAM = "cifar100.py"
 NETWORKS = {"resnet20": archs.resnet20, "mobilenet_v1": archs.mobilenet_v1, "densenet": archs.densenet}
@@ -238,9 +244,10 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
     if processes.first:
         folder = options.resume.parent if checkpoint else resumable.new_folder(parent, options.sname)
         log = RunLog(folder, options, training.controller, processes.count, checkpoint, PROGRAM, options.dataset)
+        stop.checkpoint = log.checkpoint
     bar = tqdm(total=len(batches), initial=training.step_count, desc=options.sname, unit="step", disable=log is None)
     bar.mininterval = 0.2 if sys.stderr.isatty() else 30.0
-    with bar, closing(log) if log else nullcontext():
+    with stop, bar, closing(log) if log else nullcontext():
         for images, labels in batch_loader(batches, training.step_count, options.workers, device):
             training.step(images, labels)
             epoch_ended = training.step_count % batches.steps_per_epoch == 0

@@ -10,8 +10,9 @@ A run writes the folder runs/<datetime>_<sname>/ (TensorBoard events, settings, 
 the file models/<datetime>_<sname>.pt, the weights of the plain network with exactly the requested number of zeros. With
 --recipe=v2, models/<datetime>_<sname>_ema.pt has those of the moving average, with as many zeros.
 Ctrl-C saves a checkpoint and stops. --resume continues the run, with the same number of processes. On a CPU with the
-same number of threads, the weights are then the same bit for bit. A kill -9 loses the running epoch. Under torchrun,
-Ctrl-C has 30 seconds to save, after which torchrun ends the processes: a run that prints no "stopped" also resumes.
+same number of threads, the weights are then the same bit for bit. A kill -9 loses the running epoch, and so does a
+second Ctrl-C. Under torchrun, there is no second one, and Ctrl-C has 30 seconds to save, after which torchrun ends the
+processes: a run that prints no "stopped" also resumes.
 
 What 90 epochs of ResNet-50 (v1) cost: at most 11.9 hours of 8 NVIDIA H200, or 6.5 hours dense (--ptarget=0), for the
 steps alone. This is computed, not measured: 900,821 steps with batch 16 a GPU, and a step of one GPU takes 0.0476 s
@@ -21,6 +22,11 @@ to exchange gradients and to validate was not measured either, and comes on top.
 """
 
 from __future__ import annotations
+
+from feather_param.utils import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # on Ctrl-C during the imports, which take seconds
 
 import argparse
 import difflib
@@ -43,8 +49,9 @@ from examples.imagenet_data import ImageNet
 from examples.imagenet_recipe import RECIPES
 from examples.imagenet_training import Training
 from examples.processes import ALONE, Processes, choose_device
-from examples.resumable import RunLog, Stopped, StopRequest, UserError
+from examples.resumable import RunLog, UserError
 from examples.script import TrainingFailed, measured, run
+from examples.stop import Stopped, StopRequest
 from feather_param.reports.history import History
 
 PROGRAM = "imagenet.py"
@@ -136,12 +143,13 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
     if processes.first:
         folder = options.resume.parent if checkpoint else resumable.new_folder(parent, options.sname)
         log = RunLog(folder, options, controller, processes.count, checkpoint, PROGRAM, "ImageNet")
+        stop.checkpoint = log.checkpoint
     # The log reads masks. If the weights are divided over the processes, all of them must take part.
     history = History(controller) if controller is not None and training.sharded and log is None else None
     done, total = training.step_count * images, training.steps * images
     bar = tqdm(total=total, initial=done, desc=options.sname, unit="img", unit_scale=True, disable=log is None)
     bar.mininterval = 0.2 if sys.stderr.isatty() else 30.0
-    with bar, closing(log) if log else nullcontext():
+    with stop, bar, closing(log) if log else nullcontext():
         while training.epoch < options.epochs:
             train_epoch(training, stop, log, bar)
             evaluate_epoch(training, log, history, bar)

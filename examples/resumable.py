@@ -1,20 +1,17 @@
-"""What makes a training script safe to interrupt: options that a checkpoint keeps, stop requests, the log of a run."""
+"""What makes a training script safe to interrupt: options that a checkpoint keeps, and the log of a run."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import operator
-import os
 import platform
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -36,10 +33,6 @@ _COMPARISONS = {"at least": operator.ge, "above": operator.gt, "below": operator
 
 class UserError(Exception):
     """An error that the user can correct. The message is one sentence that says how."""
-
-
-class Stopped(Exception):
-    """The run stopped on request, after it saved a checkpoint."""
 
 
 def save(content: Any, path: Path) -> None:
@@ -165,45 +158,6 @@ def new_folder(parent: Path, name: str) -> Path:
             continue
         return folder
     raise FileExistsError(f"{parent / name} and 998 folders with a number appended exist")
-
-
-class StopRequest:
-    """Record SIGINT (Ctrl-C) and SIGTERM instead of ending the program, inside a ``with`` block.
-
-    A second signal has its usual effect, except under `torchrun`: it passes on a Ctrl-C that the processes of the
-    terminal have received already, and kills them after 30 seconds. Outside the main thread, where Python allows no
-    signal handlers, nothing is recorded.
-
-    Attributes:
-        signal: the signal received, or None.
-    """
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._record)
-            except ValueError:
-                break
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def _record(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
 
 
 class RunLog:

@@ -19,7 +19,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import feather_param
 from examples.processes import ALONE, Processes, joined
-from examples.resumable import Parser, Stopped, StopRequest, UserError, load_checkpoint
+from examples.resumable import Parser, UserError, load_checkpoint
+from examples.stop import Stopped, StopRequest
+from feather_param.utils.signals import EndOnSignal, Signalled, last_words
 
 ALLOCATIONS = ("global_magnitude", "uniform", "erk", "square_root", "lamp", "normalised")
 
@@ -123,6 +125,12 @@ def measured(path: Path, plain: nn.Module, rate: float) -> dict[str, Any]:
     }
 
 
+def _to_go_on(checkpoint: object, processes: Processes) -> str:
+    """Return how to resume a run."""
+    launcher = "python" if processes.count == 1 else f"torchrun --nproc-per-node={processes.count}"
+    return f"to go on: {launcher} {sys.argv[0]} --resume '{checkpoint}'"
+
+
 def run(
     program: str,
     parse: Callable[[], argparse.Namespace],
@@ -138,8 +146,9 @@ def run(
     first = os.environ.get("RANK", "0") == "0"
     processes, stop = ALONE, StopRequest()
     try:
-        with stop:
+        with EndOnSignal():
             options = parse()
+            stop.checkpoint = options.resume
             with joined(cuda=torch.cuda.is_available() and not options.no_cuda) as processes:
                 done = train(options, stop, processes)
     except UserError as error:
@@ -152,9 +161,14 @@ def run(
         return 1
     except Stopped as checkpoint:
         if first:
-            launcher = "python" if processes.count == 1 else f"torchrun --nproc-per-node={processes.count}"
-            print(f"stopped; to go on: {launcher} {sys.argv[0]} --resume '{checkpoint}'", flush=True)
+            last_words(f"stopped; {_to_go_on(checkpoint, processes)}", sys.stdout)
         return 128 + (stop.signal or signal.SIGINT)
+    except Signalled as error:
+        if first:
+            saved = stop.checkpoint is not None and stop.checkpoint.is_file()
+            lost = "the training since the last checkpoint is lost" if saved else "no checkpoint was saved"
+            last_words(f"{program}: {error}; {lost}" + (f"; {_to_go_on(stop.checkpoint, processes)}" if saved else ""))
+        return error.status
     if done is not None:
         print(done)
     return 0

@@ -15,6 +15,7 @@ from torch import nn
 
 import feather_param
 from feather_param.cli import main as cli
+from feather_param.utils.signals import Signalled
 from tests.cli.commands import BENCH, KINDS, fails, process
 
 
@@ -166,7 +167,7 @@ def test_a_stopped_command_leaves_the_old_file_and_no_other(command, run, monkey
 
     def stop(*_: object) -> None:
         assert len(list(Path().iterdir())) == 5  # the new file is there, under another name
-        raise KeyboardInterrupt
+        raise Signalled(signal.SIGINT)
 
     monkeypatch.setattr(os, "fsync", stop)
     fails(run(*command), 130, "interrupted")

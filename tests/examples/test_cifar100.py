@@ -21,7 +21,7 @@ import feather_param
 from examples import cifar100, script
 from examples.cifar100 import Training
 from examples.processes import Processes
-from examples.resumable import Stopped
+from examples.stop import Stopped
 from tests.examples.runs import RATE, STEPS, TINY, baked, only
 from tests.training import same_state
 
