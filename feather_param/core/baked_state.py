@@ -22,6 +22,7 @@ from feather_param.ops.finite import require_finite
 from feather_param.ops.groups import Group, require_total
 from feather_param.ops.kth import kth_magnitude
 from feather_param.ops.masking import with_exact_zeros
+from feather_param.ops.values import why_without_values
 from feather_param.patterns import Pattern
 from feather_param.selection.names import without_wrappers
 from feather_param.utils.text import listed
@@ -224,8 +225,8 @@ def _different_prefixes(name: str, other: str) -> tuple[str, str]:
 def _weight(state: Mapping[str, Tensor], keys: list[str]) -> Tensor:
     """Return the tensor that some keys hold."""
     weight, *others = (state[key] for key in keys)
-    if weight.is_meta:
-        raise ValueError(f"expected weights with values, got {keys[0]} on the meta device; load them first")
+    if why := why_without_values(weight):
+        raise ValueError(f"expected weights with values, got {keys[0]} {why}; load them first")
     if weight.dtype not in INTEGER:
         raise ValueError(f"expected float64, float32, bfloat16 or float16, got {weight.dtype} at {keys[0]}")
     for key, other in zip(keys[1:], others, strict=True):

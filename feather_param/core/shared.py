@@ -39,7 +39,7 @@ from feather_param.core.config import Config
 from feather_param.core.copies import Copyable
 from feather_param.core.exact_values import masks_of_frozen
 from feather_param.core.position import Position
-from feather_param.core.registration import Registration, first_places, require_values
+from feather_param.core.registration import Registration, first_places
 from feather_param.core.saved_position import pack, unpack_position
 from feather_param.core.state_dict import POSITION
 from feather_param.core.versions import checksum_of
@@ -49,6 +49,7 @@ from feather_param.ops.dtypes import rounded_down
 from feather_param.ops.finite import require_finite
 from feather_param.ops.groups import Group
 from feather_param.ops.tracing import concrete, eager
+from feather_param.ops.values import require_values
 
 
 class SharedSparsity(Copyable):
@@ -103,6 +104,11 @@ class SharedSparsity(Copyable):
             found[each.name] = max(found[each.name], each.place.outputs(shapes[each.name]))
         return found
 
+    def require_values(self) -> None:
+        """Raise a RuntimeError that names the first weight without values (meta device), if there is one."""
+        places = self.registrations.values()
+        require_values((each.place.name, original) for each in places for original in each.originals)
+
     # -- thresholds and masks ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -124,7 +130,7 @@ class SharedSparsity(Copyable):
     @torch.no_grad()
     def refresh(self) -> None:
         """Compute the thresholds again from the current weights. If frozen, compute masks that are missing."""
-        require_values(self.registrations.values())
+        self.require_values()
         self.follow_source()
         if not self.frozen:
             self._compute_thresholds(self.position.zeros)
@@ -133,6 +139,7 @@ class SharedSparsity(Copyable):
 
     def refresh_checked(self) -> None:
         """Refresh before a report or a bake, and refuse NaN and infinity, also on a GPU and in frozen weights."""
+        self.require_values()
         if self.frozen or any(each.device.type != "cpu" for each in self.originals):  # else `refresh` refuses them
             require_finite(*held_here(self.weights()))
         self.refresh()
@@ -175,7 +182,7 @@ class SharedSparsity(Copyable):
     def exact_masks(self) -> dict[str, Tensor]:
         """Return the masks that a bake would use. Refresh only where the number of zeros would not be exact."""
         if not (self.frozen or self.sharded or self.source):  # a copy that has changed has another number of zeros
-            require_values(self.registrations.values())
+            self.require_values()
             self.refresh_if_changed()
             found = self.masks()
             if sum(int(mask.sum()) for mask in found.values()) == self.budget.total - self.position.zeros:
@@ -208,7 +215,7 @@ class SharedSparsity(Copyable):
         return any(each.reader.mask is None for each in self.registrations.values())
 
     def _masks_for(self, zeros: int) -> dict[str, Tensor]:
-        require_values(self.registrations.values())
+        self.require_values()
         # Inference tensors could not be part of a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
             return masks_of_frozen(self.weights(), zeros, self.config.pattern, self._allocate)
@@ -239,6 +246,8 @@ class SharedSparsity(Copyable):
                 if key not in rounded:
                     rounded[key] = rounded_down(threshold, like.dtype)
                 value = rounded[key]
+                if value.is_meta and not like.is_meta:  # another weight has no values, so there is no threshold yet
+                    value = torch.zeros_like(value, device=like.device)
                 values.append(value)
                 if old.dtype != value.dtype or old.device != like.device or old.is_inference() or each.buffer_replaced:
                     each.reader.threshold = torch.empty_like(value, device=like.device)
