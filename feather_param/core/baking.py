@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -138,7 +139,7 @@ def set_plain_metadata(new: OrderedDict[str, Tensor], metadata: Mapping[str, Any
 
 def _prefixes(key: str) -> list[str]:
     """Return the prefixes of a name that end with a dot, after the empty one."""
-    return ["", *(key[: i + 1] for i, letter in enumerate(key) if letter == ".")]
+    return ["", *itertools.accumulate(f"{part}." for part in key.split(".")[:-1])]
 
 
 def final_masks(model: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:

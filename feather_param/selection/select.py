@@ -207,7 +207,8 @@ def _group_tied(
     weights: list[Weight] = []
     dense: dict[str, str] = {}
     for key, places in groups.items():
-        others = [user.name for user in users[key] if user not in places]
+        selected = set(map(id, places))
+        others = [user.name for user in users[key] if id(user) not in selected]
         if not others:
             weights.append(Weight(tuple(places)))
             continue
