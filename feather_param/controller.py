@@ -252,7 +252,7 @@ class Controller:
         Raises:
             ValueError: the state has another version or other settings, or is of another model. The controller is
                 untouched.
-            RuntimeError: the model has been desparsified.
+            RuntimeError: the model has been desparsified, or the state is frozen and a weight has no values.
         """
         self._require("load_state_dict()")
         position = position_in(state_dict, self._shared.config, self._shapes)
