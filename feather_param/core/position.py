@@ -27,12 +27,8 @@ class Position:
 
     @property
     def largest_threshold(self) -> Tensor:
-        """The largest threshold, on the device of the first one; NaN if one of them is. It does not wait for a GPU.
-
-        If one has no value (meta device), neither has the largest.
-        """
+        """The largest threshold, on the device of the first one; NaN if one of them is. It does not wait for a GPU."""
         first, *others = (group.threshold for group in self.groups if group.names)
         if not others:
             return first
-        device = next((each.device for each in (first, *others) if each.is_meta), first.device)
-        return torch.stack([each.to(device) for each in (first, *others)]).amax()
+        return torch.stack([first, *(threshold.to(first.device) for threshold in others)]).amax()

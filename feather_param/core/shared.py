@@ -49,7 +49,7 @@ from feather_param.ops.dtypes import rounded_down
 from feather_param.ops.finite import require_finite
 from feather_param.ops.groups import Group
 from feather_param.ops.tracing import concrete, eager
-from feather_param.ops.values import require_values
+from feather_param.ops.values import require_values, without_values_if_one_is
 
 
 class SharedSparsity(Copyable):
@@ -226,7 +226,7 @@ class SharedSparsity(Copyable):
 
     def _compute_thresholds(self, zeros: int) -> None:
         if self.complete:  # else the thresholds are those of the source
-            self.position.groups = self._allocate(self.weights(), zeros)
+            self.position.groups = self._allocate(without_values_if_one_is(self.weights()), zeros)
         self.position.zeros = zeros
         self._write_thresholds()
         self._was_sharded = self.sharded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -29,6 +29,13 @@ def why_without_values(tensor: Tensor) -> str:
     plain = type(part.data) is Tensor and part.layout == torch.strided and part.device.type in ("cpu", "cuda")
     freed = plain and part.numel() and not part.untyped_storage().size()  # torch would read at the address 0
     return "with freed memory" if freed else ""
+
+
+def without_values_if_one_is(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return weights on the meta device if one of them is there: magnitudes cannot be compared then."""
+    if not any(weight.is_meta for weight in weights.values()):
+        return weights
+    return {name: weight.to("meta") for name, weight in weights.items()}
 
 
 def require_values(tensors: Iterable[tuple[str, Tensor]]) -> None:

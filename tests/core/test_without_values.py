@@ -182,3 +182,20 @@ def test_a_lazy_norm_beside_pruned_weights_is_no_fault():
     controller = sparsify_at_once(model)
     model(torch.randn(4, 20))
     assert controller.report().zeros == 200
+
+
+def test_an_allocation_gets_all_weights_without_values_if_one_has_none():
+    seen = []
+
+    def allocation(weights, zeros, guards):
+        seen.append(torch.cat([weight.flatten() for weight in weights.values()]).device.type)
+        return allocations.global_magnitude(weights, zeros, guards)
+
+    model = linears()
+    model[1].to("meta")
+    controller = sparsify_at_once(model, allocation=allocation)
+    controller.step()
+    model.load_state_dict(linears().state_dict(), assign=True)
+    controller.step()
+    assert (seen[0], seen[-1]) == ("meta", "cpu")
+    assert controller.report().zeros == 400
