@@ -139,7 +139,8 @@ def desparsify(model: nn.Module) -> None:
     Exactly ``round(rate * N)`` of the N prunable weights are zero then, or more if more dense weights are exactly zero.
     The classes of the layers, the Parameters, their order and the keys of the state_dict are those from before
     `sparsify`. This holds for deepcopies and moving averages, too. Ties at the threshold are broken by position. A tie
-    that is kept becomes a negligible non-zero number, since the operator computed zero for it.
+    that is kept becomes a negligible non-zero number, since the operator computed zero for it. The zeros are written
+    into the memory of the Parameters, as an optimizer writes, so it must not be a read-only mapping of a file.
 
     Do not step the old optimizer afterwards: momentum and weight decay would change the zeros. An optimizer that the
     controller follows warns about this. A call before the end of the schedule warns, since a forgotten

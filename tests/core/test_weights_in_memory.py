@@ -101,6 +101,23 @@ def test_the_same_weight_may_stay_dense(kind):
     assert sparsify_at_once(model, exclude="0").report().zeros == 32
 
 
+@pytest.mark.parametrize("kind", ["expanded", "overlapping rows", "inference tensor", "negative view", "sparse"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_the_copy_that_the_message_names_can_be_pruned(kind):
+    change, message = REFUSED[kind]
+    change(model := linears())
+    weight = model[0].weight
+    copies = {
+        OWN_ELEMENTS: lambda: weight.detach().contiguous(),
+        OWN_MEMORY: lambda: weight.detach().clone(),
+        ORDINARY: lambda: weight.detach().to_dense().resolve_neg().clone(),
+    }
+    model[0].weight = nn.Parameter(copies[message]())
+    assert sparsify_at_once(model).report().zeros == 64
+    feather_param.desparsify(model)
+    assert zeros_in(model) == 64
+
+
 @pytest.mark.parametrize("kind", EXACT)
 def test_each_call_is_as_exact_as_with_plain_weights(kind):
     results = []
