@@ -122,8 +122,7 @@ class SharedSparsity(Copyable):
             self._compute_thresholds(zeros)
             self.set_masks(None)
         elif not self.frozen or self._masks_are_missing:
-            self.set_masks(self._masks_for(zeros))
-            self.position.zeros = zeros
+            self._find_masks(zeros)
         self.position.step, self.position.frozen_step = step, frozen_step
         self.write_theta()
 
@@ -135,7 +134,7 @@ class SharedSparsity(Copyable):
         if not self.frozen:
             self._compute_thresholds(self.position.zeros)
         elif self._masks_are_missing:
-            self.set_masks(self._masks_for(self.position.zeros))
+            self._find_masks(self.position.zeros)
 
     def refresh_checked(self) -> None:
         """Refresh before a report or a bake, and refuse NaN and infinity, also on a GPU and in frozen weights."""
@@ -214,11 +213,16 @@ class SharedSparsity(Copyable):
     def _masks_are_missing(self) -> bool:
         return any(each.reader.mask is None for each in self.registrations.values())
 
-    def _masks_for(self, zeros: int) -> dict[str, Tensor]:
+    def _find_masks(self, zeros: int) -> None:
+        """Find the masks of a frozen model from its zeros."""
         self.require_values()
         # Inference tensors could not be part of a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            return masks_of_frozen(self.weights(), zeros, self.config.pattern, self._allocate)
+            self.set_masks(masks_of_frozen(self.weights(), zeros, self.config.pattern, self._allocate))
+            self.position.zeros = zeros
+            if any(group.threshold.is_meta for group in self.position.groups):  # of a model without values
+                self.position.groups = self._allocate(self.weights(), zeros)
+                self._write_thresholds()
 
     def _allocate(self, weights: Mapping[str, Tensor], zeros: int) -> list[Group]:
         config = self.config

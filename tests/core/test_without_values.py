@@ -184,6 +184,18 @@ def test_a_lazy_norm_beside_pruned_weights_is_no_fault():
     assert controller.report().zeros == 200
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_built_on_the_meta_device_can_load_a_frozen_state(whole):
+    sparsify_at_once(source := linears(), 0.9).freeze()
+    model, controller = built(whole)
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert float(controller.threshold) == 0  # the k-th magnitude of the loaded weights
+    assert reports.History(controller).record().survivors == 80
+    model.double()
+    feather_param.desparsify(model)
+    assert zeros_in(model) == 720
+
+
 def test_an_allocation_gets_all_weights_without_values_if_one_has_none():
     seen = []
 
