@@ -54,6 +54,7 @@ from feather_param.ops.proportions import survivors_in_proportion, zeros_as_list
 from feather_param.ops.scores import deviations, lamp_scores
 from feather_param.utils.by_name import checked_rates, listed_zeros, rates_by_name
 from feather_param.utils.checks import takes
+from feather_param.utils.globs import Globs
 from feather_param.utils.text import name_of
 
 __all__ = [
@@ -272,9 +273,10 @@ def per_layer(rates: Mapping[str, float]) -> Allocation:
         [8, 16]
     """
     checked = checked_rates(rates)
+    globs = Globs(checked)
 
     def allocation(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]) -> list[Group]:
-        own = rates_by_name(checked, weights)
+        own = rates_by_name(checked, weights, globs)
         numbers = {name: own[name] * weight.numel() for name, weight in weights.items()}
         return zeros_in_proportion(weights, zeros, guards, numbers)
 
@@ -334,7 +336,8 @@ def _ranked(
     counts = count_zeros(scores, ranked)
     given: dict[str, int] = {}
     for name in weights:  # more elements than `zeros` may have the score 0
-        given[name] = min(counts[name].zeros, zeros - sum(given.values()))
+        given[name] = min(counts[name].zeros, zeros)
+        zeros -= given[name]
     return group_each(weights, given)
 
 

@@ -25,6 +25,7 @@ from feather_param.patterns import Pattern
 from feather_param.schedules import Schedule
 from feather_param.selection.globs import Filter
 from feather_param.selection.select import Selection
+from feather_param.selection.weights import is_matrix
 from feather_param.utils.warn import warn
 
 
@@ -139,15 +140,16 @@ def desparsify(model: nn.Module) -> None:
     Exactly ``round(rate * N)`` of the N prunable weights are zero then, or more if more dense weights are exactly zero.
     The classes of the layers, the Parameters, their order and the keys of the state_dict are those from before
     `sparsify`. This holds for deepcopies and moving averages, too. Ties at the threshold are broken by position. A tie
-    that is kept becomes a negligible non-zero number, since the operator computed zero for it.
+    that is kept becomes a negligible non-zero number, since the operator computed zero for it. The zeros are written
+    into the memory of the Parameters, as an optimizer writes, so it must not be a read-only mapping of a file.
 
     Do not step the old optimizer afterwards: momentum and weight decay would change the zeros. An optimizer that the
     controller follows warns about this. A call before the end of the schedule warns, since a forgotten
     `Controller.step` is a likely cause. Copies and frozen models may be baked early.
 
     Raises:
-        ValueError: the model is not sparsified, or a weight holds NaN or infinity, or has no values. The model is
-            untouched.
+        ValueError: the model is not sparsified, or a weight holds NaN or infinity, or shares memory with another one.
+        RuntimeError: a weight has no values (meta device). On each error, the model is untouched.
         TypeError: it is no model.
 
     Example:
@@ -170,9 +172,10 @@ def baked_state_dict(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tens
             command ``feather-param bake`` does it for a file.
 
     Raises:
-        ValueError: the model is not sparsified, or a weight holds NaN or infinity, or has no values. The state is plain
-            already, damaged or incomplete, or it does not tell all that its zeros depend on: the pattern is none of
+        ValueError: the model is not sparsified, or a weight holds NaN or infinity. The state is plain already, damaged
+            or incomplete, or it does not tell all that its zeros depend on: the pattern is none of
             `feather_param.patterns`, or a weight carries parametrizations of other libraries (pass the model then).
+        RuntimeError: a weight of the model has no values (meta device).
         TypeError: it is neither a model nor a state_dict.
 
     Example:
@@ -243,7 +246,7 @@ def _warn_of_skipped(model: nn.Module, selection: Selection) -> None:
     left = {
         name: parameter.numel()
         for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and id(parameter) not in taken and name not in asked
+        if is_matrix(parameter) and id(parameter) not in taken and name not in asked
     }
     total = sum(selection.sizes.values())
     if sum(left.values()) > total:

@@ -74,7 +74,12 @@ class Controller:
 
         It is the largest one if weights have different thresholds: by the allocation, or because a weight is at its
         guard (``max_rate_per_layer``, ``min_nonzero_per_layer``). The threshold of a frozen model does not change.
+
+        Raises:
+            RuntimeError: a weight has no values (meta device).
         """
+        if not self._shared.frozen:
+            self._shared.require_values()
         self._shared.refresh_if_changed()
         return self._shared.position.largest_threshold.detach().clone()
 
@@ -105,8 +110,9 @@ class Controller:
         processes), in compiled models, and after writes through ``.data`` without a call of ``train()`` or ``eval()``.
 
         Raises:
-            RuntimeError: the model has been desparsified, or a layer of it was replaced.
-            ValueError: a weight holds NaN or infinity, or has no values (meta device).
+            RuntimeError: the model has been desparsified, a layer of it was replaced, or a weight has no values (meta
+                device).
+            ValueError: a weight holds NaN or infinity.
 
         Example:
             >>> model = nn.Linear(4, 4)
@@ -168,8 +174,8 @@ class Controller:
         model's state_dict keeps the masks. Warns if there are no zeros yet.
 
         Raises:
-            RuntimeError: the model has been desparsified.
-            ValueError: a weight is sharded over processes, holds NaN or infinity, or has no values.
+            RuntimeError: the model has been desparsified, or a weight has no values.
+            ValueError: a weight is sharded over processes, holds NaN or infinity, or shares memory with another one.
 
         Example:
             >>> model = nn.Linear(4, 4)
@@ -194,8 +200,8 @@ class Controller:
         sharded, call this on all processes.
 
         Raises:
-            RuntimeError: the model has been desparsified, or a layer of it was replaced.
-            ValueError: a weight holds NaN or infinity, or has no values.
+            RuntimeError: the model has been desparsified, a layer of it was replaced, or a weight has no values.
+            ValueError: a weight holds NaN or infinity.
         """
         self._require("report()")
         self._shared.refresh_checked()
@@ -217,8 +223,8 @@ class Controller:
             Bool tensors of the weights' shapes; True where an element is kept.
 
         Raises:
-            RuntimeError: the model has been desparsified, or a layer of it was replaced.
-            ValueError: a weight holds NaN or has no values, or holds infinity and the thresholds must be computed.
+            RuntimeError: the model has been desparsified, a layer of it was replaced, or a weight has no values.
+            ValueError: a weight holds NaN, or holds infinity and the thresholds must be computed.
 
         Example:
             >>> layer = nn.Linear(2, 2)
@@ -246,7 +252,7 @@ class Controller:
         Raises:
             ValueError: the state has another version or other settings, or is of another model. The controller is
                 untouched.
-            RuntimeError: the model has been desparsified.
+            RuntimeError: the model has been desparsified, or the state is frozen and a weight has no values.
         """
         self._require("load_state_dict()")
         position = position_in(state_dict, self._shared.config, self._shapes)

@@ -13,6 +13,7 @@ from feather_param.core.shared import SharedSparsity
 from feather_param.core.versions import checksum_of
 from feather_param.ops.distributed import is_sharded, local, shard
 from feather_param.ops.masking import with_exact_zeros
+from feather_param.ops.memory import require_own_elements
 from feather_param.ops.operator import feather_threshold
 
 __all__ = ["FeatherParametrization", "feather_threshold"]
@@ -89,6 +90,7 @@ class FeatherParametrization(nn.Module):
             return
         with torch.no_grad():
             original = own.originals[0]
+            require_own_elements(own.place.name, original)
             part = shard(original)
             part.copy_(with_exact_zeros(part, local(self.mask, original)))
 

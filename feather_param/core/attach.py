@@ -129,14 +129,19 @@ Link = tuple[nn.Module, str, nn.Module]
 
 def links(model: nn.Module, shared: SharedSparsity) -> list[Link]:
     """Return the links that lead from a model to its parametrizations."""
-    names = names_of(model)
-    found: dict[tuple[nn.Module, str], nn.Module] = {}
-    for each in shared.registrations.values():
-        place, module = each.place, model
-        for name in (*filter(None, names[place.module][0].split(".")), "parametrizations", place.tensor):
-            found[module, name] = child = module.get_submodule(name)
-            module = child
-    return [(module, name, child) for (module, name), child in found.items()]
+    parents: dict[nn.Module, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                parents.setdefault(child, (module, name))
+    found: dict[nn.Module, Link] = {}
+    for feather in shared.registrations:
+        child = feather
+        while child is not model and child not in found:
+            module, name = parents[child]
+            found[child] = module, name, child
+            child = module
+    return list(found.values())
 
 
 def require_attached(call: str, model: nn.Module, shared: SharedSparsity, known: list[Link]) -> list[Link]:

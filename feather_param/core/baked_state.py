@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from feather_param.ops.finite import require_finite
 from feather_param.ops.groups import Group, require_total
 from feather_param.ops.kth import kth_magnitude
 from feather_param.ops.masking import with_exact_zeros
+from feather_param.ops.values import why_without_values
 from feather_param.patterns import Pattern
 from feather_param.selection.names import without_wrappers
 from feather_param.utils.text import listed
@@ -124,9 +125,10 @@ def baked_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _parts(state: Mapping[str, Tensor]) -> list[_Part]:
     """Return the parts of a state that were sparsified by themselves."""
     parts: dict[tuple[str, ...], _Part] = {}  # by the keys of their weights: a module that is used twice saves two
+    originals = [_Originals.of(state, form) for form in (_unchanged, without_wrappers)]
     for key in state:
         if _POSITION.fullmatch(key):
-            part = _part(state, key)
+            part = _part(state, key, originals)
             parts[tuple(sorted(each for keys in part.keys.values() for each in keys))] = part
     if not parts:
         found = next(filter(_ORIGINAL.fullmatch, state), None)
@@ -141,12 +143,13 @@ def _parts(state: Mapping[str, Tensor]) -> list[_Part]:
     return list(parts.values())
 
 
-def _part(state: Mapping[str, Tensor], entry: str) -> _Part:
+def _part(state: Mapping[str, Tensor], entry: str, originals: Iterable[_Originals]) -> _Part:
     """Return the part that a position belongs to.
 
     Args:
         state: the state.
         entry: the key of the position.
+        originals: the keys of the Parameters in the state.
     """
     saved = unpack_settings(state[entry], entry)
     if saved is None:
@@ -170,29 +173,41 @@ def _part(state: Mapping[str, Tensor], entry: str) -> _Part:
             f"expected an allocation of this feather_param, got {settings.allocation}; bake with the release that "
             "saved the state"
         )
-    keys = _keys(state, entry, saved)
+    keys = _keys(originals, entry, saved)
     weights = {name: _weight(state, own) for name, own in keys.items()}
     pattern.require_fit(weights)
     position = unpack_position(state[entry], sum(weight.numel() for weight in weights.values()), entry)
     return _Part(position, saved, pattern, keys, weights)
 
 
-def _keys(state: Mapping[str, Tensor], entry: str, saved: SavedSettings) -> dict[str, list[str]]:
+@dataclass(frozen=True)
+class _Originals:
+    """The keys of the Parameters in a state, by the names of the weights in one form."""
+
+    form: Callable[[str], str]
+    keys: dict[str, str]
+
+    @classmethod
+    def of(cls, state: Iterable[str], form: Callable[[str], str]) -> _Originals:
+        """Return the keys of the Parameters, by their names in a form."""
+        return cls(form, {form("".join(_split(_ORIGINAL, key))): key for key in state if _ORIGINAL.fullmatch(key)})
+
+
+def _keys(originals: Iterable[_Originals], entry: str, saved: SavedSettings) -> dict[str, list[str]]:
     """Return the keys of each weight. The state may have another prefix than the model that was sparsified."""
     names = {name: (name, *others) for name, others in saved.settings.weights.items()}
     nearest: list[list[str]] = []
     furthest = (0, 0)
-    for form in (_unchanged, without_wrappers):  # wrappers may add parts inside of the names
-        originals = {form("".join(_split(_ORIGINAL, key))): key for key in state if _ORIGINAL.fullmatch(key)}
-        owner = form("".join(_split(_POSITION, entry)))
-        formed = [tuple(map(form, every)) for every in names.values()]
+    for known in originals:  # wrappers may add parts inside of the names
+        owner = known.form("".join(_split(_POSITION, entry)))
+        formed = [tuple(map(known.form, every)) for every in names.values()]
         for old, new in dict.fromkeys(_different_prefixes(name, owner) for every in formed for name in every):
-            found = (_renamed(every, old, new, originals) for every in formed)
+            found = (_renamed(every, old, new, known.keys) for every in formed)
             before = list(itertools.takewhile(bool, found))  # most prefixes are wrong, and the first weight tells it
             if len(before) == len(names):
                 return dict(zip(names, before, strict=True))
             if not nearest or (len(before), -len(old + new)) > furthest:
-                nearest = [_renamed(every, old, new, originals) for every in formed]
+                nearest = [_renamed(every, old, new, known.keys) for every in formed]
                 furthest = len(before), -len(old + new)
     missing = [name for name, own in zip(names, nearest, strict=True) if not own]
     raise ValueError(
@@ -224,8 +239,8 @@ def _different_prefixes(name: str, other: str) -> tuple[str, str]:
 def _weight(state: Mapping[str, Tensor], keys: list[str]) -> Tensor:
     """Return the tensor that some keys hold."""
     weight, *others = (state[key] for key in keys)
-    if weight.is_meta:
-        raise ValueError(f"expected weights with values, got {keys[0]} on the meta device; load them first")
+    if why := why_without_values(weight):
+        raise ValueError(f"expected weights with values, got {keys[0]} {why}; load them first")
     if weight.dtype not in INTEGER:
         raise ValueError(f"expected float64, float32, bfloat16 or float16, got {weight.dtype} at {keys[0]}")
     for key, other in zip(keys[1:], others, strict=True):

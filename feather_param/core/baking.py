@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from feather_param.core.attach import detach
 from feather_param.core.exact_values import exact_value
-from feather_param.core.registration import Registration
+from feather_param.core.registration import Registration, first_places
 from feather_param.core.shared import SharedSparsity
 from feather_param.core.state_dict import of_sparsified
 from feather_param.core.warnings import warn_of_dead, warn_of_early
 from feather_param.ops.distributed import is_sharded, whole
 from feather_param.ops.masking import with_exact_zeros
+from feather_param.ops.memory import require_own_elements, require_own_memory
 from feather_param.parametrizations import states_of
 from feather_param.selection.names import full_name, names_of, without_wrappers
 from feather_param.selection.stacked import invert
@@ -26,8 +28,7 @@ from feather_param.selection.stacked import invert
 def bake(model: nn.Module) -> None:
     """Write the exact zeros into the Parameters and remove our parametrizations. On an error nothing changes."""
     states = _whole_states(model)
-    for shared in states:
-        refuse_shards(shared)
+    require_writable(states)
     values = {shared: final_values(shared) for shared in states}
     for shared in states:
         if shared.source is None and not shared.frozen and shared.position.zeros < shared.final_zeros:
@@ -138,7 +139,7 @@ def set_plain_metadata(new: OrderedDict[str, Tensor], metadata: Mapping[str, Any
 
 def _prefixes(key: str) -> list[str]:
     """Return the prefixes of a name that end with a dot, after the empty one."""
-    return ["", *(key[: i + 1] for i, letter in enumerate(key) if letter == ".")]
+    return ["", *itertools.accumulate(f"{part}." for part in key.split(".")[:-1])]
 
 
 def final_masks(model: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
@@ -182,6 +183,8 @@ def write(shared: SharedSparsity, values: Mapping[str, Tensor]) -> None:
     todo: list[Registration] = []
     for each in reversed(shared.registrations.values()):  # of a tied weight, the first place is written last
         if each.name in values:
+            for original in each.originals:
+                require_own_elements(each.place.name, original)
             invert(each.name, each.originals, copy.deepcopy(each.earlier), values[each.name])  # raises
             todo.append(each)
     for each in todo:
@@ -191,18 +194,29 @@ def write(shared: SharedSparsity, values: Mapping[str, Tensor]) -> None:
                 parameter.copy_(tensor)
 
 
-def refuse_shards(shared: SharedSparsity) -> None:
-    """Refuse weights that are sharded over processes.
+def require_writable(states: Iterable[SharedSparsity]) -> None:
+    """Refuse weights into which exact zeros cannot be written.
 
     Raises:
-        ValueError: a weight is sharded.
+        ValueError: a weight is sharded over processes, is an inference tensor, shares memory with another one, or is no
+            longer tied.
     """
-    for each in shared.registrations.values():
-        if any(map(is_sharded, each.originals)):
+    for shared in states:
+        first_places(shared.registrations.values())  # refuses weights that are no longer tied
+    every = [each for shared in states for each in shared.registrations.values()]
+    originals = [(each.place.name, original) for each in every for original in each.originals]
+    for name, original in originals:
+        if is_sharded(original):
             raise ValueError(
-                f"expected whole weights, got {each.name} sharded over processes; "
+                f"expected whole weights, got {name} sharded over processes; "
                 "call baked_state_dict(model) on every process, and load what it returns into a plain model"
             )
+        if original.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"expected weights that can be written, got {name}, a tensor made in torch.inference_mode(); load it "
+                "outside of inference mode, or call baked_state_dict(model)"
+            )
+    require_own_memory(originals)
 
 
 def _whole_states(model: nn.Module) -> list[SharedSparsity]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from feather_param.core.attach import require_plain
 from feather_param.ops.finite import require_finite
+from feather_param.ops.memory import require_own_memory
 from feather_param.selection.globs import Filter
 from feather_param.selection.select import Selection, select
 from feather_param.selection.stacked import require_invertible
@@ -21,6 +22,10 @@ def checked_selection(model: nn.Module, include: Filter | None, exclude: Filter 
     if isinstance(model, nn.Module):
         require_plain(model)  # first: to read a weight of a sparsified model would refresh its thresholds
     selection = select(model, include, exclude, min_params)
+    originals = [
+        (place.name, each) for weight in selection.weights for place in weight.places for each in place.originals
+    ]
+    require_own_memory(originals, model.named_parameters())
     require_invertible(selection.weights)
     require_finite(selection.dense(), new=True)
     return selection

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from feather_param.core.config import Config
 from feather_param.ops.groups import Group, count_zeros, require_total
+from feather_param.ops.values import without_values_if_one_is
 from feather_param.utils.text import name_of
 
 
@@ -27,8 +28,7 @@ def final_groups(config: Config, weights: Mapping[str, Tensor]) -> list[Group]:
         TypeError: the allocation returns something else than groups.
         ValueError: the groups do not fit the weights, the number of zeros or the guards.
     """
-    if any(weight.is_meta for weight in weights.values()):
-        weights = {name: weight.to("meta") for name, weight in weights.items()}
+    weights = without_values_if_one_is(weights)
     budget = config.budget({name: weight.numel() for name, weight in weights.items()})
     zeros, guards = budget.zeros(config.final_rate), budget.guards
     seen = config.pattern.allocated(weights)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from feather_param.core.baking import final_values, refuse_shards, write
+from feather_param.core.baking import final_values, require_writable, write
 from feather_param.core.shared import SharedSparsity
 from feather_param.ops.distributed import held_here
 from feather_param.ops.kth import kth_magnitude
@@ -19,7 +19,7 @@ from feather_param.ops.masking import all_kept, with_exact_zeros
 
 def freeze(shared: SharedSparsity) -> None:
     """Write the exact zeros into the Parameters and fix the masks. On an error nothing changes."""
-    refuse_shards(shared)
+    require_writable([shared])
     with torch.inference_mode(False):  # inference tensors could not be part of a later backward pass
         values = final_values(shared)
         fixed = {name: value != 0 for name, value in values.items()} if shared.position.zeros else all_kept(values)

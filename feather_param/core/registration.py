@@ -151,16 +151,3 @@ def first_places(registrations: Iterable[Registration]) -> dict[str, Registratio
                 f"{again}"
             )
     return first
-
-
-def require_values(registrations: Iterable[Registration]) -> None:
-    """Refuse weights on the meta device.
-
-    Raises:
-        ValueError: a Parameter has no values.
-    """
-    for registration in registrations:
-        if any(original.is_meta for original in registration.originals):
-            raise ValueError(
-                f"expected weights with values, got {registration.place.name} on the meta device; load them first"
-            )

@@ -39,7 +39,7 @@ from feather_param.core.config import Config
 from feather_param.core.copies import Copyable
 from feather_param.core.exact_values import masks_of_frozen
 from feather_param.core.position import Position
-from feather_param.core.registration import Registration, first_places, require_values
+from feather_param.core.registration import Registration, first_places
 from feather_param.core.saved_position import pack, unpack_position
 from feather_param.core.state_dict import POSITION
 from feather_param.core.versions import checksum_of
@@ -49,6 +49,7 @@ from feather_param.ops.dtypes import rounded_down
 from feather_param.ops.finite import require_finite
 from feather_param.ops.groups import Group
 from feather_param.ops.tracing import concrete, eager
+from feather_param.ops.values import require_values, without_values_if_one_is
 
 
 class SharedSparsity(Copyable):
@@ -103,6 +104,11 @@ class SharedSparsity(Copyable):
             found[each.name] = max(found[each.name], each.place.outputs(shapes[each.name]))
         return found
 
+    def require_values(self) -> None:
+        """Raise a RuntimeError that names the first weight without values (meta device), if there is one."""
+        places = self.registrations.values()
+        require_values((each.place.name, original) for each in places for original in each.originals)
+
     # -- thresholds and masks ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -116,23 +122,23 @@ class SharedSparsity(Copyable):
             self._compute_thresholds(zeros)
             self.set_masks(None)
         elif not self.frozen or self._masks_are_missing:
-            self.set_masks(self._masks_for(zeros))
-            self.position.zeros = zeros
+            self._find_masks(zeros)
         self.position.step, self.position.frozen_step = step, frozen_step
         self.write_theta()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Compute the thresholds again from the current weights. If frozen, compute masks that are missing."""
-        require_values(self.registrations.values())
+        self.require_values()
         self.follow_source()
         if not self.frozen:
             self._compute_thresholds(self.position.zeros)
         elif self._masks_are_missing:
-            self.set_masks(self._masks_for(self.position.zeros))
+            self._find_masks(self.position.zeros)
 
     def refresh_checked(self) -> None:
         """Refresh before a report or a bake, and refuse NaN and infinity, also on a GPU and in frozen weights."""
+        self.require_values()
         if self.frozen or any(each.device.type != "cpu" for each in self.originals):  # else `refresh` refuses them
             require_finite(*held_here(self.weights()))
         self.refresh()
@@ -175,7 +181,7 @@ class SharedSparsity(Copyable):
     def exact_masks(self) -> dict[str, Tensor]:
         """Return the masks that a bake would use. Refresh only where the number of zeros would not be exact."""
         if not (self.frozen or self.sharded or self.source):  # a copy that has changed has another number of zeros
-            require_values(self.registrations.values())
+            self.require_values()
             self.refresh_if_changed()
             found = self.masks()
             if sum(int(mask.sum()) for mask in found.values()) == self.budget.total - self.position.zeros:
@@ -207,11 +213,16 @@ class SharedSparsity(Copyable):
     def _masks_are_missing(self) -> bool:
         return any(each.reader.mask is None for each in self.registrations.values())
 
-    def _masks_for(self, zeros: int) -> dict[str, Tensor]:
-        require_values(self.registrations.values())
+    def _find_masks(self, zeros: int) -> None:
+        """Find the masks of a frozen model from its zeros."""
+        self.require_values()
         # Inference tensors could not be part of a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            return masks_of_frozen(self.weights(), zeros, self.config.pattern, self._allocate)
+            self.set_masks(masks_of_frozen(self.weights(), zeros, self.config.pattern, self._allocate))
+            self.position.zeros = zeros
+            if any(group.threshold.is_meta for group in self.position.groups):  # of a model without values
+                self.position.groups = self._allocate(self.weights(), zeros)
+                self._write_thresholds()
 
     def _allocate(self, weights: Mapping[str, Tensor], zeros: int) -> list[Group]:
         config = self.config
@@ -219,7 +230,7 @@ class SharedSparsity(Copyable):
 
     def _compute_thresholds(self, zeros: int) -> None:
         if self.complete:  # else the thresholds are those of the source
-            self.position.groups = self._allocate(self.weights(), zeros)
+            self.position.groups = self._allocate(without_values_if_one_is(self.weights()), zeros)
         self.position.zeros = zeros
         self._write_thresholds()
         self._was_sharded = self.sharded
@@ -239,6 +250,8 @@ class SharedSparsity(Copyable):
                 if key not in rounded:
                     rounded[key] = rounded_down(threshold, like.dtype)
                 value = rounded[key]
+                if value.is_meta and not like.is_meta:  # another weight has no values, so there is no threshold yet
+                    value = torch.zeros_like(value, device=like.device)
                 values.append(value)
                 if old.dtype != value.dtype or old.device != like.device or old.is_inference() or each.buffer_replaced:
                     each.reader.threshold = torch.empty_like(value, device=like.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class Starvation:
             self._counted = _Counted.start(shared)
         if self._counted is not None and self._counted.arrived:
             survivors, self._counted = self._counted.survivors, None
-            self._warn_of_dead(shared, [name for name, count in survivors.items() if not count])
+            self._warn_of_dead(shared, {name for name, count in survivors.items() if not count})
             self.warn(survivors, shared.outputs(), shared.config)
 
     def warn(self, survivors: Mapping[str, int], outputs: Mapping[str, int], config: Config) -> None:
@@ -79,7 +79,7 @@ class Starvation:
         names = listed([_shortage(name, survivors[name], outputs[name]) for name in found], _NAMED)
         warn(f"fewer survivors than outputs in {names}: some of their outputs have no input, the layers starve{advice}")
 
-    def _warn_of_dead(self, shared: SharedSparsity, names: Iterable[str]) -> None:
+    def _warn_of_dead(self, shared: SharedSparsity, names: Collection[str]) -> None:
         weights = {
             name: weight for name, weight in shared.weights().items() if name in names and name not in self._dead
         }

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from feather_param.inference import kernel, timing
 from feather_param.inference.report import InferenceReport, InferenceRow
+from feather_param.ops.values import require_values
 from feather_param.parametrizations import states_of
 from feather_param.selection.names import COMPILED
 from feather_param.selection.weights import LINEAR_AND_CONV
@@ -53,6 +54,7 @@ def to_sparse_inference(model: nn.Module, example_input: Any) -> tuple[nn.Module
         TypeError: ``model`` is no `nn.Module` or a scripted one, or ``example_input`` is no tensor or tuple.
         ValueError: the model is sparsified, compiled, lazy or in training mode, or has no float32 Linear or Conv layer
             on the CPU.
+        RuntimeError: a Parameter has no values (meta device).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)).eval()
@@ -71,6 +73,7 @@ def to_sparse_inference(model: nn.Module, example_input: Any) -> tuple[nn.Module
     if all(reasons.values()):
         first = "".join(f"; {name or 'the layer'}: {reason}" for name, reason in [*reasons.items()][:1])
         raise ValueError(f"expected a Linear or Conv layer in float32 on the CPU, got none{first}")
+    require_values(fast.named_parameters())
     tried = {name: layer for name, layer in layers.items() if not reasons[name] and _rate(layer) >= _MIN_RATE}
     trials = {name: timing.Trial(layer, SparseLayer(layer)) for name, layer in tried.items()}
     holder = nn.ModuleList([fast])  # a parent for a model that is itself a layer

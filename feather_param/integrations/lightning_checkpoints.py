@@ -78,7 +78,8 @@ def _same(value: Any, other: Any) -> bool:
 
 def restored(state: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state of the sparsified module, from the two values that `Pruned.baked` returned."""
-    return {**{key: value for key, value in state.items() if key not in change["sparse"]}, **change["dense"]}
+    sparse = set(change["sparse"])
+    return {**{key: value for key, value in state.items() if key not in sparse}, **change["dense"]}
 
 
 class SparseCheckpoints:

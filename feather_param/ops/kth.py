@@ -80,7 +80,8 @@ def _kth(sets: Sequence[Mapping[str, Tensor]], ks: Sequence[int], add_up: Sum | 
             raise ValueError(f"expected k between 0 and the number of weights, {total}, got {k}")
     batches: dict[tuple[torch.device, bool], list[int]] = {}  # sets that are searched side by side
     for index, own in enumerate(tensors):
-        batches.setdefault((own[0].device, common_dtype(own) == torch.float64), []).append(index)
+        device = next((tensor.device for tensor in own if tensor.is_meta), own[0].device)
+        batches.setdefault((device, common_dtype(own) == torch.float64), []).append(index)
     found: dict[int, Tensor] = {}
     finite = True
     for (device, double), indices in batches.items():

@@ -137,7 +137,7 @@ class History:
         """Append a record of the model as it is now, and return it.
 
         Raises:
-            RuntimeError: the model has been desparsified.
+            RuntimeError: the model has been desparsified, or a weight has no values.
             ValueError: a weight holds NaN or infinity.
         """
         controller = self._controller

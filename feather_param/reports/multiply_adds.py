@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from feather_param.core.baking import final_masks
-from feather_param.selection.names import names_of
+from feather_param.ops.values import require_values
+from feather_param.selection.names import names_of, plain_name
 from feather_param.selection.weights import LAYERS, TRANSPOSED, is_matrix, parametrizations_of
 from feather_param.utils.modes import evaluating
 from feather_param.utils.text import aligned, grouped
@@ -105,6 +106,7 @@ def multiply_adds(model: nn.Module, example_input: Any) -> MultiplyAdds:
     Raises:
         TypeError: ``model`` is no nn.Module.
         ValueError: a sparsified weight holds NaN or infinity.
+        RuntimeError: a Parameter has no values (meta device).
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 4 * 4, 10))
@@ -118,6 +120,7 @@ def multiply_adds(model: nn.Module, example_input: Any) -> MultiplyAdds:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
+    require_values((plain_name(name), parameter) for name, parameter in model.named_parameters())
     uses: dict[nn.Module, int] = {}
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from feather_param.selection.names import full_name
 from feather_param.selection.weights import Place, is_matrix, places_of
+from feather_param.utils.globs import Globs
 
 Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
 """Globs on names, or a predicate ``(module name, module) -> bool``."""
@@ -38,7 +39,7 @@ class Rule:
         if self._predicate is None and (not globs or not all(isinstance(glob, str) for glob in globs)):
             raise TypeError(f"expected {argument} to be globs or a predicate (name, module) -> bool, got {rule!r}")
         self._argument = argument
-        self._globs = globs
+        self._globs = Globs(globs)
         self._unused: dict[Any, None] = dict.fromkeys([rule] if self._predicate else globs)
 
     def matches(self, place: Place, aliases: list[str], default: bool) -> bool:
@@ -54,7 +55,8 @@ class Rule:
             matched = default and any(self._predicate(name, place.module) for name in aliases)
             found = [self._predicate] if matched else []
         else:
-            found = [glob for glob in self._globs if _matches(glob, place, aliases, default)]
+            candidates = self._globs.matching([*aliases, *(full_name(name, place.tensor) for name in aliases)])
+            found = [glob for glob in candidates if _matches(glob, place, aliases, default)]
         for each in found:
             self._unused.pop(each, None)
         return bool(found)

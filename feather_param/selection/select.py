@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from feather_param.ops.distributed import is_sharded
+from feather_param.ops.values import why_without_values
 from feather_param.selection.globs import Filter, Rule
 from feather_param.selection.weights import Place, Weight, is_matrix, places_of
 from feather_param.utils.checks import integer
@@ -165,11 +166,29 @@ def _check(place: Place) -> None:
                     f"expected an embedding without {option}=, got {option}={getattr(place.module, option)} at "
                     f"{place.name}: it writes to the weight past the parametrization, or needs sparse gradients{hint}"
                 )
+    if not parameter.is_meta and (why := why_without_values(parameter)):
+        raise ValueError(
+            f"expected weights with values, or on the meta device, got {place.name} {why}; load them first{hint}"
+        )
+    if kind := _unusual(parameter):
+        raise ValueError(
+            f"expected an ordinary tensor at {place.name}, got {kind}; replace it with a copy: "
+            f"nn.Parameter(weight.detach().to_dense().resolve_neg().clone()), outside of inference mode{hint}"
+        )
     if parameter.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise ValueError(
             f"expected a weight of a real floating dtype at {place.name}, got {parameter.dtype}; "
             f"sparsify before quantising{hint}"
         )
+
+
+def _unusual(parameter: Tensor) -> str:
+    """Return what torch would not let a parametrization write to or read as numbers in a row, or ""."""
+    if parameter.layout != torch.strided:
+        return f"a tensor of layout {parameter.layout}"
+    if parameter.is_inference():
+        return "one that was made in torch.inference_mode()"
+    return "a view with the negative bit" if parameter.is_neg() else ""
 
 
 def _group_tied(
@@ -188,7 +207,8 @@ def _group_tied(
     weights: list[Weight] = []
     dense: dict[str, str] = {}
     for key, places in groups.items():
-        others = [user.name for user in users[key] if user not in places]
+        selected = set(map(id, places))
+        others = [user.name for user in users[key] if id(user) not in selected]
         if not others:
             weights.append(Weight(tuple(places)))
             continue

@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from feather_param.utils.checks import fraction_hint, integer, real
+from feather_param.utils.globs import Globs
 from feather_param.utils.text import listed
 
 
@@ -25,16 +26,22 @@ def checked_rates(rates: object) -> dict[str, float]:
     return checked
 
 
-def rates_by_name(rates: Mapping[str, float], weights: Iterable[str]) -> dict[str, float]:
-    """Return the rate of each weight: that of the first glob that matches its name or the name of its module."""
+def rates_by_name(rates: Mapping[str, float], weights: Iterable[str], globs_of: Globs) -> dict[str, float]:
+    """Return the rate of each weight: that of the first glob that matches its name or the name of its module.
+
+    Args:
+        rates: the rates by glob.
+        weights: the names of the weights.
+        globs_of: the globs of `rates`, made once.
+    """
     found: dict[str, str] = {}
     for name in weights:
-        names = (name, _module(name))
-        globs = [glob for glob in rates if any(fnmatchcase(each, glob) for each in names)]
+        globs = globs_of.matching((name, _module(name)))
         if not globs:
             raise ValueError(f'expected a rate for each weight, got none for {name}; add "*" as the last glob')
         found[name] = globs[0]
-    if unused := [glob for glob in rates if glob not in found.values()]:
+    used = set(found.values())
+    if unused := [glob for glob in rates if glob not in used]:
         matched = [name for name in found if fnmatchcase(name, unused[0]) or fnmatchcase(_module(name), unused[0])]
         earlier = f"only {listed(matched)}, whose rate an earlier glob gives; move it before that one"
         raise ValueError(
