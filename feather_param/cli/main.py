@@ -28,11 +28,12 @@ from feather_param.files.sizes import file_sizes
 from feather_param.files.tied import first_names, untied
 from feather_param.reports import page
 from feather_param.utils.extras import extra
-from feather_param.utils.text import listed, percent
+from feather_param.utils.text import listed, percent, printable
 
 _PROGRAM = "feather-param"
 _TORCH = (".pt", ".pth", ".bin")
 _SAFETENSORS = ".safetensors"
+_LONGEST = 2000  # characters of a message
 _EPILOG = """\
 exit status: 0 done, 1 a file cannot be processed, 2 wrong usage, 130 interrupted, 141 nobody reads the output.
 The result goes to stdout, everything else to stderr. IN and FILE are files of torch.save, safetensors files or
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         text = arguments.run(arguments)
-        print(text, flush=True)
+        _print(text)
         return 0
     except SystemExit as done:  # after --help and --version
         return int(done.code or 0)
@@ -91,12 +92,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: object, status: int) -> int:
-    print(f"{_PROGRAM}: error: {message or 'out of memory'}", file=sys.stderr)
+    print(f"{_PROGRAM}: error: {printable(message, _LONGEST) or 'out of memory'}", file=sys.stderr)
     return status
 
 
 def _note(message: str) -> None:
-    print(f"{_PROGRAM}: note: {message}", file=sys.stderr)
+    print(f"{_PROGRAM}: note: {printable(message, _LONGEST)}", file=sys.stderr)
+
+
+def _print(text: str) -> None:
+    """Write text to stdout. A character that its encoding does not have becomes an escape, as on stderr."""
+    encoding = sys.stdout.encoding or "utf-8"  # a StringIO has none
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -320,4 +327,4 @@ def _check_dense_out(path: Path, out: Path) -> None:
 
 
 def _sizes(path: Path, out: Path) -> str:
-    return f"{path}: {path.stat().st_size:,} bytes\n{out}: {out.stat().st_size:,} bytes"
+    return "\n".join(f"{printable(file)}: {file.stat().st_size:,} bytes" for file in (path, out))

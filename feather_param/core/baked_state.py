@@ -24,7 +24,7 @@ from feather_param.ops.kth import kth_magnitude
 from feather_param.ops.masking import with_exact_zeros
 from feather_param.patterns import Pattern
 from feather_param.selection.names import without_wrappers
-from feather_param.utils.text import listed
+from feather_param.utils.text import listed, printable
 from feather_param.utils.warn import warn
 
 # The key of a Parameter, and that of a position, with the prefix of the layer and the name of the tensor.
@@ -135,8 +135,9 @@ def _parts(state: Mapping[str, Tensor]) -> list[_Part]:
                 "expected the state of a sparsified model, got a plain one: there is nothing to bake, use it as it is"
             )
         raise ValueError(
-            f"expected an entry *{POSITION} beside {found}, got none: save the whole state_dict of the model; "
-            "parametrizations of other libraries are removed with torch.nn.utils.parametrize.remove_parametrizations"
+            f"expected an entry *{POSITION} beside {printable(found)}, got none: save the whole state_dict of the "
+            "model; parametrizations of other libraries are removed with "
+            "torch.nn.utils.parametrize.remove_parametrizations"
         )
     return list(parts.values())
 
@@ -156,19 +157,19 @@ def _part(state: Mapping[str, Tensor], entry: str) -> _Part:
     settings = saved.settings
     if settings.stacked:
         raise ValueError(
-            f"expected weights with no parametrization but ours, got another library's too at {settings.stacked[0]}; "
-            + _INSTEAD
+            "expected weights with no parametrization but ours, got another library's too at "
+            f"{printable(settings.stacked[0])}; " + _INSTEAD
         )
     pattern = settings.known_pattern
     if pattern is None:
         raise ValueError(
-            f"expected a pattern of feather_param.patterns, got {settings.pattern}, which only its program knows; "
-            f"{_INSTEAD}"
+            f"expected a pattern of feather_param.patterns, got {printable(settings.pattern)}, which only its program "
+            f"knows; {_INSTEAD}"
         )
     if settings.allocation is not None and settings.known_allocation is None:
         raise ValueError(
-            f"expected an allocation of this feather_param, got {settings.allocation}; bake with the release that "
-            "saved the state"
+            f"expected an allocation of this feather_param, got {printable(settings.allocation)}; bake with the "
+            "release that saved the state"
         )
     keys = _keys(state, entry, saved)
     weights = {name: _weight(state, own) for name, own in keys.items()}
@@ -196,7 +197,7 @@ def _keys(state: Mapping[str, Tensor], entry: str, saved: SavedSettings) -> dict
                 furthest = len(before), -len(old + new)
     missing = [name for name, own in zip(names, nearest, strict=True) if not own]
     raise ValueError(
-        f"expected the {len(names)} weights that {entry} names, got a state without {missing[0]} "
+        f"expected the {len(names)} weights that {printable(entry)} names, got a state without {printable(missing[0])} "
         f"({len(missing)} missing); bake the state of the whole model under the names that torch gives it, and a copy "
         "of a part of the model together with the model itself, which needs baked_state_dict(model)"
     )
@@ -225,14 +226,14 @@ def _weight(state: Mapping[str, Tensor], keys: list[str]) -> Tensor:
     """Return the tensor that some keys hold."""
     weight, *others = (state[key] for key in keys)
     if weight.is_meta:
-        raise ValueError(f"expected weights with values, got {keys[0]} on the meta device; load them first")
+        raise ValueError(f"expected weights with values, got {printable(keys[0])} on the meta device; load them first")
     if weight.dtype not in INTEGER:
-        raise ValueError(f"expected float64, float32, bfloat16 or float16, got {weight.dtype} at {keys[0]}")
+        raise ValueError(f"expected float64, float32, bfloat16 or float16, got {weight.dtype} at {printable(keys[0])}")
     for key, other in zip(keys[1:], others, strict=True):
         if other.dtype != weight.dtype or not torch.equal(other, weight):
             raise ValueError(
-                f"expected {keys[0]} and {key} to be equal, as the weights are tied, got two values: was one of them "
-                "replaced with load_state_dict(assign=True)?"
+                f"expected {printable(keys[0])} and {printable(key)} to be equal, as the weights are tied, got two "
+                "values: was one of them replaced with load_state_dict(assign=True)?"
             )
     return weight.detach()
 

@@ -21,6 +21,7 @@ from feather_param.ops.masking import with_exact_zeros
 from feather_param.parametrizations import states_of
 from feather_param.selection.names import full_name, names_of, without_wrappers
 from feather_param.selection.stacked import invert
+from feather_param.utils.text import printable
 
 
 def bake(model: nn.Module) -> None:
@@ -61,7 +62,8 @@ def baked(model: nn.Module) -> dict[str, Tensor]:
     if values or of_sparsified(new):
         raise ValueError(
             "expected the model's state_dict() to hold the weights under the names that torch gives them, got other "
-            f"names for {next(iter(values), 'a copy')}; desparsify a copy.deepcopy(model) and take its state_dict"
+            f"names for {printable(next(iter(values), 'a copy'))}; desparsify a copy.deepcopy(model) and take its "
+            "state_dict"
         )
     set_plain_metadata(new, getattr(state, "_metadata", {}), ours)
     return new
@@ -95,8 +97,9 @@ def _values_of_stacked(registration: Registration, value: Tensor) -> dict[str, T
     originals, earlier = registration.originals, registration.earlier
     if any(map(is_sharded, originals)) or len(registration.parametrizations) > len(earlier) + 1:
         raise ValueError(
-            f"expected {registration.place.name} to carry no parametrization but ours if it is sharded, and none after "
-            "ours, got another library's; remove it (parametrize.remove_parametrizations), or exclude the weight"
+            f"expected {printable(registration.place.name)} to carry no parametrization but ours if it is sharded, and "
+            "none after ours, got another library's; remove it (parametrize.remove_parametrizations), or exclude the "
+            "weight"
         )
     tensors = invert(registration.name, originals, copy.deepcopy(earlier), value)
     if registration.parametrizations.is_tensor:
@@ -200,7 +203,7 @@ def refuse_shards(shared: SharedSparsity) -> None:
     for each in shared.registrations.values():
         if any(map(is_sharded, each.originals)):
             raise ValueError(
-                f"expected whole weights, got {each.name} sharded over processes; "
+                f"expected whole weights, got {printable(each.name)} sharded over processes; "
                 "call baked_state_dict(model) on every process, and load what it returns into a plain model"
             )
 

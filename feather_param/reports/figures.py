@@ -13,7 +13,7 @@ from feather_param.reports.multiply_adds import MultiplyAdds
 from feather_param.reports.report import Report
 from feather_param.utils.checks import instance, real
 from feather_param.utils.extras import extra
-from feather_param.utils.text import percent, short
+from feather_param.utils.text import percent, printable, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +32,7 @@ _FEWEST_ROWS = 5  # least height of a panel in rows: without it, a single bar wo
 _MOST_ROWS = 250  # more layers are drawn as thin bars without names and numbers
 _THIN_ROWS = 60  # height in rows of a panel of thin bars
 _LONGEST_NAME = 48  # characters
+_LONGEST_TITLE = 1000
 
 
 def draw(
@@ -77,13 +78,13 @@ def draw(
         bars
     )
     width = _WIDE if columns > 1 or bars > 1 else _NARROW
-    heading = textwrap.fill(title, int(8 * width))
+    heading = textwrap.fill(printable(title, _LONGEST_TITLE), int(8 * width))
     above = 0.3 * (heading.count("\n") + 1) if heading else 0.0
     figure = extra("matplotlib.figure").Figure(figsize=(width, sum(heights) + above), dpi=120, layout="constrained")
     extra("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.04)
     if heading:
-        figure.suptitle(_printable(heading), fontsize=13, fontweight="bold", parse_math=False)
+        figure.suptitle(heading, fontsize=13, fontweight="bold", parse_math=False)
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     if columns:
         panels = list(figure.add_subfigure(grid[0]).subplots(1, columns, squeeze=False)[0])
@@ -136,12 +137,13 @@ def _checked_curves(report: Any, history: Any, multiply_adds: Any, accuracy: Any
         raise TypeError(f"expected accuracy to map names to (step, fraction) pairs, got {type(accuracy).__name__}")
     curves: dict[str, list[tuple[int, float]]] = {}
     for name, points in accuracy.items():
-        curves[str(name)] = [(step, real(f"the accuracy of {name}", value)) for step, value in points]
+        shown = printable(name)
+        curves[str(name)] = [(step, real(f"the accuracy of {shown}", value)) for step, value in points]
         if not curves[str(name)]:
-            raise ValueError(f"expected (step, fraction) pairs for {name}, got none")
+            raise ValueError(f"expected (step, fraction) pairs for {shown}, got none")
         for step, value in curves[str(name)]:
             if not 0 <= value <= 1:
-                raise ValueError(f"expected the accuracy of {name} as a fraction from 0 to 1, got {value} at {step}")
+                raise ValueError(f"expected the accuracy of {shown} as a fraction from 0 to 1, got {value} at {step}")
     return curves
 
 
@@ -154,7 +156,7 @@ def _draw_accuracy(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float]]]
         lines += axes.plot(steps, values, color=colors[i % len(colors)], **style)
     axes.set_ylabel("test accuracy")
     axes.yaxis.set_major_formatter(_percents())
-    _legend(axes, lines, [f"{_shortened(name)}: {points[-1][1]:.2%}" for name, points in curves.items()])
+    _legend(axes, lines, [f"{printable(name, _LONGEST_NAME)}: {points[-1][1]:.2%}" for name, points in curves.items()])
     _over_steps(axes)
 
 
@@ -221,7 +223,7 @@ def _layers(axes: Axes, names: Sequence[str]) -> None:
     if len(names) > _MOST_ROWS:
         axes.set_ylabel("layer")
     else:
-        labels = [_shortened(name.removesuffix(".weight")) for name in names]
+        labels = [printable(name.removesuffix(".weight"), _LONGEST_NAME) for name in names]
         axes.set_yticks(range(len(names)), labels, fontsize=8, parse_math=False)
     axes.set_ylim(max(_FEWEST_ROWS, len(names)) - 0.4, -0.6)
     for side in ("top", "right"):
@@ -254,14 +256,3 @@ def _legend(axes: Axes, lines: Sequence[Any], labels: Sequence[str]) -> None:
 
 def _percents() -> Any:
     return extra("matplotlib.ticker").PercentFormatter(1.0, decimals=None)
-
-
-def _shortened(name: str) -> str:
-    """Return a name of at most 48 characters. The middle of a longer name is left out."""
-    name = _printable(name)
-    half = _LONGEST_NAME // 2
-    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)

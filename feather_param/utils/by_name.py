@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from feather_param.utils.checks import fraction_hint, integer, real
-from feather_param.utils.text import listed
+from feather_param.utils.text import listed, printable
 
 
 def checked_rates(rates: object) -> dict[str, float]:
@@ -32,7 +32,9 @@ def rates_by_name(rates: Mapping[str, float], weights: Iterable[str]) -> dict[st
         names = (name, _module(name))
         globs = [glob for glob in rates if any(fnmatchcase(each, glob) for each in names)]
         if not globs:
-            raise ValueError(f'expected a rate for each weight, got none for {name}; add "*" as the last glob')
+            raise ValueError(
+                f'expected a rate for each weight, got none for {printable(name)}; add "*" as the last glob'
+            )
         found[name] = globs[0]
     if unused := [glob for glob in rates if glob not in found.values()]:
         matched = [name for name in found if fnmatchcase(name, unused[0]) or fnmatchcase(_module(name), unused[0])]
@@ -58,9 +60,11 @@ def listed_zeros(plan: Any) -> dict[str, int]:
     else:
         raise TypeError(f"expected a Report, a Plan or a mapping from names to zeros, got {type(plan).__name__}")
     if missing := [name for name, zeros in numbers.items() if zeros is None]:
-        raise ValueError(f"expected a plan with the zeros of each weight, got none for {missing[0]}")
+        raise ValueError(f"expected a plan with the zeros of each weight, got none for {printable(missing[0])}")
     for name, zeros in numbers.items():
         if not isinstance(zeros, Integral):
             hint = "per_layer({...}) takes rates" if isinstance(zeros, float) else "pass the report of a controller"
-            raise TypeError(f"expected the zeros of {name} to be an int, got a {type(zeros).__name__}; {hint}")
-    return {name: integer(f"the zeros of {name}", zeros, 0) for name, zeros in numbers.items()}
+            raise TypeError(
+                f"expected the zeros of {printable(name)} to be an int, got a {type(zeros).__name__}; {hint}"
+            )
+    return {name: integer(f"the zeros of {printable(name)}", zeros, 0) for name, zeros in numbers.items()}
