@@ -72,7 +72,7 @@ class Pattern:
         found = {name: misfit for name, weight in weights.items() if (misfit := self.misfit(weight.shape))}
         if found:
             names = listed([f"{name} ({misfit})" for name, misfit in found.items()])
-            hint = f"leave them dense with exclude={list(found)} (add your other globs)"
+            hint = f"leave them dense with exclude={printable(list(found), 2000)} (add your other globs)"
             raise ValueError(f"expected weights that {self} divides without a remainder, got {names}; {hint}")
 
     def allocate(

@@ -28,8 +28,8 @@ from feather_param.utils.text import listed, printable
 from feather_param.utils.warn import warn
 
 # The key of a Parameter, and that of a position, with the prefix of the layer and the name of the tensor.
-_ORIGINAL = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.original(\d*)")
-_POSITION = re.compile(rf"((?:.*\.)?)parametrizations\.([^.]+)\.\d+{re.escape(POSITION)}")
+_ORIGINAL = re.compile(r"(?s)((?:.*\.)?)parametrizations\.([^.]+)\.original(\d*)")  # (?s): a name may have newlines
+_POSITION = re.compile(rf"(?s)((?:.*\.)?)parametrizations\.([^.]+)\.\d+{re.escape(POSITION)}")
 _INSTEAD = "load the state into the model, sparsified as before, and save baked_state_dict(model)"
 
 

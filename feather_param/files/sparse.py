@@ -214,16 +214,18 @@ def _entries(tensors: Any, sizes: dict[str, int]) -> tuple[dict[str, _Entry], di
             names[name] = raw
             continue
         if type(raw) is not dict or raw.keys() != {"dtype", "shape", "zstd", "crc32"}:
-            raise ValueError(f"{name} is described by {str(raw)[:80]}")
+            raise ValueError(f"{name} is described by {printable(raw, 80)}")
         dtype, shape = raw["dtype"], raw["shape"]
         if type(dtype) is not str or dtype not in _DTYPES:
-            raise ValueError(f"{name} is of dtype {str(dtype)[:80]}, which torch {torch.__version__} does not have")
+            raise ValueError(
+                f"{name} is of dtype {printable(dtype, 80)}, which torch {torch.__version__} does not have"
+            )
         if type(shape) is list and len(shape) > _MOST_DIMENSIONS:
             raise ValueError(f"{name} has {len(shape)} dimensions, more than {_MOST_DIMENSIONS}")
         if type(shape) is not list or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
-            raise ValueError(f"{name} has the shape {str(shape)[:80]}")
+            raise ValueError(f"{name} has the shape {printable(shape, 80)}")
         if type(raw["zstd"]) is not bool or type(raw["crc32"]) is not int:
-            raise ValueError(f"{name} is described by {str(raw)[:80]}")
+            raise ValueError(f"{name} is described by {printable(raw, 80)}")
         own = [part for part in ("gaps", "values") if f"{part}:{name}" in sizes]
         if "values" not in own:
             raise ValueError(f"{name} has no values")

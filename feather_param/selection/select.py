@@ -145,7 +145,7 @@ def _check_model(model: object) -> None:
 def _check(place: Place) -> None:
     """Refuse a tensor that cannot be parametrized or pruned."""
     parameter = place.parameter
-    name, hint = printable(place.name), f"; leave it dense with exclude={place.name!r}"
+    name, hint = printable(place.name), f"; leave it dense with exclude={printable(repr(place.name))}"
     if parameter is not None and is_lazy(parameter):
         raise ValueError(f"expected initialised weights, got a lazy one at {name}; run one batch first")
     if not isinstance(parameter, Tensor) or not isinstance(parameter, nn.Parameter):
@@ -198,7 +198,7 @@ def _group_tied(
             both = [user.name for user in users[key]]
             raise ValueError(
                 f"expected include to name all the places of a tied weight, got {printable(places[0].name)} without "
-                f"{tied}; include both, as include={both} does (add your other globs), or neither"
+                f"{tied}; include both, as include={printable(both, 2000)} does (add your other globs), or neither"
             )
         for place in places:
             dense[place.name] = f"tied to {tied}, which is not selected"
