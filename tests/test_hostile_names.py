@@ -19,6 +19,7 @@ from torch import nn
 import feather_param
 from feather_param import allocations, reports, schedules
 from feather_param.cli import main as cli
+from feather_param.core import baked_state
 from feather_param.inference import to_semi_structured
 from feather_param.inference.report import InferenceReport, InferenceRow
 from feather_param.reports import LayerMultiplyAdds, MultiplyAdds, Report, Row, figures
@@ -295,3 +296,23 @@ def test_the_time_of_a_command_is_linear_in_the_tensors(argv):
         torch.save(state, f"{n}.pt")
         feather_param.save_sparse(state, f"{n}.st")
     assert times_as_long(lambda n: command(*(word.replace("NAME", str(n)) for word in argv)), 200) < 10
+
+
+def test_a_forged_state_with_many_names_of_a_weight_is_refused_without_comparing_all(monkeypatch):
+    """The prefix of the names is unknown, and each name could tell it."""
+    model = nn.Linear(4, 4, bias=False)
+    feather_param.sparsify(model, final_rate=0.5, total_steps=1, end_step=0)
+    state = model.state_dict()
+    (entry,) = (key for key in state if key.endswith("_extra_state"))
+    numbers = state[entry].tolist()
+    settings = json.loads(bytes(numbers[6 : 6 + numbers[5]]))
+    settings["weights"] = {"w": [f"p{i}.other" for i in range(300)]}
+    text = list(json.dumps(settings).encode())
+    state[entry] = torch.tensor([*numbers[:5], len(text), *text])
+    compared = []
+    renamed = baked_state._renamed
+    monkeypatch.setattr(baked_state, "_renamed", lambda names, *rest: compared.extend(names) or renamed(names, *rest))
+    monkeypatch.setattr(baked_state, "_MOST_COMPARED", 10_000)
+    with pytest.raises(ValueError, match="got a state without w"):
+        feather_param.baked_state_dict(state)
+    assert len(compared) < 12_000

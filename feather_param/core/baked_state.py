@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ from feather_param.utils.warn import warn
 # The key of a Parameter, and that of a position, with the prefix of the layer and the name of the tensor.
 _ORIGINAL = re.compile(r"(?s)((?:.*\.)?)parametrizations\.([^.]+)\.original(\d*)")  # (?s): a name may have newlines
 _POSITION = re.compile(rf"(?s)((?:.*\.)?)parametrizations\.([^.]+)\.\d+{re.escape(POSITION)}")
+_MOST_COMPARED = 10**7  # names
 _INSTEAD = "load the state into the model, sparsified as before, and save baked_state_dict(model)"
 
 
@@ -124,9 +125,11 @@ def baked_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _parts(state: Mapping[str, Tensor]) -> list[_Part]:
     """Return the parts of a state that were sparsified by themselves."""
     parts: dict[tuple[str, ...], _Part] = {}  # by the keys of their weights: a module that is used twice saves two
+    keys = {"".join(_split(_ORIGINAL, key)): key for key in state if _ORIGINAL.fullmatch(key)}
+    originals = [{form(name): key for name, key in keys.items()} for form in _FORMS]
     for key in state:
         if _POSITION.fullmatch(key):
-            part = _part(state, key)
+            part = _part(state, key, originals)
             parts[tuple(sorted(each for keys in part.keys.values() for each in keys))] = part
     if not parts:
         found = next(filter(_ORIGINAL.fullmatch, state), None)
@@ -142,12 +145,13 @@ def _parts(state: Mapping[str, Tensor]) -> list[_Part]:
     return list(parts.values())
 
 
-def _part(state: Mapping[str, Tensor], entry: str) -> _Part:
+def _part(state: Mapping[str, Tensor], entry: str, originals: Sequence[Mapping[str, str]]) -> _Part:
     """Return the part that a position belongs to.
 
     Args:
         state: the state.
         entry: the key of the position.
+        originals: the keys of all dense weights by their plain names, in each of the forms.
     """
     saved = unpack_settings(state[entry], entry)
     if saved is None:
@@ -171,31 +175,35 @@ def _part(state: Mapping[str, Tensor], entry: str) -> _Part:
             f"expected an allocation of this feather_param, got {printable(settings.allocation)}; bake with the "
             "release that saved the state"
         )
-    keys = _keys(state, entry, saved)
+    keys = _keys(originals, entry, saved)
     weights = {name: _weight(state, own) for name, own in keys.items()}
     pattern.require_fit(weights)
     position = unpack_position(state[entry], sum(weight.numel() for weight in weights.values()), entry)
     return _Part(position, saved, pattern, keys, weights)
 
 
-def _keys(state: Mapping[str, Tensor], entry: str, saved: SavedSettings) -> dict[str, list[str]]:
+def _keys(originals: Sequence[Mapping[str, str]], entry: str, saved: SavedSettings) -> dict[str, list[str]]:
     """Return the keys of each weight. The state may have another prefix than the model that was sparsified."""
     names = {name: (name, *others) for name, others in saved.settings.weights.items()}
-    nearest: list[list[str]] = []
+    nearest: list[bool] = []
     furthest = (0, 0)
-    for form in (_unchanged, without_wrappers):  # wrappers may add parts inside of the names
-        originals = {form("".join(_split(_ORIGINAL, key))): key for key in state if _ORIGINAL.fullmatch(key)}
+    compared = 0  # a forged state has many names for one weight, and the time would be quadratic in them
+    for form, known in zip(_FORMS, originals, strict=True):
         owner = form("".join(_split(_POSITION, entry)))
         formed = [tuple(map(form, every)) for every in names.values()]
         for old, new in dict.fromkeys(_different_prefixes(name, owner) for every in formed for name in every):
-            found = (_renamed(every, old, new, originals) for every in formed)
+            found = (_renamed(every, old, new, known) for every in formed)
             before = list(itertools.takewhile(bool, found))  # most prefixes are wrong, and the first weight tells it
             if len(before) == len(names):
                 return dict(zip(names, before, strict=True))
+            compared += sum(map(len, formed[: len(before) + 1]))
             if not nearest or (len(before), -len(old + new)) > furthest:
-                nearest = [_renamed(every, old, new, originals) for every in formed]
+                nearest = [bool(_renamed(every, old, new, known)) for every in formed]
                 furthest = len(before), -len(old + new)
-    missing = [name for name, own in zip(names, nearest, strict=True) if not own]
+                compared += sum(map(len, formed))
+            if compared > _MOST_COMPARED:
+                break
+    missing = [name for name, found in zip(names, nearest, strict=True) if not found]
     raise ValueError(
         f"expected the {len(names)} weights that {printable(entry)} names, got a state without {printable(missing[0])} "
         f"({len(missing)} missing); bake the state of the whole model under the names that torch gives it, and a copy "
@@ -247,3 +255,6 @@ def _split(pattern: re.Pattern[str], key: str) -> tuple[str, str]:
 
 def _unchanged(name: str) -> str:
     return name
+
+
+_FORMS = (_unchanged, without_wrappers)  # wrappers may add parts inside of the names
