@@ -9,7 +9,7 @@ from typing import Any
 
 
 def printable(value: object, most: int = 400) -> str:
-    """Return a value as text that is safe to show: one line of printable characters, at most ``most`` of them.
+    r"""Return a value as text that is safe to show: one line of printable characters, at most ``most`` of them.
 
     Names from files and models may hold any character. A character that is not printable (`str.isprintable`) becomes
     its escape: newlines, codes that control a terminal, invisible characters, those that change the direction of the
