@@ -271,15 +271,15 @@ def many(n: int) -> Report:
 
 
 LINEAR: dict[str, tuple[Callable[[int], object], int]] = {
-    "running numbers": (lambda n: grouped({f"{i // 100}.{i % 100}.weight": "excluded" for i in range(n)}), 4000),
-    "other numbers": (lambda n: grouped({f"{i * 7919 % n}.weight": "excluded" for i in range(n)}), 4000),
+    "running numbers": (lambda n: grouped({f"{i // 100}.{i % 100}.weight": "excluded" for i in range(n)}), 2000),
+    "other numbers": (lambda n: grouped({f"{i * 7919 % n}.weight": "excluded" for i in range(n)}), 2000),
     "a name of many numbers": (
         lambda n: grouped({"1." * n: "excluded", **dict.fromkeys(map(str, range(n)), "")}),
         4000,
     ),
-    "a long number": (lambda n: grouped({"1" * n: "a", "1" * (n - 1) + "2": "a", "1" * (n - 1) + "3": "a"}), 200_000),
-    "a report": (lambda n: str(many(n)), 2000),
-    "a page": (lambda n: reports.page(many(n)), 1000),
+    "a long number": (lambda n: grouped({"1" * n: "a", "1" * (n - 1) + "2": "a", "1" * (n - 1) + "3": "a"}), 50_000),
+    "a report": (lambda n: str(many(n)), 1000),
+    "a page": (lambda n: reports.page(many(n)), 500),
 }
 
 
