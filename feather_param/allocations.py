@@ -55,7 +55,7 @@ from feather_param.ops.scores import deviations, lamp_scores
 from feather_param.utils.by_name import checked_rates, listed_zeros, rates_by_name
 from feather_param.utils.checks import takes
 from feather_param.utils.globs import Globs
-from feather_param.utils.text import name_of
+from feather_param.utils.text import name_of, printable
 
 __all__ = [
     "Allocation",
@@ -185,8 +185,8 @@ def lamp(weights: Mapping[str, Tensor], zeros: int, guards: Mapping[str, int]) -
     for name, weight in weights.items():
         if is_sharded(weight):
             raise ValueError(
-                f"expected whole weights, got {name} sharded over processes: lamp sorts each weight; use DDP, or "
-                "another allocation, for example allocations.normalised"
+                f"expected whole weights, got {printable(name)} sharded over processes: lamp sorts each weight; use "
+                "DDP, or another allocation, for example allocations.normalised"
             )
     if _scores_are_needless(weights, zeros):
         return global_magnitude(weights, zeros, guards)
@@ -309,8 +309,8 @@ def from_plan(plan: Any) -> Allocation:
         if wrong := sorted(listed.keys() ^ weights.keys()):
             where = "weights of the model" if wrong[0] in listed else "plan"
             raise ValueError(
-                f"expected the plan to list the zeros of each weight of this model, got {wrong[0]}, which is not in "
-                f"the {where}; make the plan with the same include and exclude"
+                f"expected the plan to list the zeros of each weight of this model, got {printable(wrong[0])}, which "
+                f"is not in the {where}; make the plan with the same include and exclude"
             )
         return zeros_as_listed(weights, zeros, guards, listed)
 

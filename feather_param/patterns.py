@@ -29,7 +29,7 @@ from feather_param.ops.operator_units import shrink_units
 from feather_param.ops.unit_magnitudes import root_mean_square, smallest
 from feather_param.utils.checks import integer
 from feather_param.utils.split import split
-from feather_param.utils.text import name_of
+from feather_param.utils.text import listed, name_of, printable
 
 __all__ = ["Pattern", "blocks", "elements", "n_m"]
 
@@ -71,8 +71,8 @@ class Pattern:
         """Raise a ValueError that names the weights that cannot be divided into units."""
         found = {name: misfit for name, weight in weights.items() if (misfit := self.misfit(weight.shape))}
         if found:
-            names = ", ".join(f"{name} ({misfit})" for name, misfit in found.items())
-            hint = f"leave them dense with exclude={list(found)} (add your other globs)"
+            names = listed([f"{name} ({misfit})" for name, misfit in found.items()])
+            hint = f"leave them dense with exclude={printable(list(found), 2000)} (add your other globs)"
             raise ValueError(f"expected weights that {self} divides without a remainder, got {names}; {hint}")
 
     def allocate(
@@ -155,8 +155,8 @@ class Pattern:
         for name, weight in weights.items():
             if is_sharded(weight):
                 raise ValueError(
-                    f"expected whole weights with {self}, got {name} sharded over processes; train with DDP, or "
-                    "without pattern="
+                    f"expected whole weights with {self}, got {printable(name)} sharded over processes; train with "
+                    "DDP, or without pattern="
                 )
         return {name: self.units(weight.detach()) for name, weight in weights.items()}
 

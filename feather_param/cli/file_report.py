@@ -14,7 +14,7 @@ from feather_param.files.checkpoint import Checkpoint
 from feather_param.files.tied import untied
 from feather_param.ops.count import PruneCount
 from feather_param.reports.report import Report, rows
-from feather_param.utils.text import aligned, listed, percent
+from feather_param.utils.text import aligned, listed, percent, printable
 
 _ORIGINAL = ".original"  # a part of the names of weights with parametrizations
 
@@ -106,8 +106,8 @@ def as_text(
         report: its zeros, from `zeros`.
         sizes: its size in other formats, from `file_sizes`.
     """
-    key = f" at {checkpoint.key}" if checkpoint.key else ""
-    lines = [f"{path}: {checkpoint.kind}, {nbytes:,} bytes, {len(checkpoint.tensors)} tensors{key}"]
+    key = f" at {printable(checkpoint.key)}" if checkpoint.key else ""
+    lines = [f"{printable(path)}: {checkpoint.kind}, {nbytes:,} bytes, {len(checkpoint.tensors)} tensors{key}"]
     if checkpoint.beside:
         lines.append(f"beside them: {listed(checkpoint.beside)}")
     lines += ["", str(report)]

@@ -31,11 +31,12 @@ from feather_param.files.tied import first_names, untied
 from feather_param.reports import page
 from feather_param.utils.extras import extra
 from feather_param.utils.signals import EndOnSignal, Signalled, last_words
-from feather_param.utils.text import listed, percent
+from feather_param.utils.text import listed, percent, printable
 
 _PROGRAM = "feather-param"
 _TORCH = (".pt", ".pth", ".bin")
 _SAFETENSORS = ".safetensors"
+_LONGEST = 2000  # characters of a message
 _EPILOG = """\
 exit status: 0 done, 1 a file cannot be processed, 2 wrong usage, 129 hung up, 130 interrupted, 141 nobody reads the
 output, 143 terminated.
@@ -99,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: object, status: int) -> int:
-    print_message(f"{_PROGRAM}: error: {message or 'out of memory'}")
+    print_message(f"{_PROGRAM}: error: {printable(message, _LONGEST) or 'out of memory'}")
     return status
 
 
 def _note(message: str) -> None:
-    print_message(f"{_PROGRAM}: note: {message}")
+    print_message(f"{_PROGRAM}: note: {printable(message, _LONGEST)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -328,4 +329,4 @@ def _check_dense_out(path: Path, out: Path) -> None:
 
 
 def _sizes(path: Path, out: Path) -> str:
-    return f"{path}: {path.stat().st_size:,} bytes\n{out}: {out.stat().st_size:,} bytes"
+    return "\n".join(f"{printable(file)}: {file.stat().st_size:,} bytes" for file in (path, out))

@@ -24,13 +24,14 @@ def open_closed_streams() -> None:
 
 
 def print_result(text: str, end: str = "\n") -> None:
-    """Print a text on stdout.
+    """Print a text on stdout. A character that its encoding does not have becomes an escape, as on stderr.
 
     Raises:
         OSError: it cannot be written. The error has the path ``stdout``.
     """
     with _discarded_after_an_error(sys.stdout), errors_name(Path("stdout")):
-        print(text, end=end, flush=True)
+        encoding = sys.stdout.encoding or "utf-8"  # a StringIO has none
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
 
 
 def print_message(text: str) -> None:

@@ -27,6 +27,7 @@ from feather_param.core.state_dict import accept_plain
 from feather_param.parametrizations import FeatherParametrization, states_of
 from feather_param.selection.names import full_name, names_of
 from feather_param.selection.weights import Weight, parametrizations_of
+from feather_param.utils.text import listed, printable
 
 _METHODS = "_feather_param_methods"  # attribute of a layer's class: the names of our methods
 _BEFORE = "_feather_param_before"  # attribute of a layer's class: the class before ours was made
@@ -40,7 +41,7 @@ def require_plain(model: nn.Module) -> None:
     """
     if already := [each.place.name for shared in states_of(model) for each in shared.registrations.values()]:
         raise ValueError(
-            f"expected a plain model, got one that is already sparsified (at {already[0]}); "
+            f"expected a plain model, got one that is already sparsified (at {printable(already[0])}); "
             "call feather_param.desparsify(model) first, or go on with its controller"
         )
 
@@ -168,7 +169,7 @@ def require_attached(call: str, model: nn.Module, shared: SharedSparsity, known:
     if missing:
         raise RuntimeError(
             f"expected {call} on the model that was sparsified, got it without the parametrization of "
-            f"{', '.join(missing)}: the layer was replaced, or the parametrization was removed; put the old layer "
+            f"{listed(missing)}: the layer was replaced, or the parametrization was removed; put the old layer "
             "back, or remove the others as well (feather_param.core.attach.remove_parametrizations) and sparsify again"
         )
     return links(model, shared)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +25,13 @@ from feather_param.ops.masking import with_exact_zeros
 from feather_param.ops.values import why_without_values
 from feather_param.patterns import Pattern
 from feather_param.selection.names import without_wrappers
-from feather_param.utils.text import listed
+from feather_param.utils.text import listed, printable
 from feather_param.utils.warn import warn
 
 # The key of a Parameter, and that of a position, with the prefix of the layer and the name of the tensor.
-_ORIGINAL = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.original(\d*)")
-_POSITION = re.compile(rf"((?:.*\.)?)parametrizations\.([^.]+)\.\d+{re.escape(POSITION)}")
+_ORIGINAL = re.compile(r"(?s)((?:.*\.)?)parametrizations\.([^.]+)\.original(\d*)")  # (?s): a name may have newlines
+_POSITION = re.compile(rf"(?s)((?:.*\.)?)parametrizations\.([^.]+)\.\d+{re.escape(POSITION)}")
+_MOST_COMPARED = 10**7  # names
 _INSTEAD = "load the state into the model, sparsified as before, and save baked_state_dict(model)"
 
 
@@ -125,7 +126,8 @@ def baked_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _parts(state: Mapping[str, Tensor]) -> list[_Part]:
     """Return the parts of a state that were sparsified by themselves."""
     parts: dict[tuple[str, ...], _Part] = {}  # by the keys of their weights: a module that is used twice saves two
-    originals = [_Originals.of(state, form) for form in (_unchanged, without_wrappers)]
+    keys = {"".join(_split(_ORIGINAL, key)): key for key in state if _ORIGINAL.fullmatch(key)}
+    originals = [{form(name): key for name, key in keys.items()} for form in _FORMS]
     for key in state:
         if _POSITION.fullmatch(key):
             part = _part(state, key, originals)
@@ -137,19 +139,20 @@ def _parts(state: Mapping[str, Tensor]) -> list[_Part]:
                 "expected the state of a sparsified model, got a plain one: there is nothing to bake, use it as it is"
             )
         raise ValueError(
-            f"expected an entry *{POSITION} beside {found}, got none: save the whole state_dict of the model; "
-            "parametrizations of other libraries are removed with torch.nn.utils.parametrize.remove_parametrizations"
+            f"expected an entry *{POSITION} beside {printable(found)}, got none: save the whole state_dict of the "
+            "model; parametrizations of other libraries are removed with "
+            "torch.nn.utils.parametrize.remove_parametrizations"
         )
     return list(parts.values())
 
 
-def _part(state: Mapping[str, Tensor], entry: str, originals: Iterable[_Originals]) -> _Part:
+def _part(state: Mapping[str, Tensor], entry: str, originals: Sequence[Mapping[str, str]]) -> _Part:
     """Return the part that a position belongs to.
 
     Args:
         state: the state.
         entry: the key of the position.
-        originals: the keys of the Parameters in the state.
+        originals: the keys of all dense weights by their plain names, in each of the forms.
     """
     saved = unpack_settings(state[entry], entry)
     if saved is None:
@@ -159,19 +162,19 @@ def _part(state: Mapping[str, Tensor], entry: str, originals: Iterable[_Original
     settings = saved.settings
     if settings.stacked:
         raise ValueError(
-            f"expected weights with no parametrization but ours, got another library's too at {settings.stacked[0]}; "
-            + _INSTEAD
+            "expected weights with no parametrization but ours, got another library's too at "
+            f"{printable(settings.stacked[0])}; " + _INSTEAD
         )
     pattern = settings.known_pattern
     if pattern is None:
         raise ValueError(
-            f"expected a pattern of feather_param.patterns, got {settings.pattern}, which only its program knows; "
-            f"{_INSTEAD}"
+            f"expected a pattern of feather_param.patterns, got {printable(settings.pattern)}, which only its program "
+            f"knows; {_INSTEAD}"
         )
     if settings.allocation is not None and settings.known_allocation is None:
         raise ValueError(
-            f"expected an allocation of this feather_param, got {settings.allocation}; bake with the release that "
-            "saved the state"
+            f"expected an allocation of this feather_param, got {printable(settings.allocation)}; bake with the "
+            "release that saved the state"
         )
     keys = _keys(originals, entry, saved)
     weights = {name: _weight(state, own) for name, own in keys.items()}
@@ -180,38 +183,30 @@ def _part(state: Mapping[str, Tensor], entry: str, originals: Iterable[_Original
     return _Part(position, saved, pattern, keys, weights)
 
 
-@dataclass(frozen=True)
-class _Originals:
-    """The keys of the Parameters in a state, by the names of the weights in one form."""
-
-    form: Callable[[str], str]
-    keys: dict[str, str]
-
-    @classmethod
-    def of(cls, state: Iterable[str], form: Callable[[str], str]) -> _Originals:
-        """Return the keys of the Parameters, by their names in a form."""
-        return cls(form, {form("".join(_split(_ORIGINAL, key))): key for key in state if _ORIGINAL.fullmatch(key)})
-
-
-def _keys(originals: Iterable[_Originals], entry: str, saved: SavedSettings) -> dict[str, list[str]]:
+def _keys(originals: Sequence[Mapping[str, str]], entry: str, saved: SavedSettings) -> dict[str, list[str]]:
     """Return the keys of each weight. The state may have another prefix than the model that was sparsified."""
     names = {name: (name, *others) for name, others in saved.settings.weights.items()}
-    nearest: list[list[str]] = []
+    nearest: list[bool] = []
     furthest = (0, 0)
-    for known in originals:  # wrappers may add parts inside of the names
-        owner = known.form("".join(_split(_POSITION, entry)))
-        formed = [tuple(map(known.form, every)) for every in names.values()]
+    compared = 0  # a forged state has many names for one weight, and the time would be quadratic in them
+    for form, known in zip(_FORMS, originals, strict=True):
+        owner = form("".join(_split(_POSITION, entry)))
+        formed = [tuple(map(form, every)) for every in names.values()]
         for old, new in dict.fromkeys(_different_prefixes(name, owner) for every in formed for name in every):
-            found = (_renamed(every, old, new, known.keys) for every in formed)
+            found = (_renamed(every, old, new, known) for every in formed)
             before = list(itertools.takewhile(bool, found))  # most prefixes are wrong, and the first weight tells it
             if len(before) == len(names):
                 return dict(zip(names, before, strict=True))
+            compared += sum(map(len, formed[: len(before) + 1]))
             if not nearest or (len(before), -len(old + new)) > furthest:
-                nearest = [_renamed(every, old, new, known.keys) for every in formed]
+                nearest = [bool(_renamed(every, old, new, known)) for every in formed]
                 furthest = len(before), -len(old + new)
-    missing = [name for name, own in zip(names, nearest, strict=True) if not own]
+                compared += sum(map(len, formed))
+            if compared > _MOST_COMPARED:
+                break
+    missing = [name for name, found in zip(names, nearest, strict=True) if not found]
     raise ValueError(
-        f"expected the {len(names)} weights that {entry} names, got a state without {missing[0]} "
+        f"expected the {len(names)} weights that {printable(entry)} names, got a state without {printable(missing[0])} "
         f"({len(missing)} missing); bake the state of the whole model under the names that torch gives it, and a copy "
         "of a part of the model together with the model itself, which needs baked_state_dict(model)"
     )
@@ -240,14 +235,14 @@ def _weight(state: Mapping[str, Tensor], keys: list[str]) -> Tensor:
     """Return the tensor that some keys hold."""
     weight, *others = (state[key] for key in keys)
     if why := why_without_values(weight):
-        raise ValueError(f"expected weights with values, got {keys[0]} {why}; load them first")
+        raise ValueError(f"expected weights with values, got {printable(keys[0])} {why}; load them first")
     if weight.dtype not in INTEGER:
-        raise ValueError(f"expected float64, float32, bfloat16 or float16, got {weight.dtype} at {keys[0]}")
+        raise ValueError(f"expected float64, float32, bfloat16 or float16, got {weight.dtype} at {printable(keys[0])}")
     for key, other in zip(keys[1:], others, strict=True):
         if other.dtype != weight.dtype or not torch.equal(other, weight):
             raise ValueError(
-                f"expected {keys[0]} and {key} to be equal, as the weights are tied, got two values: was one of them "
-                "replaced with load_state_dict(assign=True)?"
+                f"expected {printable(keys[0])} and {printable(key)} to be equal, as the weights are tied, got two "
+                "values: was one of them replaced with load_state_dict(assign=True)?"
             )
     return weight.detach()
 
@@ -261,3 +256,6 @@ def _split(pattern: re.Pattern[str], key: str) -> tuple[str, str]:
 
 def _unchanged(name: str) -> str:
     return name
+
+
+_FORMS = (_unchanged, without_wrappers)  # wrappers may add parts inside of the names

@@ -23,6 +23,7 @@ from feather_param.ops.memory import require_own_elements, require_own_memory
 from feather_param.parametrizations import states_of
 from feather_param.selection.names import full_name, names_of, without_wrappers
 from feather_param.selection.stacked import invert
+from feather_param.utils.text import printable
 
 
 def bake(model: nn.Module) -> None:
@@ -62,7 +63,8 @@ def baked(model: nn.Module) -> dict[str, Tensor]:
     if values or of_sparsified(new):
         raise ValueError(
             "expected the model's state_dict() to hold the weights under the names that torch gives them, got other "
-            f"names for {next(iter(values), 'a copy')}; desparsify a copy.deepcopy(model) and take its state_dict"
+            f"names for {printable(next(iter(values), 'a copy'))}; desparsify a copy.deepcopy(model) and take its "
+            "state_dict"
         )
     set_plain_metadata(new, getattr(state, "_metadata", {}), ours)
     return new
@@ -96,8 +98,9 @@ def _values_of_stacked(registration: Registration, value: Tensor) -> dict[str, T
     originals, earlier = registration.originals, registration.earlier
     if any(map(is_sharded, originals)) or len(registration.parametrizations) > len(earlier) + 1:
         raise ValueError(
-            f"expected {registration.place.name} to carry no parametrization but ours if it is sharded, and none after "
-            "ours, got another library's; remove it (parametrize.remove_parametrizations), or exclude the weight"
+            f"expected {printable(registration.place.name)} to carry no parametrization but ours if it is sharded, and "
+            "none after ours, got another library's; remove it (parametrize.remove_parametrizations), or exclude the "
+            "weight"
         )
     tensors = invert(registration.name, originals, copy.deepcopy(earlier), value)
     if registration.parametrizations.is_tensor:
@@ -208,12 +211,12 @@ def require_writable(states: Iterable[SharedSparsity]) -> None:
     for name, original in originals:
         if is_sharded(original):
             raise ValueError(
-                f"expected whole weights, got {name} sharded over processes; "
+                f"expected whole weights, got {printable(name)} sharded over processes; "
                 "call baked_state_dict(model) on every process, and load what it returns into a plain model"
             )
         if original.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
-                f"expected weights that can be written, got {name}, a tensor made in torch.inference_mode(); load it "
+                f"expected weights that can be written, got {printable(name)}, a tensor made in torch.inference_mode(); load it "
                 "outside of inference mode, or call baked_state_dict(model)"
             )
     require_own_memory(originals)

@@ -8,6 +8,7 @@ from typing import Any
 from feather_param.core.config import Config
 from feather_param.core.position import Position
 from feather_param.utils.checks import integer, require_same_shapes
+from feather_param.utils.text import printable
 
 _VERSION = 1
 
@@ -39,7 +40,7 @@ def position_in(state: Any, config: Config, shapes: Mapping[str, list[int]]) -> 
         raise ValueError("expected the state_dict of a feather_param Controller, got something else")
     if state["version"] != _VERSION:
         raise ValueError(
-            f"expected a controller state of version {_VERSION}, got {state['version']}; "
+            f"expected a controller state of version {_VERSION}, got {printable(state['version'])}; "
             "load it with the feather_param release that wrote it"
         )
     config.require_same(state)

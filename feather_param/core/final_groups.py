@@ -11,7 +11,7 @@ from torch import Tensor
 from feather_param.core.config import Config
 from feather_param.ops.groups import Group, count_zeros, require_total
 from feather_param.ops.values import without_values_if_one_is
-from feather_param.utils.text import name_of
+from feather_param.utils.text import listed, name_of, printable
 
 
 def final_groups(config: Config, weights: Mapping[str, Tensor]) -> list[Group]:
@@ -85,14 +85,16 @@ def _check(groups: list[Group], allocation: str, sizes: Mapping[str, int], zeros
     times = Counter(name for group in groups for name in group.names)
     for name in [*sizes, *times]:
         if name not in sizes:
-            raise ValueError(f"expected {allocation} to return the weights that it got, got {name} as well")
+            raise ValueError(f"expected {allocation} to return the weights that it got, got {printable(name)} as well")
         if times[name] != 1:
-            raise ValueError(f"expected {allocation} to put each weight in one group, got {name} in {times[name]}")
+            raise ValueError(
+                f"expected {allocation} to put each weight in one group, got {printable(name)} in {times[name]}"
+            )
     for group in groups:
         size = sum(sizes[name] for name in group.names)
         if not 0 <= group.zeros <= size:
             raise ValueError(
-                f"expected {allocation} to give {', '.join(group.names) or 'an empty group'} from 0 to {size} zeros, "
+                f"expected {allocation} to give {listed(group.names) or 'an empty group'} from 0 to {size} zeros, "
                 f"got {group.zeros}"
             )
     require_total(groups, zeros, allocation.removeprefix("the allocation "))
@@ -107,7 +109,7 @@ def _check_values(
         pruned = sum(counts[name].zeros for name in group.names)
         if pruned != group.zeros and (pruned < group.zeros or group.threshold != 0):
             raise ValueError(
-                f"expected {allocation} to return the {group.zeros}-th smallest magnitude of {', '.join(group.names)} "
+                f"expected {allocation} to return the {group.zeros}-th smallest magnitude of {listed(group.names)} "
                 f"as the threshold, got {float(group.threshold)}; compute it with group_each"
             )
     for name in guards:
@@ -119,6 +121,6 @@ def _check_values(
 def _check_guard(name: str, zeros: int, guards: Mapping[str, int], allocation: str) -> None:
     if zeros > guards.get(name, zeros):
         raise ValueError(
-            f"expected {allocation} to give {name} at most {guards[name]} zeros, its guard, got {zeros}; respect the "
-            "argument guards, or drop max_rate_per_layer and min_nonzero_per_layer"
+            f"expected {allocation} to give {printable(name)} at most {guards[name]} zeros, its guard, got {zeros}; "
+            "respect the argument guards, or drop max_rate_per_layer and min_nonzero_per_layer"
         )

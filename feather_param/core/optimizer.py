@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from feather_param.core.optimizer_state import ParameterOrder
 from feather_param.ops.tracing import eager
+from feather_param.utils.text import listed
 from feather_param.utils.warn import warn
 
 # File and name of the function in which torch wraps `step`, and from which it calls the hooks.
@@ -59,7 +60,7 @@ def checked_optimizer(optimizer: Any, weights: Mapping[str, Sequence[Tensor]]) -
         )
     if untrained:
         warn(
-            f"this optimizer does not train {', '.join(untrained)}, and they will be pruned; "
+            f"this optimizer does not train {listed(untrained)}, and they will be pruned; "
             "leave them dense with exclude, unless another optimizer trains them"
         )
     return optimizer

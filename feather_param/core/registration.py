@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from feather_param.core.versions import Checksum, Version, checksum_of, version_of, writes_to
 from feather_param.selection.stacked import through
 from feather_param.selection.weights import Place, originals_of
+from feather_param.utils.text import printable
 
 
 class Reader(Protocol):
@@ -141,13 +142,14 @@ def first_places(registrations: Iterable[Registration]) -> dict[str, Registratio
             continue
         if any(a is not b for a, b in zip(other.originals, registration.originals, strict=True)):
             both = [each.place for each in (registration, other)]
+            names = " and ".join(printable(place.name) for place in reversed(both))
             again = " = ".join(
                 f"model.{place.name.removesuffix(place.tensor)}parametrizations.{place.tensor}.original"
                 for place in both
             )
             raise ValueError(
-                f"expected {other.place.name} and {registration.place.name} to share one Parameter, as when they were "
+                f"expected {names} to share one Parameter, as when they were "
                 "sparsified, got two: load_state_dict(assign=True) unties them; load without, or tie them again: "
-                f"{again}"
+                f"{printable(again)}"
             )
     return first

@@ -25,6 +25,7 @@ from torch import Tensor
 from feather_param.core.bake_settings import BakeSettings
 from feather_param.core.position import Position
 from feather_param.ops.groups import Group
+from feather_param.utils.text import printable
 
 _VERSION = 2
 _OLDER = 1  # the version without settings
@@ -118,7 +119,8 @@ def unpack_settings(state: Any, entry: str) -> SavedSettings | None:
         return SavedSettings(final_zeros, settings, _groups(settings, rest[length:]))
     except ValueError as error:
         raise ValueError(
-            f"expected {entry} as feather_param saves it, got a damaged one ({error}); save the state_dict as it is"
+            f"expected {printable(entry)} as feather_param saves it, got a damaged one ({printable(error)}); save "
+            "the state_dict as it is"
         ) from error
 
 
@@ -143,7 +145,7 @@ def _numbers(state: Any, entry: str) -> Tensor:
     if not integers or state.dim() != 1 or state.numel() < 4 or (state[0] == _OLDER and state.numel() > 4):
         found = f"{state.dtype} of shape {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
         raise ValueError(
-            f"expected the position of a sparsified model ({entry}) to be a row of integers, got {found}; "
+            f"expected the position of a sparsified model ({printable(entry)}) to be a row of integers, got {found}; "
             "save the state_dict as it is, without casting the integers in it"
         )
     return state

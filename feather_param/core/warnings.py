@@ -9,6 +9,7 @@ from torch import Tensor
 from feather_param.allocations import global_magnitude
 from feather_param.core.config import Config
 from feather_param.ops.count import PruneCount
+from feather_param.utils.text import listed
 from feather_param.utils.warn import warn
 
 
@@ -56,8 +57,8 @@ def warn_of_dead(weights: Mapping[str, Tensor], counts: Mapping[str, PruneCount]
     hint = f"what helps, the best first: {what_helps(config)}; or leave these dense with exclude"
     if ties := [name for name in dead if counts[name].ties]:
         hint += (
-            f"; all kept elements of {', '.join(ties)} equal the threshold (weights clipped to one magnitude?), and "
+            f"; all kept elements of {listed(ties)} equal the threshold (weights clipped to one magnitude?), and "
             "the operator makes them zero: clip to a wider range"
         )
-    warn(f"nothing survives in {', '.join(dead)}: the layers that follow get a constant input; {hint}")
+    warn(f"nothing survives in {listed(dead)}: the layers that follow get a constant input; {hint}")
     return True

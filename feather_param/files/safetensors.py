@@ -13,12 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from feather_param.utils.text import printable
+
+_MOST_DIGITS = 20  # those of 2^64
+_LONGEST_HEADER = 100_000_000  # bytes that the safetensors library reads
+
 
 def container_of(metadata: Mapping[str, str], parts: Mapping[str, NDArray[np.uint8]]) -> list[memoryview | bytes]:
     """Return the content of a file, in pieces: a header, and the parts in the given order.
 
     Each part becomes a one-dimensional tensor of dtype U8. The safetensors library writes its metadata in a random
     order, so two files of the same tensors would differ.
+
+    Raises:
+        ValueError: the names are too long for a header.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -27,6 +35,10 @@ def container_of(metadata: Mapping[str, str], parts: Mapping[str, NDArray[np.uin
         end += content.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    if len(text) > _LONGEST_HEADER:
+        raise ValueError(
+            f"expected a header of at most {_LONGEST_HEADER:,} bytes, got {len(text):,}; shorten the tensors' names"
+        )
     return [struct.pack("<Q", len(text)) + text, *(content.data for content in parts.values())]
 
 
@@ -56,15 +68,22 @@ def parse_json(text: str) -> dict[str, Any]:
     """Return the JSON object of a text.
 
     Raises:
-        ValueError: the text is no JSON object, is nested too deeply, or an object in it has a name twice.
+        ValueError: the text is no JSON object, is nested too deeply, an object in it has a name twice, or an integer in
+            it is -0 or has more than 20 digits.
     """
     try:
-        parsed = json.loads(text, object_pairs_hook=_unique)
+        parsed = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
     except RecursionError as error:
         raise ValueError("the header is nested too deeply") from error
     if type(parsed) is not dict:
         raise ValueError("the header is not a JSON object")
     return parsed
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS or text == "-0":  # int() takes quadratic time, and drops the sign of -0
+        raise ValueError(f"a number in the header is {printable(text, 40)}, of {len(text)} characters")
+    return int(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -23,10 +25,13 @@ from feather_param.files.elements import elements_of
 from feather_param.files.safetensors import container_of, open_container, parse_json
 from feather_param.files.tied import first_names
 from feather_param.ops.distributed import is_sharded
+from feather_param.utils.text import printable
 
 SPARSE = "feather_param sparse"  # keys of a file's metadata
 _CRC = "feather_param crc32"
 _VERSION = 1
+_MOST_DIMENSIONS = 64  # as in numpy
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which UTF-8 cannot encode
 _ALIGNMENT = 64  # bytes, as in torch's own allocator
 # Every dtype except the quantised ones, whose scales are not part of their elements.
 _DTYPES = {
@@ -110,7 +115,7 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     if not isinstance(path, str | os.PathLike):  # open() takes an int as a file descriptor
         raise TypeError(f"expected a path, got {type(path).__name__}")
-    other = "which is damaged or another one"
+    other, shown = "which is damaged or another one", printable(path)
     try:
         container = open_container(path)
         metadata = container.metadata() or {}
@@ -125,41 +130,49 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if os.path.isfile(path) and zipfile.is_zipfile(path):
             other = "a zip file, as torch.save writes; load it with torch.load(path, weights_only=True)"
         elif isinstance(error, ValueError):
-            other += f" ({error})"
-        raise ValueError(f"expected a file of save_sparse, got {path}, {other}") from error
+            other += f" ({printable(error)})"
+        raise ValueError(f"expected a file of save_sparse, got {shown}, {other}") from error
     if version != _VERSION:
         raise ValueError(
-            f"expected a sparse file of version {_VERSION}, got {version} in {path}; "
+            f"expected a sparse file of version {_VERSION}, got {version} in {shown}; "
             "load it with the feather_param release that wrote it"
         )
     try:
         if metadata.get(_CRC) != str(zlib.crc32(text.encode())):
             raise ValueError("the checksum of the header is wrong")
-        return _read(container, header.get("tensors"))
+        if header.keys() != {"version", "tensors"}:
+            raise ValueError("a key of the header is missing or unknown")
+        return _read(container, header["tensors"])
     except (ValueError, RecursionError) as error:  # str() of a deeply nested value raises RecursionError
-        raise ValueError(f"expected a whole file of save_sparse, got {path}, which is damaged: {error}") from error
+        damage = printable(error)  # begins with a name
+        raise ValueError(f"expected a whole file of save_sparse, got {shown}, which is damaged: {damage}") from error
 
 
 def _check(name: object, tensor: object) -> None:
-    """Raise a TypeError if a tensor cannot be stored."""
-    if not isinstance(name, str) or any("\ud800" <= character <= "\udfff" for character in name):
-        raise TypeError(f"expected names to be strings of Unicode, got {name!r}; rename it")
+    """Raise a TypeError or ValueError if a tensor cannot be stored."""
+    if not isinstance(name, str):
+        raise TypeError(f"expected names to be strings, got {printable(repr(name))}; rename it")
+    shown = printable(name)
+    if _SURROGATE.search(name):
+        raise ValueError(f"expected names of Unicode characters, got the lone surrogate in {shown}; rename it")
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"expected dense tensors of plain dtypes, got {type(tensor).__name__} at {name}; leave it out")
+        raise TypeError(f"expected dense tensors of plain dtypes, got {type(tensor).__name__} at {shown}; leave it out")
     if is_lazy(tensor):
-        raise TypeError(f"expected tensors with content, got a lazy parameter at {name}; run the model once before")
+        raise TypeError(f"expected tensors with content, got a lazy parameter at {shown}; run the model once before")
     if is_sharded(tensor):
         raise TypeError(
-            f"expected whole tensors, got one sharded over processes at {name}; "
+            f"expected whole tensors, got one sharded over processes at {shown}; "
             "call full_tensor() in all of them, or baked_state_dict(model), and save in one"
         )
     if tensor.layout != torch.strided or tensor.dtype not in _DTYPES.values():
         raise TypeError(
-            f"expected dense tensors of plain dtypes, got a {tensor.layout} tensor of {tensor.dtype} at {name}; "
+            f"expected dense tensors of plain dtypes, got a {tensor.layout} tensor of {tensor.dtype} at {shown}; "
             "leave it out"
         )
     if not _has_memory(tensor):
-        raise TypeError(f"expected tensors with content, got one without memory on {tensor.device} at {name}; load it")
+        raise TypeError(f"expected tensors with content, got one without memory on {tensor.device} at {shown}; load it")
+    if tensor.dim() > _MOST_DIMENSIONS:
+        raise ValueError(f"expected at most {_MOST_DIMENSIONS} dimensions, got {tensor.dim()} at {shown}; reshape it")
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -209,19 +222,25 @@ def _entries(tensors: Any, sizes: dict[str, int]) -> tuple[dict[str, _Entry], di
     names: dict[str, str] = {}
     begin = used = 0
     for name, raw in tensors.items():
+        if _SURROGATE.search(name):
+            raise ValueError(f"the name {name} has a lone surrogate")
         names[name] = name
         if type(raw) is str and raw in entries:
             names[name] = raw
             continue
         if type(raw) is not dict or raw.keys() != {"dtype", "shape", "zstd", "crc32"}:
-            raise ValueError(f"{name} is described by {str(raw)[:80]}")
+            raise ValueError(f"{name} is described by {printable(raw, 80)}")
         dtype, shape = raw["dtype"], raw["shape"]
         if type(dtype) is not str or dtype not in _DTYPES:
-            raise ValueError(f"{name} is of dtype {str(dtype)[:80]}, which torch {torch.__version__} does not have")
+            raise ValueError(
+                f"{name} is of dtype {printable(dtype, 80)}, which torch {torch.__version__} does not have"
+            )
+        if type(shape) is list and len(shape) > _MOST_DIMENSIONS:
+            raise ValueError(f"{name} has {len(shape)} dimensions, more than {_MOST_DIMENSIONS}")
         if type(shape) is not list or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
-            raise ValueError(f"{name} has the shape {str(shape)[:80]}")
+            raise ValueError(f"{name} has the shape {printable(shape, 80)}")
         if type(raw["zstd"]) is not bool or type(raw["crc32"]) is not int:
-            raise ValueError(f"{name} is described by {str(raw)[:80]}")
+            raise ValueError(f"{name} is described by {printable(raw, 80)}")
         own = [part for part in ("gaps", "values") if f"{part}:{name}" in sizes]
         if "values" not in own:
             raise ValueError(f"{name} has no values")
@@ -236,7 +255,7 @@ def _entries(tensors: Any, sizes: dict[str, int]) -> tuple[dict[str, _Entry], di
 
 
 def _nbytes(name: str, sizes: list[int], limit: int) -> int:
-    """Return the product of sizes. Raise a ValueError before the product takes long to compute.
+    """Return the product of sizes. Raise a ValueError if it is too large.
 
     Args:
         name: name of the tensor.
@@ -245,9 +264,7 @@ def _nbytes(name: str, sizes: list[int], limit: int) -> int:
     """
     empty = 0 in sizes
     limit = 2**63 - 1 if empty else limit  # torch's own limit, which counts empty tensors too
-    product = 1
-    for n in sizes:
-        product *= n or 1
-        if product > limit:
-            raise ValueError(f"{name} claims more than the {limit} bytes that its parts in the file may expand to")
+    product = math.prod(n or 1 for n in sizes)
+    if product > limit:
+        raise ValueError(f"{name} claims more than the {limit} bytes that its parts in the file may expand to")
     return 0 if empty else product

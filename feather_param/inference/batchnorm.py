@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from feather_param.utils.text import printable
+
 
 def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
     """Recompute the running statistics of every BatchNorm layer as the mean over the batches of a loader.
@@ -73,7 +75,7 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
                 _restore(layer, before[layer])
             elif not all(bool(buffer.isfinite().all()) for buffer in layer.buffers(recurse=False)):
                 raise ValueError(
-                    f"expected finite statistics, got NaN or infinity in {name or 'the model'}; "
+                    f"expected finite statistics, got NaN or infinity in {printable(name or 'the model')}; "
                     "check the inputs and the weights for NaN"
                 )
     except BaseException:

@@ -20,6 +20,7 @@ from feather_param.ops.values import require_values
 from feather_param.parametrizations import states_of
 from feather_param.selection.names import COMPILED
 from feather_param.selection.weights import LINEAR_AND_CONV
+from feather_param.utils.text import printable
 
 _FORWARDS = {name: {getattr(layer, name, None) for layer in LINEAR_AND_CONV} for name in ("forward", "_conv_forward")}
 _MIN_RATE = 0.5  # below it, the column indices take more memory than the zeros, and no layer is faster
@@ -71,7 +72,7 @@ def to_sparse_inference(model: nn.Module, example_input: Any) -> tuple[nn.Module
     layers = {name: layer for name, layer in fast.named_modules() if isinstance(layer, LINEAR_AND_CONV)}
     reasons = {name: _unfit(layer) for name, layer in layers.items()}
     if all(reasons.values()):
-        first = "".join(f"; {name or 'the layer'}: {reason}" for name, reason in [*reasons.items()][:1])
+        first = "".join(f"; {printable(name or 'the layer')}: {reason}" for name, reason in [*reasons.items()][:1])
         raise ValueError(f"expected a Linear or Conv layer in float32 on the CPU, got none{first}")
     require_values(fast.named_parameters())
     tried = {name: layer for name, layer in layers.items() if not reasons[name] and _rate(layer) >= _MIN_RATE}
@@ -117,7 +118,7 @@ def _checked(model: Any, example_input: Any) -> tuple[Any, ...]:
         raise ValueError("expected a model whose weights have their shapes, got a lazy one; call it once first")
     for name, module in model.named_modules():
         if module.training:
-            got = f"{name or 'the model'} in training mode"
+            got = f"{printable(name or 'the model')} in training mode"
             raise ValueError(f"expected a model in eval mode, got {got}; call model.eval() first")
     return example_input if isinstance(example_input, tuple) else (example_input,)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from feather_param.utils.text import aligned
+from feather_param.utils.text import aligned, printable
 
 _ROOT = "(the model)"  # in tables, the name of a layer that is the whole model
 
@@ -52,7 +52,7 @@ class InferenceReport:
             cells.append([row.name or _ROOT, "x".join(map(str, row.shape)), f"{row.rate:.1%}", row.method, *figures])
         figures = _figures(self.dense_ms, self.sparse_ms, bool(self.swapped), self.dense_mb, self.sparse_mb)
         lines = aligned([*cells, ["all", "", "", "", *figures]])
-        lines += [f"dense: {row.name or _ROOT} ({row.reason})" for row in self.rows if row.reason]
+        lines += [f"dense: {printable(row.name or _ROOT)} ({printable(row.reason)})" for row in self.rows if row.reason]
         return "\n".join([*lines, f"float32, CPU threads: {self.threads}", *self.notes])
 
     @property

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
+from feather_param.utils.text import printable
+
 # Multiples that both backends of torch (cuSPARSELt and CUTLASS) need for these dtypes.
 _ROWS, _COLUMNS = 32, 64
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -145,7 +147,7 @@ def _refuse_fast_path(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
             for child in parent.children():
                 if (name := names.get(child)) is not None:  # type: ignore[arg-type]
                     raise ValueError(
-                        f"expected layers whose weight is used in F.linear, got {name}: in evaluation, "
+                        f"expected layers whose weight is used in F.linear, got {_display(name)}: in evaluation, "
                         f"{type(parent).__name__} passes it to a fused kernel without support for 2:4 weights; "
                         "call torch.backends.mha.set_fastpath_enabled(False) first"
                     )
@@ -166,4 +168,4 @@ def _refuse_device(name: str, device: torch.device) -> None:
 
 
 def _display(name: str) -> str:
-    return name or "the model"
+    return printable(name or "the model")

@@ -195,7 +195,7 @@ class FeatherHooks:
             close = difflib.get_close_matches(self._name, list(filter(None, modules)), 3, 0.0)
             raise ValueError(
                 f"expected module= to name a submodule of {type(pl_module).__name__}, got {self._name!r}; "
-                f"the closest names are {', '.join(close) or 'none, it has no submodules'}"
+                f"the closest names are {listed(close) or 'none, it has no submodules'}"
             )
         return modules[self._name]
 

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from feather_param.utils.text import printable
+
 T = TypeVar("T")
 
 Sum = Callable[[Tensor], Tensor]
@@ -48,8 +50,9 @@ def held_here(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Sum | N
             other: Any = weight
             if other.device_mesh != mesh or any(placement.is_partial() for placement in other.placements):
                 raise ValueError(
-                    f"expected all the weights to be sharded over one mesh, got {name} over {other.device_mesh} as "
-                    f"{other.placements} and {first} over {mesh}; give every fully_shard call the same mesh"
+                    f"expected all the weights to be sharded over one mesh, got {printable(name)} over "
+                    f"{other.device_mesh} as {other.placements} and {printable(first)} over {mesh}; give every "
+                    "fully_shard call the same mesh"
                 )
             replicated = [dim for dim, placement in enumerate(other.placements) if placement.is_replicate()]
         part = shard(weight.detach())

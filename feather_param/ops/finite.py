@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from feather_param.ops.distributed import Sum, held_here
+from feather_param.utils.text import listed
 
 
 def require_finite(weights: Mapping[str, Tensor], add_up: Sum | None = None, new: bool = False) -> None:
@@ -43,7 +44,7 @@ def refuse_non_finite(weights: Mapping[str, Tensor], elsewhere: bool = False, ne
     """
     names = [name for name, weight in weights.items() if not weight.detach().isfinite().all()]
     if names or elsewhere:
-        found = ", ".join(names) or "a part that another process holds"
+        found = listed(names) or "a part that another process holds"
         advice = (
             "check the initialisation, or the checkpoint that they come from"
             if new

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from feather_param.utils.text import printable
+
 
 def require_own_elements(name: str, weight: Tensor) -> None:
     """Refuse a weight of which several elements share memory.
@@ -21,7 +23,7 @@ def require_own_elements(name: str, weight: Tensor) -> None:
     """
     if shares_elements(weight):
         raise ValueError(
-            f"expected a weight whose elements have their own memory, got {name} of shape {tuple(weight.shape)} and "
+            f"expected a weight whose elements have their own memory, got {printable(name)} of shape {tuple(weight.shape)} and "
             f"strides {weight.stride()}, several of which share it, as after expand(); replace it with a copy, "
             "nn.Parameter(weight.detach().contiguous())"
         )
@@ -48,7 +50,8 @@ def require_own_memory(weights: Iterable[tuple[str, Tensor]], others: Iterable[t
     for cluster in _clusters([area for area in areas.values() if area.known]):
         if pair := _overlap(cluster):
             raise ValueError(
-                f"expected a weight with its own memory, got {pair[0].name}, which shares memory with {pair[1].name}; "
+                f"expected a weight with its own memory, got {printable(pair[0].name)}, which shares memory with "
+                f"{printable(pair[1].name)}; "
                 "if they are tied, use one Parameter in both places, else replace one with a copy, "
                 "nn.Parameter(weight.detach().clone())"
             )

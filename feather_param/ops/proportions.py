@@ -10,6 +10,7 @@ from torch import Tensor
 from feather_param.ops.groups import Group, group_each
 from feather_param.utils.checks import real
 from feather_param.utils.split import split
+from feather_param.utils.text import printable
 
 
 def zeros_in_proportion(
@@ -29,7 +30,9 @@ def survivors_in_proportion(
     sizes = {name: weight.numel() for name, weight in weights.items()}
     for name, value in numbers.items():
         if sizes[name] and not 0 < value < math.inf:
-            raise ValueError(f"expected the number for a weight to be finite and > 0, got {value} for {name}")
+            raise ValueError(
+                f"expected the number for a weight to be finite and > 0, got {value} for {printable(name)}"
+            )
     return _with_survivors(weights, zeros, guards, numbers)
 
 

@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from feather_param.ops.distributed import shard
+from feather_param.utils.text import printable
 
 
 def why_without_values(tensor: Tensor) -> str:
@@ -50,6 +51,6 @@ def require_values(tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
         if why := why_without_values(tensor):
             raise RuntimeError(
-                f"expected weights with values, got {name} {why}; load them first, with load_state_dict(state, "
+                f"expected weights with values, got {printable(name)} {why}; load them first, with load_state_dict(state, "
                 "assign=True), or call to_empty(device=...) and initialise them"
             )

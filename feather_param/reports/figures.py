@@ -13,7 +13,7 @@ from feather_param.reports.multiply_adds import MultiplyAdds
 from feather_param.reports.report import Report
 from feather_param.utils.checks import instance, real
 from feather_param.utils.extras import extra
-from feather_param.utils.text import percent, short
+from feather_param.utils.text import percent, printable, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +32,7 @@ _FEWEST_ROWS = 5  # least height of a panel in rows: without it, a single bar wo
 _MOST_ROWS = 250  # more layers are drawn as thin bars without names and numbers
 _THIN_ROWS = 60  # height in rows of a panel of thin bars
 _LONGEST_NAME = 48  # characters
+_LONGEST_TITLE = 1000
 
 
 def draw(
@@ -77,13 +78,13 @@ def draw(
         bars
     )
     width = _WIDE if columns > 1 or bars > 1 else _NARROW
-    heading = textwrap.fill(title, int(8 * width))
+    heading = textwrap.fill(printable(title, _LONGEST_TITLE), int(8 * width))
     above = 0.3 * (heading.count("\n") + 1) if heading else 0.0
     figure = extra("matplotlib.figure").Figure(figsize=(width, sum(heights) + above), dpi=120, layout="constrained")
     extra("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.04)
     if heading:
-        figure.suptitle(_printable(heading), fontsize=13, fontweight="bold", parse_math=False)
+        figure.suptitle(heading, fontsize=13, fontweight="bold", parse_math=False)
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     if columns:
         panels = list(figure.add_subfigure(grid[0]).subplots(1, columns, squeeze=False)[0])
@@ -136,12 +137,13 @@ def _checked_curves(report: Any, history: Any, multiply_adds: Any, accuracy: Any
         raise TypeError(f"expected accuracy to map names to (step, fraction) pairs, got {type(accuracy).__name__}")
     curves: dict[str, list[tuple[int, float]]] = {}
     for name, points in accuracy.items():
-        curves[str(name)] = [(step, real(f"the accuracy of {name}", value)) for step, value in points]
+        shown = printable(name)
+        curves[str(name)] = [(step, real(f"the accuracy of {shown}", value)) for step, value in points]
         if not curves[str(name)]:
-            raise ValueError(f"expected (step, fraction) pairs for {name}, got none")
+            raise ValueError(f"expected (step, fraction) pairs for {shown}, got none")
         for step, value in curves[str(name)]:
             if not 0 <= value <= 1:
-                raise ValueError(f"expected the accuracy of {name} as a fraction from 0 to 1, got {value} at {step}")
+                raise ValueError(f"expected the accuracy of {shown} as a fraction from 0 to 1, got {value} at {step}")
     return curves
 
 
@@ -154,7 +156,7 @@ def _draw_accuracy(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float]]]
         lines += axes.plot(steps, values, color=colors[i % len(colors)], **style)
     axes.set_ylabel("test accuracy")
     axes.yaxis.set_major_formatter(_percents())
-    _legend(axes, lines, [f"{_shortened(name)}: {points[-1][1]:.2%}" for name, points in curves.items()])
+    _legend(axes, lines, [f"{printable(name, _LONGEST_NAME)}: {points[-1][1]:.2%}" for name, points in curves.items()])
     _over_steps(axes)
 
 
@@ -184,7 +186,7 @@ def _draw_survivors(axes: Axes, report: Report) -> None:
     fractions = [row.survivors / max(1, row.total) for row in report.rows]
     overall = report.survivors / max(1, report.total)
     longest = max(fractions, default=0.0) or 1.0
-    axes.barh(range(len(fractions)), fractions, color=_BLUE, height=_bar_height(len(fractions)), linewidth=0)
+    _bars(axes, fractions, _BLUE)
     _layers(axes, [row.name for row in report.rows])
     if len(fractions) <= _MOST_ROWS:
         for i, (fraction, row) in enumerate(zip(fractions, report.rows, strict=True)):
@@ -201,9 +203,8 @@ def _draw_survivors(axes: Axes, report: Report) -> None:
 def _draw_multiply_adds(axes: Axes, counted: MultiplyAdds, named: bool) -> None:
     dense = [row.dense for row in counted.rows]
     longest = max(dense, default=0) or 1
-    height = _bar_height(len(dense))
-    axes.barh(range(len(dense)), dense, color=_PALE, height=height, linewidth=0)
-    axes.barh(range(len(dense)), [row.remaining for row in counted.rows], color=_BLUE, height=height, linewidth=0)
+    _bars(axes, dense, _PALE)
+    _bars(axes, [row.remaining for row in counted.rows], _BLUE)
     _layers(axes, [row.name if named else "" for row in counted.rows])
     if len(dense) <= _MOST_ROWS:
         for i, row in enumerate(counted.rows):
@@ -221,16 +222,23 @@ def _layers(axes: Axes, names: Sequence[str]) -> None:
     if len(names) > _MOST_ROWS:
         axes.set_ylabel("layer")
     else:
-        labels = [_shortened(name.removesuffix(".weight")) for name in names]
+        labels = [printable(name.removesuffix(".weight"), _LONGEST_NAME) for name in names]
         axes.set_yticks(range(len(names)), labels, fontsize=8, parse_math=False)
     axes.set_ylim(max(_FEWEST_ROWS, len(names)) - 0.4, -0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
-def _bar_height(rows: int) -> float:
-    """Return the height of a bar in rows. Thin bars touch each other, because gaps would look like stripes."""
-    return 0.72 if rows <= _MOST_ROWS else 1.0
+def _bars(axes: Axes, lengths: Sequence[float], color: str) -> None:
+    """Draw horizontal bars. Thin ones touch each other, because gaps would look like stripes, and are one shape.
+
+    matplotlib needs half a millisecond for each shape.
+    """
+    if len(lengths) <= _MOST_ROWS:
+        axes.barh(range(len(lengths)), lengths, color=color, height=0.72, linewidth=0)
+        return
+    edges = [i - 0.5 for i in range(len(lengths) + 1)]
+    axes.fill_betweenx(edges, [*lengths, lengths[-1]], step="post", color=color, linewidth=0)
 
 
 def _over_steps(axes: Axes) -> None:
@@ -254,14 +262,3 @@ def _legend(axes: Axes, lines: Sequence[Any], labels: Sequence[str]) -> None:
 
 def _percents() -> Any:
     return extra("matplotlib.ticker").PercentFormatter(1.0, decimals=None)
-
-
-def _shortened(name: str) -> str:
-    """Return a name of at most 48 characters. The middle of a longer name is left out."""
-    name = _printable(name)
-    half = _LONGEST_NAME // 2
-    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from feather_param.utils.checks import require_same_shapes
-from feather_param.utils.text import aligned
+from feather_param.utils.text import aligned, printable
 
 _VERSION = 1
 _NEEDED = ("masks", "step_count", "rate", "threshold")
@@ -183,7 +183,7 @@ class History:
             raise ValueError("expected the state_dict of a History, got something else")
         if state_dict["version"] != _VERSION:
             raise ValueError(
-                f"expected a history state of version {_VERSION}, got {state_dict['version']}; "
+                f"expected a history state of version {_VERSION}, got {printable(state_dict['version'])}; "
                 "load it with the feather_param release that wrote it"
             )
         theirs = {name: list(shape) for name, shape in state_dict["shapes"].items()}

@@ -11,8 +11,9 @@ from feather_param.reports.history import History, Record
 from feather_param.reports.multiply_adds import MultiplyAdds
 from feather_param.reports.report import Report
 from feather_param.utils.checks import instance
-from feather_param.utils.text import listed, percent, ratio, short
+from feather_param.utils.text import listed, percent, printable, ratio, short
 
+_LONGEST_TITLE = 1000  # characters
 _STYLE = """
 :root { color-scheme: light; }
 body { margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #2d3748; background: #fff;
@@ -59,8 +60,9 @@ def page(
         ('<!doctype html>', True, True)
     """
     instance(report, Report, "controller.report()")
+    title = _text(title, _LONGEST_TITLE)
     figure = draw(report, history=history, multiply_adds=multiply_adds, accuracy=accuracy)
-    parts = [f"<h1>{escape(title)}</h1>", f"<p>{_summary(report, multiply_adds)}</p>"]
+    parts = [f"<h1>{title}</h1>", f"<p>{_summary(report, multiply_adds)}</p>"]
     parts.append(f'<div class="figure">{svg(figure)}</div>')
     if sizes:
         parts += ["<h2>File size</h2>", _sizes(sizes)]
@@ -73,7 +75,7 @@ def page(
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<title>{title}</title><style>{_STYLE}</style></head>\n"
         "<body>" + "\n".join(parts) + "\n<footer>feather_param</footer></body></html>\n"
     )
 
@@ -84,8 +86,8 @@ def _summary(report: Report, counted: MultiplyAdds | None) -> str:
         remaining = percent(counted.remaining / max(1, counted.dense))
         text += f" Without the zeros, {remaining} of {short(counted.dense)} multiply-adds of a forward pass remain."
     if report.dead:
-        text += f" Nothing survives in {', '.join(report.dead)}."
-    if starving := [name for name in report.starving if name not in report.dead]:
+        text += f" Nothing survives in {listed(report.dead)}."
+    if starving := [row.name for row in report.rows if 0 < row.survivors < row.outputs]:
         text += f" Fewer survivors than outputs in {listed(starving)}."
     return escape(text)
 
@@ -119,7 +121,8 @@ def _layers(report: Report, records: Sequence[Record], counted: MultiplyAdds | N
         total += [_right(f"{records[-1].entered:,}"), _right(f"{records[-1].left:,}")]
     if counted is not None:
         total += [_right(f"{counted.dense:,}"), _right(f"{counted.remaining:,}")]
-    classes = ["starving" if row.name in report.starving else "" for row in report.rows]
+    starving = set(report.starving)
+    classes = ["starving" if row.name in starving else "" for row in report.rows]
     table = _table(heads, [*rows, "".join(total)], [*classes, "all"])
     if not records:
         return table
@@ -138,8 +141,7 @@ def _reasons(reasons: Mapping[str, str]) -> str:
 def _table(heads: Sequence[str], rows: Sequence[str], classes: Sequence[str] = ()) -> str:
     """Return a table. A head that begins with ``>`` is aligned to the right, above numbers."""
     head = "".join(
-        f'<th class="n">{escape(text[1:])}</th>' if text.startswith(">") else f"<th>{escape(text)}</th>"
-        for text in heads
+        f'<th class="n">{_text(text[1:])}</th>' if text.startswith(">") else f"<th>{_text(text)}</th>" for text in heads
     )
     kinds = list(classes) or [""] * len(rows)
     body = "\n".join(
@@ -149,7 +151,11 @@ def _table(heads: Sequence[str], rows: Sequence[str], classes: Sequence[str] = (
 
 
 def _cell(text: str, kind: str = "") -> str:
-    return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
+    return f'<td class="{kind}">{_text(text)}</td>' if kind else f"<td>{_text(text)}</td>"
+
+
+def _text(text: str, most: int = 400) -> str:
+    return escape(printable(text, most))
 
 
 _name = functools.partial(_cell, kind="name")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from feather_param.ops.count import PruneCount
-from feather_param.utils.text import aligned, described, grouped, ratio
+from feather_param.utils.text import aligned, described, grouped, printable, ratio
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,10 @@ class Report:
         lines = aligned(cells)
         lines += described(self.allocation, self.pattern)
         tied = [row for row in self.rows if row.ties]
-        lines += [f"ties: {row.ties:,} elements of {row.name} equal the threshold and compute as zero" for row in tied]
+        lines += [
+            f"ties: {row.ties:,} elements of {printable(row.name)} equal the threshold and compute as zero"
+            for row in tied
+        ]
         lines += [f"dense: {line}" for line in grouped(self.skipped)]
         return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Write reports as scalars, with the logger of any tool."""
+"""Write reports as scalars, with the logger of any tool. It gets the names of the weights as they are."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from torch import nn
 from feather_param.selection.names import full_name
 from feather_param.selection.weights import Place, is_matrix, places_of
 from feather_param.utils.globs import Globs
+from feather_param.utils.text import listed, printable
 
 Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
 """Globs on names, or a predicate ``(module name, module) -> bool``."""
@@ -69,13 +70,13 @@ class Rule:
         """
         if not self._unused:
             return
-        missed = ", ".join(repr(each) for each in self._unused)
+        missed = listed([repr(each) for each in self._unused])
         hint = "" if self._predicate else _correction(next(iter(self._unused)), model, self._argument)
         layers = [place.name for place, _ in places_of(model) if place.by_default][:3]
-        hint = hint or (
-            f"some of this model's names: {', '.join(layers)}" if layers else "this model has no such layer"
+        hint = hint or (f"some of this model's names: {listed(layers)}" if layers else "this model has no such layer")
+        raise ValueError(
+            f"expected {self._argument} to match a weight, got {missed}, which matches none; {printable(hint)}"
         )
-        raise ValueError(f"expected {self._argument} to match a weight, got {missed}, which matches none; {hint}")
 
 
 def _matches(glob: str, place: Place, aliases: list[str], default: bool) -> bool:

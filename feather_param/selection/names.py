@@ -30,7 +30,7 @@ def plain_name(name: str) -> str:
         >>> plain_name("_orig_mod.0.parametrizations.weight.original")
         '0.weight'
     """
-    return re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", without_wrappers(name))
+    return re.sub(r"(^|\.)parametrizations\.([^.]+)\.original\Z", r"\1\2", without_wrappers(name))
 
 
 def without_wrappers(name: str) -> str:

@@ -13,7 +13,7 @@ from feather_param.ops.values import why_without_values
 from feather_param.selection.globs import Filter, Rule
 from feather_param.selection.weights import Place, Weight, is_matrix, places_of
 from feather_param.utils.checks import integer
-from feather_param.utils.text import grouped
+from feather_param.utils.text import grouped, listed, printable
 
 _ORDER = "the order is: sparsify(model), then DDP or fully_shard, then the optimizer"
 
@@ -132,52 +132,53 @@ def _check_model(model: object) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
-                f"expected a model of plain modules, got {type(module).__name__} at {name or 'the root'}; "
+                f"expected a model of plain modules, got {type(module).__name__} at {printable(name or 'the root')}; "
                 "sparsify before scripting, and script after desparsify"
             )
         for cls in type(module).__mro__:
             if cls.__module__.startswith(("torch.distributed.fsdp", "torch.nn.parallel.distributed")):
                 raise ValueError(
-                    f"expected a model that is not yet wrapped, got {cls.__name__} at {name or 'the root'}; {_ORDER}"
+                    f"expected a model that is not yet wrapped, got {cls.__name__} at {printable(name or 'the root')}; "
+                    f"{_ORDER}"
                 )
 
 
 def _check(place: Place) -> None:
     """Refuse a tensor that cannot be parametrized or pruned."""
     parameter = place.parameter
-    hint = f"; leave it dense with exclude={place.name!r}"
+    name, hint = printable(place.name), f"; leave it dense with exclude={printable(repr(place.name))}"
     if parameter is not None and is_lazy(parameter):
-        raise ValueError(f"expected initialised weights, got a lazy one at {place.name}; run one batch first")
+        raise ValueError(f"expected initialised weights, got a lazy one at {name}; run one batch first")
     if not isinstance(parameter, Tensor) or not isinstance(parameter, nn.Parameter):
         if place.parametrizations is not None:
             return
         found = type(getattr(place.module, place.tensor, None)).__name__
         raise ValueError(
-            f"expected {place.name} to be an nn.Parameter, got {found}; "
+            f"expected {name} to be an nn.Parameter, got {found}; "
             "old-style weight_norm, spectral_norm and prune hooks replace the parameter; use "
             f"torch.nn.utils.parametrizations instead, or remove them first{hint}"
         )
     if is_sharded(parameter):
-        raise ValueError(f"expected a model that is not yet wrapped, got {place.name} sharded over processes; {_ORDER}")
+        raise ValueError(f"expected a model that is not yet wrapped, got {name} sharded over processes; {_ORDER}")
     if isinstance(place.module, nn.Embedding | nn.EmbeddingBag):
         for option in ("sparse", "max_norm"):
             if getattr(place.module, option):
                 raise ValueError(
                     f"expected an embedding without {option}=, got {option}={getattr(place.module, option)} at "
-                    f"{place.name}: it writes to the weight past the parametrization, or needs sparse gradients{hint}"
+                    f"{name}: it writes to the weight past the parametrization, or needs sparse gradients{hint}"
                 )
     if not parameter.is_meta and (why := why_without_values(parameter)):
         raise ValueError(
-            f"expected weights with values, or on the meta device, got {place.name} {why}; load them first{hint}"
+            f"expected weights with values, or on the meta device, got {name} {why}; load them first{hint}"
         )
     if kind := _unusual(parameter):
         raise ValueError(
-            f"expected an ordinary tensor at {place.name}, got {kind}; replace it with a copy: "
+            f"expected an ordinary tensor at {name}, got {kind}; replace it with a copy: "
             f"nn.Parameter(weight.detach().to_dense().resolve_neg().clone()), outside of inference mode{hint}"
         )
     if parameter.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise ValueError(
-            f"expected a weight of a real floating dtype at {place.name}, got {parameter.dtype}; "
+            f"expected a weight of a real floating dtype at {name}, got {parameter.dtype}; "
             f"sparsify before quantising{hint}"
         )
 
@@ -212,12 +213,12 @@ def _group_tied(
         if not others:
             weights.append(Weight(tuple(places)))
             continue
-        tied = ", ".join(others)
+        tied = listed(others)
         if strict:
             both = [user.name for user in users[key]]
             raise ValueError(
-                f"expected include to name all the places of a tied weight, got {places[0].name} without {tied}; "
-                f"include both, as include={both} does (add your other globs), or neither"
+                f"expected include to name all the places of a tied weight, got {printable(places[0].name)} without "
+                f"{tied}; include both, as include={printable(both, 2000)} does (add your other globs), or neither"
             )
         for place in places:
             dense[place.name] = f"tied to {tied}, which is not selected"

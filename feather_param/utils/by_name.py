@@ -9,7 +9,7 @@ from typing import Any
 
 from feather_param.utils.checks import fraction_hint, integer, real
 from feather_param.utils.globs import Globs
-from feather_param.utils.text import listed
+from feather_param.utils.text import listed, printable
 
 
 def checked_rates(rates: object) -> dict[str, float]:
@@ -38,7 +38,9 @@ def rates_by_name(rates: Mapping[str, float], weights: Iterable[str], globs_of: 
     for name in weights:
         globs = globs_of.matching((name, _module(name)))
         if not globs:
-            raise ValueError(f'expected a rate for each weight, got none for {name}; add "*" as the last glob')
+            raise ValueError(
+                f'expected a rate for each weight, got none for {printable(name)}; add "*" as the last glob'
+            )
         found[name] = globs[0]
     used = set(found.values())
     if unused := [glob for glob in rates if glob not in used]:
@@ -65,9 +67,11 @@ def listed_zeros(plan: Any) -> dict[str, int]:
     else:
         raise TypeError(f"expected a Report, a Plan or a mapping from names to zeros, got {type(plan).__name__}")
     if missing := [name for name, zeros in numbers.items() if zeros is None]:
-        raise ValueError(f"expected a plan with the zeros of each weight, got none for {missing[0]}")
+        raise ValueError(f"expected a plan with the zeros of each weight, got none for {printable(missing[0])}")
     for name, zeros in numbers.items():
         if not isinstance(zeros, Integral):
             hint = "per_layer({...}) takes rates" if isinstance(zeros, float) else "pass the report of a controller"
-            raise TypeError(f"expected the zeros of {name} to be an int, got a {type(zeros).__name__}; {hint}")
-    return {name: integer(f"the zeros of {name}", zeros, 0) for name, zeros in numbers.items()}
+            raise TypeError(
+                f"expected the zeros of {printable(name)} to be an int, got a {type(zeros).__name__}; {hint}"
+            )
+    return {name: integer(f"the zeros of {printable(name)}", zeros, 0) for name, zeros in numbers.items()}

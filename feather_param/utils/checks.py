@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 
+from feather_param.utils.text import printable
+
 
 def real(name: str, value: object) -> float:
     """Return a number as a float; raise a TypeError for anything else."""
@@ -68,7 +70,7 @@ def require_same_shapes(what: str, ours: Mapping[str, object], theirs: object) -
         theirs = theirs if isinstance(theirs, Mapping) else {}
         both = {**ours, **theirs}
         name = next(n for n in both if (n in ours, ours.get(n)) != (n in theirs, theirs.get(n)))
-        here, there = (shapes.get(name, "none") for shapes in (ours, theirs))
+        here, there = (printable(shapes.get(name, "none")) for shapes in (ours, theirs))
         raise ValueError(
-            f"expected {what} of this model, got another's: {name} has shape {here} here and {there} there"
+            f"expected {what} of this model, got another's: {printable(name)} has shape {here} here and {there} there"
         )

@@ -8,14 +8,35 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
+def printable(value: object, most: int = 400) -> str:
+    r"""Return a value as text that is safe to show: one line of printable characters, at most ``most`` of them.
+
+    Names from files and models may hold any character. A character that is not printable (`str.isprintable`) becomes
+    its escape: newlines, codes that control a terminal, invisible characters, those that change the direction of the
+    text, and lone surrogates. A backslash stays as it is, so text that is escaped already does not change. The middle
+    of a longer text becomes an ellipsis.
+
+    Example:
+        >>> print(printable("fc\x1b[2J.weight\n"), printable("Gewicht_ä"), printable("a" * 10**6, most=9))
+        fc\x1b[2J.weight\n Gewicht_ä aaa…aaaa
+    """
+    text = str(value)
+    text = text if len(text) <= 2 * most else text[:most] + text[-most:]  # an escape has more than one character
+    if not text.isprintable():
+        text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    half = most // 2
+    return text if len(text) <= most else f"{text[: half - 1]}…{text[-half:]}"
+
+
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines of cells with aligned columns: the first two to the left, the others to the right.
+    """Return lines of `printable` cells with aligned columns: the first two to the left, the others to the right.
 
     Example:
         >>> print(*aligned([("name", "shape", "n"), ("fc", "4", "12")]), sep=chr(10))
         name  shape   n
         fc    4      12
     """
+    lines = [[printable(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(
@@ -66,32 +87,36 @@ def short(count: int) -> str:
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """Return names with commas between them. Of more than ``most`` names, return the first.
+    """Return `printable` names with commas between them. Of more than ``most`` names, return the first.
 
     Example:
         >>> listed(["a", "b", "c", "d"], most=2)
         'a, b and 2 more'
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(printable, names[:most])) + more
 
 
 def grouped(reasons: Mapping[str, str]) -> list[str]:
-    """Return lines of names with reasons; names that differ only in a running number are put on one line.
+    """Return `printable` lines of names with reasons. Names that differ only in a running number are put on one line.
+
+    These are numbers of at most nine digits, and the first eight of a name, so that the time is linear in the names.
 
     Example:
         >>> grouped({"0.fc": "excluded", "1.fc": "excluded", "2.fc": "excluded", "head": "tied to 0.fc"})
         ['0..2.fc (3 weights: excluded)', 'head (tied to 0.fc)']
     """
-    lines = [([*re.split(r"(\d+)", name)], reason, 1) for name, reason in reasons.items()]
+    lines = [(_NUMBER.split(name, maxsplit=8), reason, 1) for name, reason in reasons.items()]
     length = max((len(parts) for parts, _, _ in lines), default=0)
     for index in reversed(range(1, length, 2)):
         lines = _merged(lines, index)
     return [
-        f"{''.join(parts)} ({reason if count == 1 else f'{count} weights: {reason}'})" for parts, reason, count in lines
+        f"{printable(''.join(parts))} ({printable(reason if count == 1 else f'{count} weights: {reason}')})"
+        for parts, reason, count in lines
     ]
 
 
+_NUMBER = re.compile(r"(?<![0-9])([0-9]{1,9})(?![0-9])")
 # A name split at its numbers, which have the odd indices; the reason; the number of names it represents.
 _Line = tuple[list[str], str, int]
 

@@ -37,11 +37,12 @@ def read(content: bytes) -> dict[str, tuple[str, list[int], bytes]]:
         outer, data = parts_of(content)
         text = outer.pop("__metadata__")["feather_param sparse"]
         must(outer["crc"] == str(zlib.crc32(text.encode())))
-        header = json.loads(text, object_pairs_hook=_once)
-        must(type(header["version"]) is int and header["version"] == 1)
+        header = _json(text)
+        must(type(header["version"]) is int and header["version"] == 1 and set(header) == {"version", "tensors"})
         result: dict[str, Any] = {}
         described: set[str] = set()
         for name, entry in header["tensors"].items():
+            name.encode()  # raises UnicodeEncodeError for a lone surrogate
             if isinstance(entry, str):
                 must(entry in described)
                 result[name] = result[entry]
@@ -59,18 +60,29 @@ def read(content: bytes) -> dict[str, tuple[str, list[int], bytes]]:
 
 def parts_of(content: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     (length,) = struct.unpack("<Q", content[:8])
-    must(length <= len(content) - 8)
-    outer = json.loads(content[8 : 8 + length].decode(), object_pairs_hook=_once)
+    must(length <= min(len(content) - 8, 10**8))
+    outer = _json(content[8 : 8 + length].decode())
+    json.dumps(outer, ensure_ascii=False).encode()  # raises UnicodeEncodeError for a lone surrogate
     metadata = outer.pop("__metadata__")
+    must(all(type(value) is str for value in metadata.values()))
     end, data = 0, {}
     for name, part in sorted(outer.items(), key=lambda item: item[1]["data_offsets"]):
-        must(set(part) == {"dtype", "shape", "data_offsets"} and len(part["data_offsets"]) == 2)
+        must(len(part["data_offsets"]) == 2)
         (begin, stop), (n,) = part["data_offsets"], part["shape"]
-        must(part["dtype"] == "U8" and {type(begin), type(stop)} == {int})
+        must(part["dtype"] == "U8" and {type(begin), type(stop), type(n)} == {int})
         must(begin == end and stop - begin == n >= 0)
         data[name], end = content[8 + length :][begin:stop], stop
     must(end == len(content) - 8 - length)
     return {"__metadata__": metadata, "crc": metadata["feather_param crc32"]}, data
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_once, parse_int=_integer)
+
+
+def _integer(text: str) -> int:
+    must(len(text) <= 20 and text != "-0")
+    return int(text)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -80,6 +92,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensor(entry: dict[str, Any], gaps: bytes | None, values: bytes) -> bytes:
     must(type(entry["shape"]) is list and all(type(n) is int and 0 <= n < 2**63 for n in entry["shape"]))
+    must(len(entry["shape"]) <= 64)
     size = SIZES[entry["dtype"]]
     both = 2 if "complex" in entry["dtype"] else 1
     numel = math.prod(entry["shape"]) * both

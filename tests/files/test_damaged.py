@@ -172,7 +172,22 @@ HOSTILE = {
         "sparse claims more than the .* bytes that its parts in the file may",
     ),
     "a huge dense shape": (entry_of("dense", shape=[2**50]), "dense claims more than"),
-    "a shape that takes long to multiply": (entry_of("n", shape=[2**62] * 10**5), "n claims more than"),
+    "a shape whose product is long": (entry_of("n", shape=[2**62] * 64), "n claims more than"),
+    "a shape of many sizes": (entry_of("n", shape=[1] * 65), "n has 65 dimensions, more than 64"),
+    "a text in a shape": (entry_of("n", shape=["1"]), r"n has the shape \['1'\]"),
+    "a negative zero in a shape": (entry_of("n", shape=[-0.0]), r"n has the shape \[-0.0\]"),
+    "a shape that is a number": (entry_of("n", shape=4), "n has the shape 4"),
+    "a missing key": (lambda tensors, data: tensors["n"].pop("zstd"), "n is described by"),
+    "a lone surrogate": (
+        lambda tensors, data: tensors.update({"\ud800": "sparse"}),
+        r"the name \\ud800 has a lone surr",
+    ),
+    "a name with control characters": (
+        entry_of("sparse", dtype="\x1b[2J\n"),
+        r"sparse is of dtype \\x1b\[2J\\n, which torch",
+    ),
+    "tied to a later tensor": (lambda tensors, data: tensors.update(sparse="n"), "sparse is described by n"),
+    "tied to a tied tensor": (lambda tensors, data: tensors.update(again="tied"), "again is described by tied"),
     "a shape too large for torch": (
         entry_of("none", shape=[2**62, 2**62, 0]),
         "none claims more than the 9223372036854775807 b",

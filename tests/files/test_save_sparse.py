@@ -8,6 +8,7 @@ from torch import nn
 
 import feather_param
 from feather_param import load_sparse, save_sparse, schedules
+from feather_param.files import safetensors
 from tests.files.tensors import identical
 
 
@@ -48,14 +49,32 @@ class Wrapper(torch.Tensor):
             {"w": nn.LazyLinear(3).weight},
             "expected tensors with content, got a lazy parameter at w; run the model once",
         ),
-        ({3: torch.eye(3)}, "expected names to be strings of Unicode, got 3; rename it"),
-        ({"\ud800": torch.eye(3)}, r"expected names to be strings of Unicode, got .*ud800'; rename it"),
+        ({3: torch.eye(3)}, "expected names to be strings, got 3; rename it"),
     ],
 )
 def test_entries_that_cannot_be_stored_are_refused(tmp_path, state, message):
     with pytest.raises(TypeError, match=message):
         save_sparse(state, tmp_path / "t")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (
+            {"a\ud800b": torch.eye(3)},
+            r"expected names of Unicode characters, got the lone surrogate in a\\ud800b; rename",
+        ),
+        ({"w": torch.ones([1] * 65)}, "expected at most 64 dimensions, got 65 at w; reshape it"),
+        ({"w" * 500: torch.eye(3)}, "expected a header of at most 1,000 bytes, got 2,.*; shorten the tensors' names"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused(tmp_path, monkeypatch, state, message):
+    monkeypatch.setattr(safetensors, "_LONGEST_HEADER", 1000)
+    (tmp_path / "t").write_bytes(b"old")
+    with pytest.raises(ValueError, match=message):
+        save_sparse({"first": torch.eye(3), **state}, tmp_path / "t")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
