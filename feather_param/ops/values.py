@@ -51,6 +51,6 @@ def require_values(tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
         if why := why_without_values(tensor):
             raise RuntimeError(
-                f"expected weights with values, got {printable(name)} {why}; load them first, with load_state_dict(state, "
-                "assign=True), or call to_empty(device=...) and initialise them"
+                f"expected weights with values, got {printable(name)} {why}; load them first, with "
+                "load_state_dict(state, assign=True), or call to_empty(device=...) and initialise them"
             )
