@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from feather_param.files.atomic import atomic_write
 from feather_param.files.codec import MAX_EXPANSION, Bytes, checksum, decode, encode
-from feather_param.files.elements import elements_of
+from feather_param.files.elements import elements_of, has_memory
 from feather_param.files.safetensors import open_container, parse_json, write_container
 from feather_param.files.tied import first_names
 from feather_param.ops.distributed import is_sharded
@@ -143,15 +143,8 @@ def _check(name: object, tensor: object) -> None:
             f"expected dense tensors of plain dtypes, got a {tensor.layout} tensor of {tensor.dtype} at {name}; "
             "leave it out"
         )
-    if not _has_memory(tensor):
+    if not has_memory(tensor):
         raise TypeError(f"expected tensors with content, got one without memory on {tensor.device} at {name}; load it")
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    try:
-        return not tensor.is_meta and (not tensor.numel() or tensor.untyped_storage().data_ptr() != 0)
-    except RuntimeError:  # torch raises it for a tensor without storage
-        return False
 
 
 def _read(container: Any, tensors: Any) -> dict[str, Tensor]:
