@@ -119,9 +119,9 @@ def _load_torch(path: Path) -> Any:
 
 
 def _sentence(message: str) -> str:
-    """Return the first sentence of a message of torch, without the location in torch's source code."""
+    """Return the first sentence of a message of torch, without locations in its source and control characters."""
     line = re.sub(r"^\[enforce fail at [^]]*\][ .]*", "", message.strip().partition("\n")[0])
-    return line.partition(". ")[0].rstrip(".")[:200]
+    return "".join(c if c.isprintable() else "?" for c in line.partition(". ")[0].rstrip(".")[:200])
 
 
 def _unsafe(path: Path, message: str) -> list[str]:
@@ -205,7 +205,7 @@ def _places(content: Any) -> dict[str, int]:
 
 
 def _has_tensors(value: Any) -> bool:
-    # An OrderedDict in a file may have attributes with the names of its methods: value.values() would find these.
+    # A file may give an OrderedDict or a tensor attributes with the names of its methods. Then value.values() fails.
     return isinstance(value, dict) and any(isinstance(item, Tensor) for item in dict.values(value))
 
 
@@ -216,7 +216,7 @@ def _name(name: object) -> str:
 
 def _is_dense(value: Any) -> bool:
     plain = isinstance(value, Tensor) and value.layout == torch.strided
-    return plain and not (value.is_quantized or value.is_nested) and has_memory(value)
+    return plain and not (value.is_quantized or value.is_nested) and has_memory(Tensor.detach(value))
 
 
 def _kind(value: Any) -> str:

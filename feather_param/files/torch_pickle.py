@@ -55,9 +55,9 @@ def check(path: Path) -> None:
     The calls of a pickle may look at 8 items for each byte of the pickle.
 
     Raises:
-        ValueError: the file claims more, or what no `torch.save` writes.
+        ValueError: the file claims more, is damaged, or calls a function as no `torch.save` does.
         pickle.UnpicklingError: `torch.load` refuses the pickle.
-        RuntimeError: the file is no zip file of torch. Damaged pickles may raise any Exception.
+        RuntimeError: the file is no zip file of torch.
 
     Example:
         >>> import tempfile
@@ -67,14 +67,15 @@ def check(path: Path) -> None:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        if file.read(2) != b"PK":
-            file.seek(0)
-            machine = _Machine(size, size)
-            for _ in range(5):  # magic number, protocol, system, content, keys of the storages
-                machine.read(file)
-            return
+        zipped = file.read(2) == b"PK"
         file.seek(0)
-        archive = torch._C.PyTorchFileReader(file)
+        if not zipped:
+            machine = _Machine(size, size)
+            *_, keys = [machine.read(file) for _ in range(5)]  # after magic number, protocol, system, content
+            if not all(isinstance(key, str) for key in keys):
+                raise ValueError("storages with keys that are no strings")
+            return
+        archive: Any = torch._C.PyTorchFileReader(file)
         if archive.has_record("constants.pkl"):  # TorchScript, which torch.load refuses
             return
         content = archive.get_record("data.pkl")
@@ -106,18 +107,24 @@ class _Machine:
         self._storages: dict[str, _Storage] = {}
         self._walked = self._may_walk = 0
 
-    def read(self, file: BinaryIO | io.BytesIO) -> None:
-        """Follow one pickle, from the position of a file up to its end."""
+    def read(self, file: BinaryIO | io.BytesIO) -> Any:
+        """Follow one pickle, from the position of a file up to its end. Return the stand-in for its value."""
+        try:
+            return self._follow(pickletools.genops(file))
+        except (LookupError, TypeError, AttributeError) as error:  # values of other kinds than the opcodes expect
+            raise ValueError("a damaged pickle") from error
+
+    def _follow(self, opcodes: Any) -> Any:
         self._stack: list[Any] = []
         marks: list[list[Any]] = []
         memo: dict[int, Any] = {}
-        for opcode, argument, position in pickletools.genops(file):
-            self._may_walk = _WALKS * ((position or 0) + 100)
+        for opcode, argument, position in opcodes:
+            self._may_walk = _WALKS * (position + 100)
             match opcode.name:
                 case "PROTO":
                     pass
                 case "STOP":
-                    return
+                    return self._stack.pop()
                 case name if name in _CONSTANTS:
                     self._stack.append(argument)
                 case "BINGET" | "LONG_BINGET":
@@ -147,8 +154,9 @@ class _Machine:
                     self._stack.append(self._storage(*self._pop(1)))
                 case name:
                     raise pickle.UnpicklingError(f"unsupported opcode {name}")
+        raise ValueError("a pickle without an end")
 
-    def _pop(self, count: int) -> list[Any]:
+    def _pop(self, count: int) -> Any:
         start = len(self._stack) - count
         if start < 0:
             raise ValueError("a pickle with an empty stack")
@@ -165,7 +173,7 @@ class _Machine:
                 self._walk(key)
         self._stack[-1].extend(items)
 
-    def _call(self, function: _Global, arguments: tuple[Any, ...]) -> Any:
+    def _call(self, function: Any, arguments: Any) -> Any:
         """Return the stand-in for the result of a call."""
         if type(function) is not _Global or type(arguments) is not tuple:
             raise ValueError("a call that torch.save does not write")
@@ -199,15 +207,17 @@ class _Machine:
             return arguments[0]
         self._use("copies of tensors", nbytes)
         if isinstance(arguments[0], _Storage):
-            dtypes = [each for each in arguments if isinstance(each, _Global)] if name == "_rebuild_tensor_v3" else []
-            return _Tensor(_nbytes(*arguments[:4], getattr(torch, dtypes[0].name).itemsize if dtypes else 0))
+            storage, offset, shape, strides = arguments[:4]
+            itemsize = getattr(torch, arguments[6].name).itemsize if name == "_rebuild_tensor_v3" else storage.itemsize
+            return _Tensor(_nbytes(storage, offset, shape, strides, itemsize))
         return _Tensor(nbytes)
 
     def _build(self, target: Any, state: Any) -> None:
         self._walk(state)
         if isinstance(target, _Tensor):  # as torch 0.1 saved tensors and Parameters
             if type(state) is tuple and len(state) == 4 and isinstance(state[0], _Storage):
-                target.nbytes = _nbytes(*state)
+                storage, offset, shape, strides = state
+                target.nbytes = _nbytes(storage, offset, shape, strides, storage.itemsize)
             elif type(state) is not tuple or len(state) != 5 or not isinstance(state[0], _Tensor):
                 raise ValueError("a state of a tensor that torch.save does not write")
         self._stack.append(target)
@@ -261,11 +271,10 @@ def _global(argument: str) -> _Global:
     return _Global(module, name)
 
 
-def _nbytes(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int = 0) -> int:
+def _nbytes(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:
     """Return the bytes of a dense copy of a tensor in a storage."""
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"expected at most {MAX_DIMENSIONS} dimensions, got {len(shape)}")
-    itemsize = itemsize or storage.itemsize
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if min((offset, *shape, *strides)) < 0 or (0 not in shape and (last + 1) * itemsize > storage.nbytes):
         raise ValueError("a tensor past the end of its storage")
