@@ -24,6 +24,7 @@ MAX_DIMENSIONS = 64  # of a tensor; torch's own operators accept no more
 
 _WALKS = 8  # items that the calls of a pickle may look at, for each byte of the pickle
 _DEPTH = 100  # of the arguments of a call, and of a key
+_SHALLOW = 2  # where torch sets attributes and does not look into their values
 _LATIN = ("latin1", "latin-1")  # the only codec that torch.save uses
 _CONSTANTS = {"NONE", "NEWFALSE", "NEWTRUE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 _CONSTANTS.add("SHORT_BINSTRING")
@@ -177,7 +178,9 @@ class _Machine:
         """Return the stand-in for the result of a call."""
         if type(function) is not _Global or type(arguments) is not tuple:
             raise ValueError("a call that torch.save does not write")
-        name, nbytes = function.name, self._walk(arguments)
+        name = function.name
+        with_attributes = name in ("_rebuild_from_type_v2", "_rebuild_parameter_with_state")
+        nbytes = self._walk(arguments, _SHALLOW if with_attributes else _DEPTH)
         first = arguments[0] if arguments else None
         if name == "_rebuild_from_type_v2":
             return self._call(first, arguments[2])
@@ -213,7 +216,7 @@ class _Machine:
         return _Tensor(nbytes)
 
     def _build(self, target: Any, state: Any) -> None:
-        self._walk(state)
+        self._walk(state, _SHALLOW)
         if isinstance(target, _Tensor):  # as torch 0.1 saved tensors and Parameters
             if type(state) is tuple and len(state) == 4 and isinstance(state[0], _Storage):
                 storage, offset, shape, strides = state
@@ -250,18 +253,20 @@ class _Machine:
         self._used[what] += nbytes
         _at_most(what, self._used[what], self._most[what])
 
-    def _walk(self, value: Any) -> int:
+    def _walk(self, value: Any, depth: int = _DEPTH) -> int:
         """Count the items of nested tuples and lists, each as often as it is met. Return the bytes of their tensors."""
         level, nbytes = [value], 0
-        for _ in range(_DEPTH):
+        for _ in range(depth):
             self._walked += sum(len(each) if isinstance(each, str | tuple | list) else 1 for each in level)
             if self._walked > self._may_walk:
                 raise ValueError("a pickle that repeats its values many times")
             nbytes += sum(each.nbytes for each in level if isinstance(each, _Tensor))
             level = [item for each in level if isinstance(each, tuple | list) for item in each]
             if not level:
-                return nbytes
-        raise ValueError("a pickle with values that are nested too deeply")
+                break
+        if level and depth == _DEPTH:
+            raise ValueError("a pickle with values that are nested too deeply")
+        return nbytes
 
 
 def _global(argument: str) -> _Global:

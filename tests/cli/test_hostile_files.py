@@ -185,6 +185,11 @@ def test_what_torch_saves_is_read(run):
     others = {"bytes": bytes(range(256)) * 99, "bytearray": bytearray(9999), "set": set(range(999)), "complex": 1j}
     others |= {"size": weight.shape, "dtype": torch.float64, "nested": [[[(1, 2.0)]] * 9] * 9, "text": "a" * 9999}
     others |= {"coo": weight.to_sparse(), "optimizer": optimizer.state_dict(), 5: None, (1, (2, 3)): True}
+    shared = list(range(5000))
+    parameters = [nn.Parameter(weight) for _ in range(200)]
+    for parameter in parameters:
+        parameter.groups = shared  # type: ignore[attr-defined]
+    others["parameters"] = parameters
     for zipped in (True, False):
         torch.save({"w": weight, "ids": ids, **others}, "in", _use_new_zipfile_serialization=zipped)
         report = json.loads(run("report", "in", "--json").out)
