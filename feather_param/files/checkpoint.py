@@ -93,9 +93,9 @@ def _read_safetensors(path: Path, key: str | None) -> Checkpoint:
 
 def _load_torch(path: Path) -> Any:
     try:
-        check(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old formats and tensor kinds, which the user cannot change
+            check(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         unsafe = _unsafe(path, str(error))

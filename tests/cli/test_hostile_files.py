@@ -209,6 +209,12 @@ def test_a_shape_of_many_dimensions_in_a_safetensors_file_is_refused(run):
     fails(run("report", "in"), 1, "expected at most 64 dimensions, got 65 of w in in; reshape it")
 
 
+@pytest.mark.filterwarnings("error")
+def test_odd_names_in_a_pickle_cause_no_warning(run):
+    write(named("torch \\p\xcb"))
+    fails(run("report", "in"), 1, "codec can't decode byte 0xc3")
+
+
 def test_an_error_of_torch_is_shown_in_one_line(run):
     header = json.dumps({"w": {"dtype": "F32", "shape": [2**63, 0], "data_offsets": [0, 0]}}).encode()
     Path("in").write_bytes(struct.pack("<Q", len(header)) + header)
