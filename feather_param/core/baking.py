@@ -216,7 +216,7 @@ def require_writable(states: Iterable[SharedSparsity]) -> None:
             )
         if original.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
-                f"expected weights that can be written, got {printable(name)}, a tensor made in torch.inference_mode(); "
+                f"expected weights that can be written, got {printable(name)}, made in torch.inference_mode(); "
                 "load it outside of inference mode, or call baked_state_dict(model)"
             )
     require_own_memory(originals)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from feather_param.files.codec import MAX_DIMENSIONS, MAX_EXPANSION
+from feather_param.files.elements import has_memory
 from feather_param.files.safetensors import open_container
 from feather_param.files.sparse import SPARSE, load_sparse
+from feather_param.files.tied import untied
+from feather_param.files.torch_pickle import check
 
 _COMMON_KEYS = ("state_dict", "model_state_dict", "model")
+_LONGEST = 1000  # characters of a key that a message proposes
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,16 @@ def read(path: Path, key: str | None = None) -> Checkpoint:
     A torch file is read with ``weights_only=True``. If it is not a state_dict itself, its entries ``state_dict``,
     ``model_state_dict`` and ``model`` are tried.
 
+    All tensors together take at most 2048 bytes for each byte of the file, as dense tensors; tied tensors count once.
+    So a small file of expanded tensors cannot take much memory. A tensor has at most 64 dimensions.
+
     Args:
         path: the file.
         key: location of the state_dict in a torch file, names joined by dots (``"training.model"``).
 
     Raises:
-        ValueError: the file is damaged, is of another kind, contains objects that could run code, or has no state_dict
-            at this location.
+        ValueError: the file is damaged, is of another kind, contains objects that could run code, expands to more than
+            2048 times its size, or has no state_dict at this location.
         OSError: the file cannot be read.
         ImportError: a library that the file needs is not installed.
 
@@ -75,7 +85,9 @@ def _read_safetensors(path: Path, key: str | None) -> Checkpoint:
     except OSError:
         raise
     except Exception as error:  # SafetensorError, or an error of torch for a dtype that it does not have
-        raise ValueError(f"expected a safetensors file, got {path}, which is damaged: {error}") from error
+        raise ValueError(
+            f"expected a safetensors file, got {path}, which is damaged: {_sentence(str(error))}"
+        ) from error
     return Checkpoint("sparse", load_sparse(path)) if sparse else _checkpoint(tensors, path, None, "safetensors")
 
 
@@ -83,6 +95,7 @@ def _load_torch(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old formats and tensor kinds, which the user cannot change
+            check(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         unsafe = _unsafe(path, str(error))
@@ -106,9 +119,9 @@ def _load_torch(path: Path) -> Any:
 
 
 def _sentence(message: str) -> str:
-    """Return the first sentence of a message of torch, without the location in torch's source code."""
+    """Return the first sentence of a message of torch, without locations in its source and control characters."""
     line = re.sub(r"^\[enforce fail at [^]]*\][ .]*", "", message.strip().partition("\n")[0])
-    return line.partition(". ")[0].rstrip(".")[:200]
+    return "".join(c if c.isprintable() else "?" for c in line.partition(". ")[0].rstrip(".")[:200])
 
 
 def _unsafe(path: Path, message: str) -> list[str]:
@@ -125,54 +138,85 @@ def _checkpoint(content: Any, path: Path, key: str | None, kind: str = "torch") 
     beside: list[str] = []
     state = content
     for depth, name in enumerate(names):
-        beside += [".".join([*names[:depth], str(other)]) for other in state if other != name]
+        beside += [".".join([*names[:depth], _name(other)]) for other in state if other != name]
         state = state[name]
     if not _has_tensors(state):
-        places = sorted(_places(content), key=lambda place: -place[1])[:5]
+        places = sorted(_places(content).items(), key=lambda place: -place[1])[:5]
         listed = ", ".join(f"{place} ({count} tensors)" for place, count in places)
         hint = f"choose one of these with --key: {listed}" if places else "it holds none"
         raise ValueError(f"expected a state_dict at {key or 'the top'} of {path}, got {_kind(state)}; {hint}")
-    others = {str(name): _kind(value) for name, value in state.items() if not _is_dense(value)}
-    tensors = {str(name): value.detach() for name, value in state.items() if _is_dense(value)}
-    return Checkpoint(kind, tensors, others, ".".join(names), tuple(beside))
+    others = {_name(name): _kind(value) for name, value in dict.items(state) if not _is_dense(value)}
+    dense = {_name(name): Tensor.detach(value) for name, value in dict.items(state) if _is_dense(value)}
+    _require_bounded(dense, path)
+    return Checkpoint(kind, dense, others, ".".join(names), tuple(beside))
+
+
+def _require_bounded(tensors: Mapping[str, Tensor], path: Path) -> None:
+    limit = MAX_EXPANSION * path.stat().st_size
+    total = 0
+    for name, tensor in untied(tensors).items():
+        if tensor.dim() > MAX_DIMENSIONS:
+            raise ValueError(
+                f"expected at most {MAX_DIMENSIONS} dimensions, got {tensor.dim()} of {name} in {path}; reshape it"
+            )
+        total += math.prod(tensor.shape) * tensor.element_size()  # tensor.nbytes overflows
+        if total > limit:
+            raise ValueError(
+                f"expected the tensors of {path} to expand to at most {limit} bytes, {MAX_EXPANSION} for each byte of "
+                f"the file, got {total} with {name}; save contiguous tensors"
+            )
 
 
 def _common_key(content: Any) -> list[str]:
-    if isinstance(content, Mapping):
+    if isinstance(content, dict):
         for name in _COMMON_KEYS:
-            if _has_tensors(content.get(name)):
+            if _has_tensors(dict.get(content, name)):
                 return [name]
     return []
 
 
 def _names_in(key: str, content: Any, path: Path) -> list[str]:
     """Return the names in a key. A name may contain dots itself."""
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise ValueError(f"expected {key} in {path}, got {_kind(content)} with nothing in it")
     if key in content:
         return [key]
     for name in content:
-        if isinstance(name, str) and key.startswith(f"{name}.") and isinstance(content[name], Mapping):
+        if isinstance(name, str) and key.startswith(f"{name}.") and isinstance(content[name], dict):
             return [name, *_names_in(key.removeprefix(f"{name}."), content[name], path)]
-    raise ValueError(f"expected {key} in {path}, got {', '.join(map(str, list(content)[:10])) or 'nothing'}")
+    raise ValueError(f"expected {key} in {path}, got {', '.join(map(_name, list(content)[:10])) or 'nothing'}")
 
 
-def _places(content: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(content, Mapping):
-        for name, value in content.items():
-            if isinstance(name, str):
-                if _has_tensors(value):
-                    yield prefix + name, sum(isinstance(item, Tensor) for item in value.values())
-                yield from _places(value, f"{prefix}{name}.")
+def _places(content: Any) -> dict[str, int]:
+    """Return the keys of the dicts that hold tensors, with the number of these. Each dict counts once."""
+    found: dict[str, int] = {}
+    seen = set()  # a dict may hold itself
+    waiting = deque([("", content)])
+    while waiting:
+        key, value = waiting.popleft()
+        if not isinstance(value, dict) or id(value) in seen or len(key) > _LONGEST:
+            continue
+        seen.add(id(value))
+        if key and _has_tensors(value):
+            found[key] = sum(isinstance(item, Tensor) for item in dict.values(value))
+        prefix = f"{key}." if key else ""
+        waiting += ((prefix + name, item) for name, item in dict.items(value) if isinstance(name, str))
+    return found
 
 
 def _has_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
+    # A file may give an OrderedDict or a tensor attributes with the names of its methods. Then value.values() fails.
+    return isinstance(value, dict) and any(isinstance(item, Tensor) for item in dict.values(value))
+
+
+def _name(name: object) -> str:
+    """Return the text of a dict key, which may be long or fail for a tensor."""
+    return str(name) if isinstance(name, str | int | float | bytes | None) else type(name).__name__
 
 
 def _is_dense(value: Any) -> bool:
     plain = isinstance(value, Tensor) and value.layout == torch.strided
-    return plain and not (value.is_quantized or value.is_meta or value.is_nested)
+    return plain and not (value.is_quantized or value.is_nested) and has_memory(Tensor.detach(value))
 
 
 def _kind(value: Any) -> str:
@@ -181,4 +225,6 @@ def _kind(value: Any) -> str:
     for kind, is_kind in {"quantized": value.is_quantized, "meta": value.is_meta, "nested": value.is_nested}.items():
         if is_kind:
             return f"{kind} tensor"
-    return "tensor" if _is_dense(value) else f"{str(value.layout).removeprefix('torch.')} tensor"
+    if value.layout != torch.strided:
+        return f"{str(value.layout).removeprefix('torch.')} tensor"
+    return "tensor" if _is_dense(value) else "tensor without memory"

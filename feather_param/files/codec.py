@@ -32,6 +32,9 @@ MAX_EXPANSION = 2048
 """Most bytes of a tensor for each stored byte, so that loading a small file cannot take much memory. A gap byte alone
 may mean 255 elements of 8 bytes, which is 2040."""
 
+MAX_DIMENSIONS = 64
+"""Most dimensions of a tensor, because torch's own operators accept no more."""
+
 _SKIP = 255  # a gap byte that means 255 zeros and no element
 _BLOCK = 1 << 16  # elements or gaps that are processed at once, so that temporary arrays stay in the cache
 _LEVEL = 12  # of zstandard: level 19 saves 2 % more and takes five times as long

@@ -1,4 +1,4 @@
-"""The bits of a tensor's elements."""
+"""The bits of a tensor's elements, and whether it has any."""
 
 from __future__ import annotations
 
@@ -21,3 +21,11 @@ def elements_of(tensor: Tensor) -> NDArray[Any]:
     width = tensor.element_size()
     bits = tensor.view(_SAME_SIZE[width]).contiguous().reshape(-1).numpy()
     return bits.view(f"u{width}").astype(f"<u{width}", copy=False)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor has memory for its elements."""
+    try:
+        return not tensor.is_meta and (not tensor.numel() or tensor.untyped_storage().data_ptr() != 0)
+    except RuntimeError:  # torch raises it for a tensor without storage
+        return False

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from feather_param.files.atomic import atomic_write
-from feather_param.files.codec import MAX_EXPANSION, Bytes, checksum, decode, encode
-from feather_param.files.elements import elements_of
+from feather_param.files.codec import MAX_DIMENSIONS, MAX_EXPANSION, Bytes, checksum, decode, encode
+from feather_param.files.elements import elements_of, has_memory
 from feather_param.files.safetensors import container_of, open_container, parse_json
 from feather_param.files.tied import first_names
 from feather_param.ops.distributed import is_sharded
@@ -30,7 +30,6 @@ from feather_param.utils.text import printable
 SPARSE = "feather_param sparse"  # keys of a file's metadata
 _CRC = "feather_param crc32"
 _VERSION = 1
-_MOST_DIMENSIONS = 64  # as in numpy
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which UTF-8 cannot encode
 _ALIGNMENT = 64  # bytes, as in torch's own allocator
 # Every dtype except the quantised ones, whose scales are not part of their elements.
@@ -169,17 +168,10 @@ def _check(name: object, tensor: object) -> None:
             f"expected dense tensors of plain dtypes, got a {tensor.layout} tensor of {tensor.dtype} at {shown}; "
             "leave it out"
         )
-    if not _has_memory(tensor):
+    if not has_memory(tensor):
         raise TypeError(f"expected tensors with content, got one without memory on {tensor.device} at {shown}; load it")
-    if tensor.dim() > _MOST_DIMENSIONS:
-        raise ValueError(f"expected at most {_MOST_DIMENSIONS} dimensions, got {tensor.dim()} at {shown}; reshape it")
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    try:
-        return not tensor.is_meta and (not tensor.numel() or tensor.untyped_storage().data_ptr() != 0)
-    except RuntimeError:  # torch raises it for a tensor without storage
-        return False
+    if tensor.dim() > MAX_DIMENSIONS:
+        raise ValueError(f"expected at most {MAX_DIMENSIONS} dimensions, got {tensor.dim()} at {shown}; reshape it")
 
 
 def _read(container: Any, tensors: Any) -> dict[str, Tensor]:
@@ -235,8 +227,8 @@ def _entries(tensors: Any, sizes: dict[str, int]) -> tuple[dict[str, _Entry], di
             raise ValueError(
                 f"{name} is of dtype {printable(dtype, 80)}, which torch {torch.__version__} does not have"
             )
-        if type(shape) is list and len(shape) > _MOST_DIMENSIONS:
-            raise ValueError(f"{name} has {len(shape)} dimensions, more than {_MOST_DIMENSIONS}")
+        if type(shape) is list and len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"{name} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
         if type(shape) is not list or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
             raise ValueError(f"{name} has the shape {printable(shape, 80)}")
         if type(raw["zstd"]) is not bool or type(raw["crc32"]) is not int:

@@ -24,8 +24,8 @@ def require_own_elements(name: str, weight: Tensor) -> None:
     if shares_elements(weight):
         raise ValueError(
             f"expected a weight whose elements have their own memory, got {printable(name)} of shape "
-            f"{tuple(weight.shape)} and strides {weight.stride()}, several of which share it, as after expand(); replace it with a copy, "
-            "nn.Parameter(weight.detach().contiguous())"
+            f"{tuple(weight.shape)} and strides {weight.stride()}, several of which share it, as after expand(); "
+            "replace it with a copy, nn.Parameter(weight.detach().contiguous())"
         )
 
 
