@@ -17,7 +17,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,8 @@ import feather_param
 from examples import resumable, script
 from examples.data import TrainBatches, batch_loader, load_data
 from examples.processes import ALONE, Processes, choose_device
-from examples.resumable import RunLog, Stopped, StopRequest, UserError
+from examples.resumable import Stopped, StopRequest, UserError
+from examples.run_log import RunLog
 from examples.script import TrainingFailed, measured, raised_as, run
 
 PROGRAM = "cifar100.py"
@@ -233,18 +233,37 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
         data = data.to(device)
     batches = TrainBatches(data, options.batch_size, options.epochs, options.seed, least=2 * processes.count)
     training = Training(options, batches, device, processes)
-    checkpoint = script.resume(training, options.resume, PROGRAM)
-    log = None
-    if processes.first:
-        folder = options.resume.parent if checkpoint else resumable.new_folder(parent, options.sname)
-        log = RunLog(folder, options, training.controller, processes.count, checkpoint, PROGRAM, options.dataset)
+    with script.run_log(training, parent, PROGRAM, options.dataset) as log:
+        fit(training, log, stop)
+        if not training.same_zeros():
+            raise TrainingFailed("the processes do not agree on which weights are zero")
+        if log is not None:
+            report = training.controller and training.controller.report()
+            results = bake(training, Path("models") / f"{log.folder.name}.pt")
+            log.finish(results, report, device)
+    return log
+
+
+def fit(training: Training, log: RunLog | None, stop: StopRequest) -> None:
+    """Train to the end, and save a checkpoint after each epoch and when a stop is requested.
+
+    Args:
+        training: the training.
+        log: where to write; None in all processes but the first.
+        stop: the signal.
+
+    Raises:
+        Stopped: a stop was requested, and the checkpoint is saved.
+        TrainingFailed: the training diverged.
+    """
+    options, batches = training.options, training.batches
     bar = tqdm(total=len(batches), initial=training.step_count, desc=options.sname, unit="step", disable=log is None)
     bar.mininterval = 0.2 if sys.stderr.isatty() else 30.0
-    with bar, closing(log) if log else nullcontext():
-        for images, labels in batch_loader(batches, training.step_count, options.workers, device):
+    with bar:
+        for images, labels in batch_loader(batches, training.step_count, options.workers, training.device):
             training.step(images, labels)
             epoch_ended = training.step_count % batches.steps_per_epoch == 0
-            stopped = processes.any(stop.signal is not None)
+            stopped = training.processes.any(stop.signal is not None)
             if log is not None:
                 if training.step_count % max(1, len(batches) // LOGGED_STEPS) == 0:
                     now = training.progress()
@@ -260,13 +279,6 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
                     log.save_checkpoint(training.state_dict())
             if stopped:
                 raise Stopped(log and log.checkpoint)
-        if not training.same_zeros():
-            raise TrainingFailed("the processes do not agree on which weights are zero")
-        if log is not None:
-            report = training.controller and training.controller.report()
-            results = bake(training, Path("models") / f"{log.folder.name}.pt")
-            log.finish(results, report, device)
-    return log
 
 
 def main(argv: Sequence[str] | None = None) -> int:

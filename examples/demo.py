@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself is not installed
 
 from examples.cifar100 import TrainingFailed, parse, train
-from examples.resumable import RunLog, Stopped, StopRequest
+from examples.resumable import Stopped, StopRequest
+from examples.run_log import RunLog
 from feather_param.reports.figures import draw
 
 FOLDER = Path("runs") / "demo"

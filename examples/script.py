@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,25 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import feather_param
+from examples.lock import BusyError, locked
 from examples.processes import ALONE, Processes, joined
-from examples.resumable import Parser, Stopped, StopRequest, UserError, load_checkpoint
+from examples.resumable import Parser, Stopped, StopRequest, UserError, load_checkpoint, new_folder
+from examples.run_log import RunLog
 
 ALLOCATIONS = ("global_magnitude", "uniform", "erk", "square_root", "lamp", "normalised")
 
 
 class TrainingFailed(Exception):
-    """The training diverged, or the saved model is not what was requested."""
+    """The training diverged, a file of the run cannot be written, or the saved model is not what was requested.
+
+    Args:
+        message: one sentence.
+        checkpoint: the run can be resumed from this file once the cause is removed; None if it cannot.
+    """
+
+    def __init__(self, message: str, checkpoint: Path | None = None) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
 
 
 def add_options(parser: Parser) -> None:
@@ -73,6 +85,52 @@ def resume(training: Any, path: Path | None, program: str) -> dict[str, Any] | N
         reason = str(error).partition("\n")[0]  # torch lists all tensors of a wrong network, on lines of their own
         raise UserError(f"expected a checkpoint of this network and data set, got another: {reason}") from error
     return checkpoint
+
+
+@contextmanager
+def run_log(training: Any, parent: Path, program: str, dataset: str) -> Iterator[RunLog | None]:
+    """Lock the folder of a run, continue from its checkpoint if it has one, and yield its log.
+
+    The folder is that of the run to resume, or a new one in the parent. Call this in all processes. The first one holds
+    the lock, and has the log; the others get None.
+
+    Raises:
+        UserError: another process trains the run, or `resume` does not take the checkpoint.
+        TrainingFailed: the block raised an OSError, for example of a full disk.
+    """
+    options, processes = training.options, training.processes
+    with ExitStack() as stack:
+        folder, busy = Path(), ""
+        if processes.first:
+            folder = options.resume.parent if options.resume else new_folder(parent, options.sname)
+            try:
+                stack.enter_context(locked(folder / RunLog.CHECKPOINT))
+            except BusyError as error:
+                busy = str(error)
+        if processes.any(bool(busy)):
+            raise UserError(busy)
+        checkpoint = resume(training, options.resume, program)
+        log = None
+        try:
+            if processes.first:
+                log = RunLog(folder, options, training.controller, processes.count, checkpoint, program, dataset)
+                stack.enter_context(closing(log))
+            yield log
+        except OSError as error:
+            saved = folder / RunLog.CHECKPOINT
+            raise TrainingFailed(_advice(error), saved if processes.first and saved.is_file() else None) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an error on one line, as ``FILE: No space left on device`` if it has a file."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error).strip().rpartition("\n")[2]  # an error of a worker process begins with its traceback
+
+
+def _advice(error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return _reason(error) + ("; free some space" if full else "")
 
 
 @contextmanager
@@ -147,14 +205,19 @@ def run(
             print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except (TrainingFailed, OSError) as error:
-        reason = str(error).strip().rpartition("\n")[2]  # an error of a worker process begins with its traceback
-        print(f"{program}: failed: {reason}", file=sys.stderr)
+        checkpoint = error.checkpoint if isinstance(error, TrainingFailed) else None
+        then = f"; {_to_go_on(checkpoint, processes)}" if checkpoint else ""
+        print(f"{program}: failed: {_reason(error)}{then}", file=sys.stderr)
         return 1
     except Stopped as checkpoint:
         if first:
-            launcher = "python" if processes.count == 1 else f"torchrun --nproc-per-node={processes.count}"
-            print(f"stopped; to go on: {launcher} {sys.argv[0]} --resume '{checkpoint}'", flush=True)
+            print(f"stopped; {_to_go_on(checkpoint, processes)}", flush=True)
         return 128 + (stop.signal or signal.SIGINT)
     if done is not None:
         print(done)
     return 0
+
+
+def _to_go_on(checkpoint: object, processes: Processes) -> str:
+    launcher = "python" if processes.count == 1 else f"torchrun --nproc-per-node={processes.count}"
+    return f"to go on: {launcher} {sys.argv[0]} --resume '{checkpoint}'"

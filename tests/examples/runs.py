@@ -25,6 +25,16 @@ def baked(folder: Path) -> dict[str, Tensor]:
     return torch.load(only(folder, "models/*.pt"), weights_only=True)
 
 
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return the steps and values of each scalar as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
+
+
 def whole_and_resumed(
     script: ModuleType, file: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[dict[str, Tensor]]:
