@@ -1,6 +1,6 @@
 """Kill a short run of a training script many times, resume it each time, and compare it with one that is not killed.
 
-    python -m tests.examples.kills cifar100 20          # 20 kills; a third argument is the seed of their moments
+    python -m tests.examples.kills 20 6     # kills of cifar100.py and of imagenet.py; then the seed of the moments
 
 Each attempt is a fork of this process, which has imported everything. It sends itself a signal when a function of
 Python or C is called or returns: at a random one, inside `torch.save`, or before or after a file is renamed. Works in
@@ -129,7 +129,10 @@ def moments(counts: dict[str, int], seed: int) -> Iterator[tuple[int, str, int]]
 
 def main(script: ModuleType, arguments: Sequence[str], kills: int, seed: int) -> None:
     """Compare a run that is killed a number of times with one that is not."""
-    whole, killed = (Run(Path(name), script, arguments) for name in ("whole", "killed"))
+    if not kills:
+        return
+    name = script.PROGRAM.removesuffix(".py")
+    whole, killed = (Run(Path(f"{name}_{end}"), script, arguments) for end in ("whole", "killed"))
     assert whole.attempt() == 0, whole.output()
     counts = json.loads((whole.folder / "events.json").read_text())
     statuses = []
@@ -143,7 +146,7 @@ def main(script: ModuleType, arguments: Sequence[str], kills: int, seed: int) ->
     assert killed.attempt() == 0, killed.output()
     compare(whole.folder, killed.folder)
     names = {signal.SIGKILL: "killed", signal.SIGTERM: "ended", (128 + signal.SIGTERM) << 8: "stopped", 0: "finished"}
-    print(", ".join(f"{statuses.count(status)} {name}" for status, name in names.items()))
+    print(name, *(f"{statuses.count(status)} {name}" for status, name in names.items()), sep=", ")
 
 
 def compare(whole: Path, killed: Path) -> None:
@@ -162,8 +165,7 @@ if __name__ == "__main__":
     logging.disable(logging.WARNING)  # TensorBoard tells what it drops
     run_log.draw = Picture  # type: ignore[assignment]
     cifar100.NETWORKS["tiny"] = tiny
-    name, kills, *seed = sys.argv[1:]
-    script, arguments = cifar100, [*TINY, "--model", "tiny"]
-    if name == "imagenet":
-        script, arguments = imagenet, [*pictures.TINY, str(pictures.draw(Path("images").resolve())), "--recipe", "v2"]
-    main(script, arguments, int(kills), int(*seed))
+    seed = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    main(cifar100, [*TINY, "--model", "tiny"], int(sys.argv[1]), seed)
+    images = pictures.draw(Path("images").resolve())
+    main(imagenet, [*pictures.TINY, str(images), "--recipe", "v2"], int(sys.argv[2]), seed)
