@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
-from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +34,6 @@ class EventFile:
         # TensorBoard reads the files of a folder in the order of their names.
         self.path = folder / f"events.out.tfevents.{time.time_ns()}"
         self._step, self._scalars = 1, dict[str, float]()
-        self._file = BufferedWriter(FileIO(self.path, "x"))
-        self._records = RecordWriter(self._file)
         self._add(Event(file_version="brain.Event:2"))
         if resumed is not None:
             self._step = resumed["step"]
@@ -58,17 +54,9 @@ class EventFile:
 
     def _add(self, event: Event) -> None:
         event.wall_time = time.time()
-        with errors_name(self.path):
-            self._records.write(event.SerializeToString())
-            self._file.flush()
+        with errors_name(self.path), self.path.open("ab") as file:
+            RecordWriter(file).write(event.SerializeToString())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last step and its scalars, for a file that continues after them. All events are on the disk."""
-        with errors_name(self.path):
-            os.fsync(self._file.fileno())
+        """Return the last step and its scalars, after which a resumed run continues."""
         return {"step": self._step, "scalars": dict(self._scalars)}
-
-    def close(self) -> None:
-        """Close the file."""
-        with errors_name(self.path):
-            self._file.close()

@@ -159,7 +159,3 @@ class RunLog:
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         with atomic_write(self.folder / name) as file:
             file.write((json.dumps(content, indent=2) + "\n").encode())
-
-    def close(self) -> None:
-        """Close the file of the events."""
-        self._events.close()

@@ -10,7 +10,7 @@ import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,27 +110,20 @@ def run_log(training: Any, parent: Path, program: str, dataset: str) -> Iterator
         if processes.any(bool(busy)):
             raise UserError(busy)
         checkpoint = resume(training, options.resume, program)
-        log = None
         try:
-            if processes.first:
-                log = RunLog(folder, options, training.controller, processes.count, checkpoint, program, dataset)
-                stack.enter_context(closing(log))
-            yield log
+            about = training.controller, processes.count, checkpoint, program, dataset
+            yield RunLog(folder, options, *about) if processes.first else None
         except OSError as error:
             saved = folder / RunLog.CHECKPOINT
-            raise TrainingFailed(_advice(error), saved if processes.first and saved.is_file() else None) from error
+            raise TrainingFailed(_reason(error), saved if processes.first and saved.is_file() else None) from error
 
 
 def _reason(error: Exception) -> str:
-    """Return the message of an error on one line, as ``FILE: No space left on device`` if it has a file."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error).strip().rpartition("\n")[2]  # an error of a worker process begins with its traceback
-
-
-def _advice(error: OSError) -> str:
+    """Return the message of an error on one line. That of a full disk has the file, and says what to do."""
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return str(error).strip().rpartition("\n")[2]  # an error of a worker process begins with its traceback
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return _reason(error) + ("; free some space" if full else "")
+    return f"{error.filename}: {error.strerror}" + ("; free some space" if full else "")
 
 
 @contextmanager
