@@ -13,12 +13,16 @@ All compute in bfloat16 where that is safe (autocast), except MobileNetV1 on a C
 
 from __future__ import annotations
 
+from feather_param.utils import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # on Ctrl-C during the imports, which take seconds
+
 import argparse
 import contextlib
 import multiprocessing
 import os
 import queue
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -34,7 +38,8 @@ from benchmarks.cifar100_run import BATCH, Run, execute
 from benchmarks.methods import DENSE, METHODS
 from benchmarks.network import possible
 from examples.data import ImageData, load_data
-from examples.resumable import StopRequest, UserError
+from examples.resumable import UserError
+from examples.stop import StopRequest
 
 __all__ = ["PROTOCOLS", "Protocol", "main"]
 
@@ -319,7 +324,7 @@ _worker: dict[str, Any] = {}
 
 
 def _enter(source: Source, device: torch.device, progress: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one stops the others
+    signals.leave_to_parent()
     torch.set_num_threads(1)  # parallel runs are faster than several threads for networks of this size
     data = load_data(*source).to(device)
     _worker.update(data=data, device=device, progress=progress, stop=stop)
@@ -335,4 +340,4 @@ def _execute(run: Run, folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(signals.exit_status("cifar100_table", main))

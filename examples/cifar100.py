@@ -13,6 +13,11 @@ its first epoch has finished has no checkpoint.
 
 from __future__ import annotations
 
+from feather_param.utils import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # on Ctrl-C during the imports, which take seconds
+
 import argparse
 import math
 import sys
@@ -33,9 +38,10 @@ import feather_param
 from examples import resumable, script
 from examples.data import TrainBatches, batch_loader, load_data
 from examples.processes import ALONE, Processes, choose_device
-from examples.resumable import Stopped, StopRequest, UserError
+from examples.resumable import UserError
 from examples.run_log import RunLog
 from examples.script import TrainingFailed, measured, raised_as, run
+from examples.stop import Stopped, StopRequest
 
 PROGRAM = "cifar100.py"
 NETWORKS = {"resnet20": archs.resnet20, "mobilenet_v1": archs.mobilenet_v1, "densenet": archs.densenet}
@@ -233,7 +239,7 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
         data = data.to(device)
     batches = TrainBatches(data, options.batch_size, options.epochs, options.seed, least=2 * processes.count)
     training = Training(options, batches, device, processes)
-    with script.run_log(training, parent, PROGRAM, options.dataset) as log:
+    with script.run_log(training, parent, PROGRAM, options.dataset, stop) as log:
         fit(training, log, stop)
         if not training.same_zeros():
             raise TrainingFailed("the processes do not agree on which weights are zero")
@@ -278,7 +284,7 @@ def fit(training: Training, log: RunLog | None, stop: StopRequest) -> None:
                 if epoch_ended or stopped:
                     log.save_checkpoint(training.state_dict())
             if stopped:
-                raise Stopped(log and log.checkpoint)
+                raise Stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:

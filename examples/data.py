@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.images import Batch, ImageData, Split, balanced_subset, first_classes
 from examples.resumable import UserError
+from feather_param.utils.signals import leave_to_parent
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,13 @@ def loading(workers: int, pinned: bool) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "pin_memory": pinned,
-        "worker_init_fn": _ignore_interrupts,
+        "worker_init_fn": _leave_signals,
         "generator": torch.Generator(),  # the default would draw from the global generator
     }
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal, but the program still needs its workers to stop at a checkpoint.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals(worker: int) -> None:
+    leave_to_parent()  # which still needs its workers to stop at a checkpoint
 
 
 def crop_and_flip(images: Tensor, padding: int, shifts: Tensor, flips: Tensor) -> Tensor:

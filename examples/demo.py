@@ -7,6 +7,11 @@ The digits are part of scikit-learn. Writes the folders of both runs and the pic
 
 from __future__ import annotations
 
+from feather_param.utils import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # on Ctrl-C during the imports, which take seconds
+
 import signal
 import sys
 from pathlib import Path
@@ -14,8 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself is not installed
 
 from examples.cifar100 import TrainingFailed, parse, train
-from examples.resumable import Stopped, StopRequest
 from examples.run_log import RunLog
+from examples.script import reason
+from examples.stop import Stopped, StopRequest
 from feather_param.reports.figures import draw
 
 FOLDER = Path("runs") / "demo"
@@ -28,17 +34,16 @@ def main(epochs: int = EPOCHS) -> int:
     logs: dict[str, RunLog] = {}
     stop = StopRequest()
     try:
-        with stop:
-            for name, rate in (("dense", 0.0), ("sparse", RATE)):
-                options = f"--dataset=digits --epochs={epochs} --ptarget={rate} --sname={name} --no-cuda"
-                log = train(parse(options.split()), FOLDER, stop)
-                assert log is not None  # this is the only process
-                logs[name] = log
+        for name, rate in (("dense", 0.0), ("sparse", RATE)):
+            options = f"--dataset=digits --epochs={epochs} --ptarget={rate} --sname={name} --no-cuda"
+            log = train(parse(options.split()), FOLDER, stop)
+            assert log is not None  # this is the only process
+            logs[name] = log
     except Stopped:
         print("stopped")
         return 128 + (stop.signal or signal.SIGINT)
-    except TrainingFailed as error:
-        print(f"demo.py: failed: {error}", file=sys.stderr)
+    except (TrainingFailed, OSError) as error:
+        print(f"demo.py: failed: {reason(error)}", file=sys.stderr)
         return 1
     print(table({name: log.results for name, log in logs.items()}))
     accuracy = {name: log.curve("accuracy") for name, log in logs.items()}
@@ -60,4 +65,4 @@ def table(runs: dict[str, dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(signals.exit_status("demo.py", main))

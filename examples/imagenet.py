@@ -22,6 +22,11 @@ to exchange gradients and to validate was not measured either, and comes on top.
 
 from __future__ import annotations
 
+from feather_param.utils import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # on Ctrl-C during the imports, which take seconds
+
 import argparse
 import difflib
 import math
@@ -42,9 +47,10 @@ from examples.imagenet_data import ImageNet
 from examples.imagenet_recipe import RECIPES
 from examples.imagenet_training import Training
 from examples.processes import ALONE, Processes, choose_device
-from examples.resumable import Stopped, StopRequest, UserError
+from examples.resumable import UserError
 from examples.run_log import RunLog
 from examples.script import TrainingFailed, measured, run
+from examples.stop import Stopped, StopRequest
 from feather_param.reports.history import History
 
 PROGRAM = "imagenet.py"
@@ -131,7 +137,7 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
         UserError: the device, the folder, the network or the checkpoint does not fit.
     """
     training = start(options, processes)
-    with script.run_log(training, parent, PROGRAM, "ImageNet") as log:
+    with script.run_log(training, parent, PROGRAM, "ImageNet", stop) as log:
         fit(training, stop, log)
         report = training.controller and training.controller.report()
         results = bake(training, "" if log is None else log.folder.name)
@@ -188,7 +194,7 @@ def train_epoch(training: Training, stop: StopRequest, log: RunLog | None, bar: 
     if log is not None:
         log.save_checkpoint(state)
     if stopped:
-        raise Stopped(log and log.checkpoint)
+        raise Stopped
 
 
 def evaluate_epoch(training: Training, log: RunLog | None, history: History | None, bar: tqdm[Any]) -> None:

@@ -1,15 +1,12 @@
-"""What makes a training script safe to interrupt: checkpoints, options that they keep, and stop requests."""
+"""What makes a training script safe to interrupt: checkpoints, and options that they keep."""
 
 from __future__ import annotations
 
 import argparse
 import operator
-import os
-import signal
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -23,10 +20,6 @@ _COMPARISONS = {"at least": operator.ge, "above": operator.gt, "below": operator
 
 class UserError(Exception):
     """An error that the user can correct. The message is one sentence that says how."""
-
-
-class Stopped(Exception):
-    """The run stopped on request, after it saved a checkpoint."""
 
 
 def save(content: Any, path: Path) -> None:
@@ -156,42 +149,3 @@ def new_folder(parent: Path, name: str) -> Path:
             continue
         return folder
     raise FileExistsError(f"{parent / name} and 998 folders with a number appended exist")
-
-
-class StopRequest:
-    """Record SIGINT (Ctrl-C) and SIGTERM instead of ending the program, inside a ``with`` block.
-
-    A second signal has its usual effect, except under `torchrun`: it passes on a Ctrl-C that the processes of the
-    terminal have received already, and kills them after 30 seconds. Outside the main thread, where Python allows no
-    signal handlers, nothing is recorded.
-
-    Attributes:
-        signal: the signal received, or None.
-    """
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._record)
-            except ValueError:
-                break
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def _record(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()

@@ -21,23 +21,16 @@ from torch.optim.lr_scheduler import LRScheduler
 import feather_param
 from examples.lock import BusyError, locked
 from examples.processes import ALONE, Processes, joined
-from examples.resumable import Parser, Stopped, StopRequest, UserError, load_checkpoint, new_folder
+from examples.resumable import Parser, UserError, load_checkpoint, new_folder
 from examples.run_log import RunLog
+from examples.stop import Stopped, StopRequest
+from feather_param.utils.signals import EndOnSignal, Signalled, last_words
 
 ALLOCATIONS = ("global_magnitude", "uniform", "erk", "square_root", "lamp", "normalised")
 
 
 class TrainingFailed(Exception):
-    """The training diverged, a file of the run cannot be written, or the saved model is not what was requested.
-
-    Args:
-        message: one sentence.
-        checkpoint: the run can be resumed from this file once the cause is removed; None if it cannot.
-    """
-
-    def __init__(self, message: str, checkpoint: Path | None = None) -> None:
-        super().__init__(message)
-        self.checkpoint = checkpoint
+    """The training diverged, or the saved model is not what was requested."""
 
 
 def add_options(parser: Parser) -> None:
@@ -88,15 +81,14 @@ def resume(training: Any, path: Path | None, program: str) -> dict[str, Any] | N
 
 
 @contextmanager
-def run_log(training: Any, parent: Path, program: str, dataset: str) -> Iterator[RunLog | None]:
+def run_log(training: Any, parent: Path, program: str, dataset: str, stop: StopRequest) -> Iterator[RunLog | None]:
     """Lock the folder of a run, continue from its checkpoint if it has one, and yield its log.
 
     The folder is that of the run to resume, or a new one in the parent. Call this in all processes. The first one holds
-    the lock, and has the log; the others get None.
+    the lock, and has the log; the others get None. In the block, a signal only requests a stop.
 
     Raises:
         UserError: another process trains the run, or `resume` does not take the checkpoint.
-        TrainingFailed: the block raised an OSError, for example of a full disk.
     """
     options, processes = training.options, training.processes
     with ExitStack() as stack:
@@ -109,21 +101,12 @@ def run_log(training: Any, parent: Path, program: str, dataset: str) -> Iterator
                 busy = str(error)
         if processes.any(bool(busy)):
             raise UserError(busy)
-        checkpoint = resume(training, options.resume, program)
-        try:
-            about = training.controller, processes.count, checkpoint, program, dataset
-            yield RunLog(folder, options, *about) if processes.first else None
-        except OSError as error:
-            saved = folder / RunLog.CHECKPOINT
-            raise TrainingFailed(_reason(error), saved if processes.first and saved.is_file() else None) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return the message of an error on one line. That of a full disk has the file, and says what to do."""
-    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
-        return str(error).strip().rpartition("\n")[2]  # an error of a worker process begins with its traceback
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return f"{error.filename}: {error.strerror}" + ("; free some space" if full else "")
+        checkpoint, log = resume(training, options.resume, program), None
+        if processes.first:
+            log = RunLog(folder, options, training.controller, processes.count, checkpoint, program, dataset)
+            stop.checkpoint = log.checkpoint
+        stack.enter_context(stop)
+        yield log
 
 
 @contextmanager
@@ -174,6 +157,22 @@ def measured(path: Path, plain: nn.Module, rate: float) -> dict[str, Any]:
     }
 
 
+def reason(error: Exception) -> str:
+    """Return the message of an error on one line. That of a full disk begins with the file, and says what to do."""
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return str(error).strip().rpartition("\n")[2]  # an error of a worker process begins with its traceback
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{error.filename}: {error.strerror}" + ("; free some space" if full else "")
+
+
+def _to_go_on(checkpoint: Path | None, processes: Processes) -> str:
+    """Return how to resume a run, as the end of a sentence; nothing if there is no checkpoint."""
+    if checkpoint is None or not checkpoint.is_file():
+        return ""
+    launcher = "python" if processes.count == 1 else f"torchrun --nproc-per-node={processes.count}"
+    return f"; to go on: {launcher} {sys.argv[0]} --resume '{checkpoint}'"
+
+
 def run(
     program: str,
     parse: Callable[[], argparse.Namespace],
@@ -189,8 +188,9 @@ def run(
     first = os.environ.get("RANK", "0") == "0"
     processes, stop = ALONE, StopRequest()
     try:
-        with stop:
+        with EndOnSignal():
             options = parse()
+            stop.checkpoint = options.resume
             with joined(cuda=torch.cuda.is_available() and not options.no_cuda) as processes:
                 done = train(options, stop, processes)
     except UserError as error:
@@ -198,19 +198,19 @@ def run(
             print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except (TrainingFailed, OSError) as error:
-        checkpoint = error.checkpoint if isinstance(error, TrainingFailed) else None
-        then = f"; {_to_go_on(checkpoint, processes)}" if checkpoint else ""
-        print(f"{program}: failed: {_reason(error)}{then}", file=sys.stderr)
+        then = _to_go_on(stop.checkpoint, processes) if isinstance(error, OSError) else ""
+        last_words(f"{program}: failed: {reason(error)}{then}")
         return 1
-    except Stopped as checkpoint:
+    except Stopped:
         if first:
-            print(f"stopped; {_to_go_on(checkpoint, processes)}", flush=True)
+            last_words(f"stopped{_to_go_on(stop.checkpoint, processes)}", sys.stdout)
         return 128 + (stop.signal or signal.SIGINT)
+    except Signalled as error:
+        if first:
+            then = _to_go_on(stop.checkpoint, processes)
+            lost = "the training since the last checkpoint is lost" if then else "no checkpoint was saved"
+            last_words(f"{program}: {error}; {lost}{then}")
+        return error.status
     if done is not None:
         print(done)
     return 0
-
-
-def _to_go_on(checkpoint: object, processes: Processes) -> str:
-    launcher = "python" if processes.count == 1 else f"torchrun --nproc-per-node={processes.count}"
-    return f"to go on: {launcher} {sys.argv[0]} --resume '{checkpoint}'"

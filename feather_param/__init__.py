@@ -1,30 +1,27 @@
 """Train any unmodified PyTorch model to an exact global sparsity, with Feather (BMVC 2023)."""
 
-from feather_param import allocations, inference, parametrizations, patterns, reports, schedules
-from feather_param.api import baked_state_dict, desparsify, save_sparse, sparsify
-from feather_param.controller import Controller
-from feather_param.files.sparse import load_sparse
-from feather_param.inference.convert import to_sparse_inference
-from feather_param.reports.plan import plan
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Controller",
-    "allocations",
-    "baked_state_dict",
-    "desparsify",
-    "inference",
-    "load_sparse",
-    "parametrizations",
-    "patterns",
-    "plan",
-    "reports",
-    "save_sparse",
-    "schedules",
-    "sparsify",
-    "to_sparse_inference",
-]
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from feather_param.public import *  # noqa: F403
+    from feather_param.public import __all__ as __all__
+else:  # a type checker that saw __getattr__ would accept any name
+
+    def __getattr__(name: str) -> Any:
+        """Import the public names when the first of them is used (PEP 562).
+
+        They need torch, whose import takes a second. The command runs code of its own before that.
+        """
+        if name == "__all__" or not name.startswith("_"):  # programs that inspect modules ask for many other names
+            public = importlib.import_module("feather_param.public")
+            globals().update({each: getattr(public, each) for each in public.__all__}, __all__=public.__all__)
+            if name in globals():  # public, or a module of the package
+                return globals()[name]
+        raise AttributeError(f"module 'feather_param' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*importlib.import_module("feather_param.public").__all__, "__version__"]

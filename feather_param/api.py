@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from feather_param import patterns, schedules
+import feather_param.patterns as patterns
+import feather_param.schedules as schedules
 from feather_param.allocations import Allocation, global_magnitude
 from feather_param.controller import Controller
 from feather_param.core.baked_state import baked_state

@@ -50,6 +50,7 @@ LAYERS = [
     {"core", "parametrizations"},
     {"reports", "files"},
     {"controller", "api", "inference"},
+    {"public"},
     {"__init__"},
     {"cli", "integrations"},
     {"__main__"},

@@ -8,6 +8,11 @@ ends the piece at work if it trains, or waits for it; a second Ctrl-C does not w
 
 from __future__ import annotations
 
+from feather_param.utils import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # on Ctrl-C during the imports, which take seconds
+
 import argparse
 import gc
 import math
@@ -27,7 +32,7 @@ from benchmarks.gpu import budget, page
 from benchmarks.gpu.parts import missing_data, parts
 from benchmarks.gpu.publish import publish
 from benchmarks.gpu.sizes import REAL, REHEARSAL
-from examples.resumable import StopRequest
+from examples.stop import StopRequest
 
 RESERVE = 15.0  # seconds to start Python and torch, and to write the page
 
@@ -185,4 +190,4 @@ def _minutes(text: str) -> float:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(signals.exit_status("benchmarks.gpu", main))

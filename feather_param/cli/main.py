@@ -28,13 +28,15 @@ from feather_param.files.sizes import file_sizes
 from feather_param.files.tied import first_names, untied
 from feather_param.reports import page
 from feather_param.utils.extras import extra
+from feather_param.utils.signals import EndOnSignal, Signalled, last_words
 from feather_param.utils.text import listed, percent
 
 _PROGRAM = "feather-param"
 _TORCH = (".pt", ".pth", ".bin")
 _SAFETENSORS = ".safetensors"
 _EPILOG = """\
-exit status: 0 done, 1 a file cannot be processed, 2 wrong usage, 130 interrupted, 141 nobody reads the output.
+exit status: 0 done, 1 a file cannot be processed, 2 wrong usage, 129 hung up, 130 interrupted, 141 nobody reads the
+output, 143 terminated.
 The result goes to stdout, everything else to stderr. IN and FILE are files of torch.save, safetensors files or
 sparse files. The content of a file tells its format, not its name. Files of torch.save are read with
 weights_only=True: no code in them is run.
@@ -66,10 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         'feather-param: error: nowhere.pt: No such file or directory\\n'
     """
     try:
-        arguments = _parser().parse_args(argv)
-        text = arguments.run(arguments)
-        print(text, flush=True)
-        return 0
+        with EndOnSignal():
+            arguments = _parser().parse_args(argv)
+            text = arguments.run(arguments)
+            print(text, flush=True)
+            return 0
     except SystemExit as done:  # after --help and --version
         return int(done.code or 0)
     except _Usage as error:
@@ -86,8 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "DefaultCPUAllocator" not in str(error):  # torch has no class for this error
             raise
         return _fail("out of memory", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except Signalled as error:
+        last_words(f"{_PROGRAM}: error: {error}")
+        return error.status
 
 
 def _fail(message: object, status: int) -> int:

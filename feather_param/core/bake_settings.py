@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from feather_param import allocations, patterns
+import feather_param.allocations as allocations
+import feather_param.patterns as patterns
 from feather_param.allocations import Allocation
 from feather_param.core.config import Config
 from feather_param.patterns import Pattern

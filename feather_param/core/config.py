@@ -9,7 +9,7 @@ from functools import cached_property
 from numbers import Real
 from typing import Any
 
-from feather_param import schedules
+import feather_param.schedules as schedules
 from feather_param.allocations import Allocation, global_magnitude
 from feather_param.core.budget import Budget
 from feather_param.patterns import Pattern, elements

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from torchvision.models import get_model
 from torchvision.models._api import register_model
 
 import feather_param
-from examples import imagenet, resumable, sharding
+from examples import imagenet, sharding
 from examples.imagenet import Training, parse
 from examples.imagenet_data import ImageNet
 from examples.imagenet_recipe import RECIPES
 from examples.processes import Processes
-from examples.resumable import Stopped, StopRequest
+from examples.stop import Stopped, StopRequest
 from tests.examples.runs import only
 from tests.training import same_state
 
@@ -87,7 +88,7 @@ def train(arguments: list[str], rank: int, world: int, folder: Path, at: int = -
     def interrupted(self: Training, batch: tuple[Tensor, Tensor]) -> None:
         step(self, batch)
         if self.step_count == at and rank == 1:  # only one process gets the signal
-            stop.signal = resumable.signal.SIGINT
+            stop.signal = signal.SIGINT
 
     Training.step = interrupted
     try:

@@ -21,7 +21,7 @@ import feather_param
 from examples import cifar100, script
 from examples.cifar100 import Training
 from examples.processes import Processes
-from examples.resumable import Stopped
+from examples.stop import Stopped, StopRequest
 from tests.examples.runs import RATE, STEPS, TINY, baked, only, scalars
 from tests.training import same_state
 
@@ -142,8 +142,10 @@ def test_two_processes_end_with_the_same_zeros(tmp_path: Path) -> None:
 def test_a_stopped_run_of_several_processes_is_resumed_as_such(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stopped(*_: object) -> None:
-        raise Stopped("checkpoint.pt")
+    def stopped(options: object, parent: Path, stop: StopRequest, processes: Processes) -> None:
+        stop.checkpoint = tmp_path / "checkpoint.pt"
+        stop.checkpoint.touch()
+        raise Stopped
 
     @contextmanager
     def two(cuda: bool) -> Iterator[Processes]:

@@ -19,6 +19,7 @@ from examples import cifar100, run_log, script
 from examples.lock import locked
 from examples.processes import Processes
 from examples.resumable import UserError
+from examples.stop import StopRequest
 from tests.examples.runs import TINY, Picture, only, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +124,7 @@ def test_all_processes_of_a_busy_run_end(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Processes, "any", lambda self, here: True)  # the first process has not got the lock
     options = SimpleNamespace(resume=tmp_path / "checkpoint.pt")
     training = SimpleNamespace(options=options, processes=Processes(rank=1, count=2))
-    with pytest.raises(UserError), script.run_log(training, tmp_path, "cifar100.py", "digits"):
+    with pytest.raises(UserError), script.run_log(training, tmp_path, "cifar100.py", "digits", StopRequest()):
         pass
 
 

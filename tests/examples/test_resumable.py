@@ -1,8 +1,7 @@
-"""Files are written whole, folders are new, and a stop request restores the signal handlers."""
+"""Files are written whole, and folders are new."""
 
 from __future__ import annotations
 
-import signal
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from examples import resumable
-from examples.resumable import StopRequest, new_folder, save
+from examples.resumable import new_folder, save
 
 
 class Noon:
@@ -42,23 +41,3 @@ def test_saving_never_leaves_a_partly_written_file(tmp_path: Path, monkeypatch: 
         save({"a": 2}, path)
     assert torch.load(path, weights_only=True) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_stop_request_restores_the_handlers() -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.signal == signal.SIGTERM
-        # The next signal has its usual effect.
-        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
-def test_under_torchrun_a_second_signal_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    before = signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)  # torchrun passes the Ctrl-C on
-        assert stop.signal == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == before
