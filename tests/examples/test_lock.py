@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,21 +16,9 @@ from examples.lock import locked
 from examples.processes import Processes
 from examples.resumable import UserError
 from examples.stop import StopRequest
+from tests.examples.locks import held, started
 from tests.examples.runs import TINY, Picture, only, tiny
 
-ROOT = Path(__file__).resolve().parents[2]
-
-HOLDER = """
-import os, sys, time
-from pathlib import Path
-from examples.lock import locked
-
-with locked(Path(sys.argv[1])):
-    worker = os.fork()
-    if worker:
-        print(worker, flush=True)
-    time.sleep(60)
-"""
 COUNTER = """
 import sys
 from pathlib import Path
@@ -51,58 +35,39 @@ while left:
 """
 
 
-def start(program: str, path: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-
-@pytest.fixture
-def holder(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str], int]]:
-    """Return a checkpoint, a process that holds its lock, and the process number of a worker that it has forked."""
+def test_a_run_that_another_process_trains_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "runs" / "first" / "checkpoint.pt"
     path.parent.mkdir(parents=True)
-    process = start(HOLDER, path)
-    assert process.stdout
-    worker = int(process.stdout.readline())
-    yield path, process, worker
-    process.kill()
-    os.kill(worker, signal.SIGKILL)
-    process.communicate()
-
-
-def test_a_run_that_another_process_trains_is_not_resumed(
-    holder: tuple[Path, subprocess.Popen[str], int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    path, process, worker = holder
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_log, "draw", Picture)
     monkeypatch.setitem(cifar100.NETWORKS, "tiny", tiny)
     assert cifar100.main([*TINY, "--model", "tiny", "--epochs", "1", "--sname", "new"]) == 0  # has a lock of its own
     saved = only(tmp_path, "runs/*_new/checkpoint.pt").read_bytes()
     path.write_bytes(saved)
-    capsys.readouterr()
-    assert cifar100.main(["--resume", str(path.parent)]) == 2
-    out, error = capsys.readouterr()
-    assert not out
-    assert error == (
-        f"cifar100.py: error: expected a run that no other process trains, got {path.parent}, which process "
-        f"{process.pid} on {os.uname().nodename} trains: stop that process, or wait for its end\n"
-    )
-    assert path.read_bytes() == saved
-    assert {entry.name for entry in path.parent.iterdir()} == {"checkpoint.pt", ".checkpoint.pt.lock"}
-    process.kill()
-    process.wait()
-    os.kill(worker, 0)  # the worker lives, and does not keep the lock
-    assert cifar100.main(["--resume", str(path.parent)]) == 0
-    assert not list(path.parent.glob(".*"))
+    with held(path) as (process, worker):
+        capsys.readouterr()
+        assert cifar100.main(["--resume", str(path.parent)]) == 2
+        out, error = capsys.readouterr()
+        assert not out
+        assert error == (
+            f"cifar100.py: error: expected a run that no other process trains, got {path.parent}, which process "
+            f"{process.pid} on {os.uname().nodename} trains: stop that process, or wait for its end\n"
+        )
+        assert path.read_bytes() == saved
+        assert {entry.name for entry in path.parent.iterdir()} == {"checkpoint.pt", ".checkpoint.pt.lock"}
+        process.kill()
+        process.wait()
+        os.kill(worker, 0)  # the worker lives, and does not keep the lock
+        assert cifar100.main(["--resume", str(path.parent)]) == 0
+        assert not list(path.parent.glob(".*"))
 
 
 def test_only_one_process_at_a_time_holds_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "count"
     path.write_text("0")
-    processes = [start(COUNTER, path) for _ in range(3)]
+    processes = [started(COUNTER, path) for _ in range(3)]
     assert [process.wait(60) for process in processes] == [0, 0, 0]
     for process in processes:
         process.communicate()
