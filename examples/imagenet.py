@@ -10,8 +10,9 @@ A run writes the folder runs/<datetime>_<sname>/ (TensorBoard events, settings, 
 the file models/<datetime>_<sname>.pt, the weights of the plain network with exactly the requested number of zeros. With
 --recipe=v2, models/<datetime>_<sname>_ema.pt has those of the moving average, with as many zeros.
 Ctrl-C saves a checkpoint and stops. --resume continues the run, with the same number of processes. On a CPU with the
-same number of threads, the weights are then the same bit for bit. A kill -9 loses the running epoch. Under torchrun,
-Ctrl-C has 30 seconds to save, after which torchrun ends the processes: a run that prints no "stopped" also resumes.
+same number of threads, the weights are then the same bit for bit. A kill -9 loses the running epoch, and so does a
+second Ctrl-C. Under torchrun, there is no second one, and Ctrl-C has 30 seconds to save, after which torchrun ends the
+processes: a run that prints no "stopped" also resumes.
 
 What 90 epochs of ResNet-50 (v1) cost: at most 11.9 hours of 8 NVIDIA H200, or 6.5 hours dense (--ptarget=0), for the
 steps alone. This is computed, not measured: 900,821 steps with batch 16 a GPU, and a step of one GPU takes 0.0476 s

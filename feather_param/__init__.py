@@ -16,7 +16,10 @@ else:  # a type checker that saw __getattr__ would accept any name
         They need torch, whose import takes a second. The command runs code of its own before that.
         """
         if name == "__all__" or not name.startswith("_"):  # programs that inspect modules ask for many other names
-            public = importlib.import_module("feather_param.public")
+            try:
+                public = importlib.import_module("feather_param.public")
+            except AttributeError as error:  # of torch, for example: the name itself is not missing
+                raise ImportError(f"cannot import feather_param: {error}") from error
             globals().update({each: getattr(public, each) for each in public.__all__}, __all__=public.__all__)
             if name in globals():  # public, or a module of the package
                 return globals()[name]

@@ -72,6 +72,15 @@ def test_a_module_imports_only_its_layer_and_those_before():
     assert wrong == {}
 
 
+def test_no_module_below_the_public_names_asks_the_package_for_them():
+    """The package would import all public names, and so the module itself a second time: a circle."""
+    above = {"public", "__init__", "cli", "integrations", "__main__"}
+    for name, path in MODULES.items():
+        if part_of(name) not in above:
+            nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            assert not any(isinstance(node, ast.ImportFrom) and node.module == "feather_param" for node in nodes), path
+
+
 def test_no_python_file_has_more_than_350_lines():
     folders = ("feather_param", "archs", "examples", "benchmarks", "tests")
     files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]

@@ -15,6 +15,7 @@ from torch import nn
 
 import feather_param
 from feather_param.cli import main as cli
+from feather_param.utils.signals import Signalled
 from tests.cli.commands import BENCH, KINDS, fails, process
 
 
@@ -156,7 +157,7 @@ def test_a_page_without_matplotlib_fails_before_any_work(run, monkeypatch):
     "command",
     [["compress", "in.pt", "out.safetensors"], ["expand", "sparse", "out.pt"], ["bake", "training.pt", "out.pt"]],
 )
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device", "out")])
+@pytest.mark.parametrize("error", [Signalled(signal.SIGINT), OSError(28, "No space left on device", "out")])
 def test_a_stopped_command_leaves_the_old_file_and_no_other(command, error, run, monkeypatch):
     KINDS["torch"](Path("in.pt"))
     KINDS["sparse"](Path("sparse"))
@@ -170,7 +171,7 @@ def test_a_stopped_command_leaves_the_old_file_and_no_other(command, error, run,
         raise error
 
     monkeypatch.setattr(os, "fsync", stop)
-    if error is KeyboardInterrupt:
+    if isinstance(error, Signalled):
         fails(run(*command), 130, "interrupted")
     else:
         fails(run(*command), 1, "out: No space left on device")

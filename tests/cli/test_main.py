@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import shlex
 
+from feather_param import __main__
 from feather_param.cli import main as cli
 from tests.cli.commands import ROOT, done
 
@@ -15,7 +16,7 @@ DOCS = (ROOT / "docs" / "feather-param-command.md").read_text(encoding="utf-8")
 def test_the_command_is_installed():
     installed = importlib.metadata.distributions(name="feather_param")
     scripts = [script for package in installed for script in package.entry_points if script.name == "feather-param"]
-    assert [script.load() for script in scripts[:1]] == [cli.main]
+    assert [script.load() for script in scripts[:1]] == [__main__.main]
     assert cli.main(["--version"]) == 0
 
 
@@ -48,6 +49,8 @@ def test_every_option_is_documented(run):
     ]
     options = {option for text in helps for option in re.findall(r"--[a-z][a-z-]+", text)} - {"--help"}
     assert options == set(re.findall(r"--[a-z][a-z-]+", DOCS))
-    for status in ("0 done", "1 a file cannot be processed", "2 wrong usage", "130 interrupted", "141 nobody reads"):
+    statuses = ["0 done", "1 a file cannot be processed", "2 wrong usage"]
+    statuses += ["129 hung up", "130 interrupted", "141 nobody reads", "143 terminated"]
+    for status in statuses:
         assert status in helps[0]
-        assert re.search(rf"\| {status.split()[0]} \|", DOCS), status
+        assert re.search(rf"^\| (\d+, )*{status.split()[0]}(, \d+)* \|", DOCS, re.MULTILINE), status

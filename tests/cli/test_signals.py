@@ -119,5 +119,8 @@ def test_a_signal_during_the_import_of_torch_ends_the_program_quietly(program, n
     assert running.stdout is not None
     assert running.stdout.readline() == "importing\n"
     running.send_signal(signal.Signals[name])
-    _, said = running.communicate(timeout=60)
+    try:
+        _, said = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert (running.returncode, said) == ({"SIGINT": 130, "SIGTERM": -signal.SIGTERM}[name], "")
