@@ -8,7 +8,8 @@ A run writes the folder runs/<datetime>_<sname>/ (TensorBoard events, settings, 
 the file models/<datetime>_<sname>.pt, the weights of the plain network with exactly the requested number of zeros.
 Ctrl-C saves a checkpoint and stops. A second Ctrl-C ends the run at once, without another checkpoint. --resume
 continues the run. On a CPU with the same number of threads, the weights are then the same bit for bit. After a kill -9
-it continues from the last finished epoch. A run that is killed before its first epoch has finished has no checkpoint. A run is not resumed while another process trains it.
+it continues from the last finished epoch. A run that is killed before its first epoch has finished has no checkpoint.
+A run is not resumed while another process trains it.
 """
 
 from __future__ import annotations

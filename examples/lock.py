@@ -45,11 +45,13 @@ def locked(checkpoint: Path) -> Iterator[None]:
             _lock(file, checkpoint.parent)
             if not _is_at(file, path):  # the process that held the lock before has removed the file in between
                 continue
+            owner = os.getpid()
             try:
                 yield
             finally:
-                with suppress(OSError):  # the folder was removed, or is read-only now
-                    path.unlink()
+                if os.getpid() == owner:  # not a forked process that leaves the block
+                    with suppress(OSError):  # the folder was removed, or is read-only now
+                        path.unlink()
             return
 
 

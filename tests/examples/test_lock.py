@@ -33,6 +33,17 @@ while left:
     except BusyError:
         pass
 """
+FORK = """
+import os, sys
+from pathlib import Path
+from examples.lock import locked
+
+path = Path(sys.argv[1])
+with locked(path):
+    if worker := os.fork():
+        os.waitpid(worker, 0)
+        print(os.listdir(path.parent))
+"""
 
 
 def test_a_run_that_another_process_trains_is_not_resumed(
@@ -91,6 +102,11 @@ def test_all_processes_of_a_busy_run_end(tmp_path: Path, monkeypatch: pytest.Mon
     training = SimpleNamespace(options=options, processes=Processes(rank=1, count=2))
     with pytest.raises(UserError), script.run_log(training, tmp_path, "cifar100.py", "digits", StopRequest()):
         pass
+
+
+def test_a_forked_process_that_leaves_the_block_leaves_the_lock(tmp_path: Path) -> None:
+    process = started(FORK, tmp_path / "checkpoint.pt")
+    assert process.communicate(timeout=60)[0] == "['.checkpoint.pt.lock']\n"
 
 
 def test_the_lock_of_a_process_is_released_at_an_error(tmp_path: Path) -> None:
