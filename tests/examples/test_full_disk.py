@@ -1,4 +1,4 @@
-"""Each operation on a file fails once: a script ends with one sentence, and the resumed run ends like another."""
+"""An operation on a file fails, each one in turn: a script ends with one sentence, and the resumed run ends like another."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES = {
 
 
 class Disk:
-    """Counts the operations on files of each kind, and lets one of them fail.
+    """Counts the operations on files of each kind, and lets them fail.
 
     Args:
         patch: replaces the functions of the operations.
@@ -75,14 +75,14 @@ class Disk:
         patch.setattr(os, "mkdir", mkdir)
 
     def fail(self, kind: str = "", number: int = 0, error: int = errno.ENOSPC) -> None:
-        """Count from 0, and let the operation of this kind and number fail."""
+        """Count from 0, and let the operations of this kind fail from this number on."""
         self.counts: Counter[str] = Counter()
-        self._failing, self._error = (kind, number), error
+        self._kind, self._number, self._error = kind, number, error
 
     def use(self, kind: str, name: str | None = None, torn: Callable[[], object] = lambda: None) -> None:
         """Count an operation. If it is to fail, write a part of the content and raise the error."""
         self.counts[kind] += 1
-        if (kind, self.counts[kind]) == self._failing:
+        if kind == self._kind and self.counts[kind] >= self._number:
             torn()
             raise OSError(self._error, os.strerror(self._error), name)
 
