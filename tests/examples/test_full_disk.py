@@ -1,4 +1,4 @@
-"""An operation on a file fails, each one in turn: a script ends with one sentence, and the resumed run ends like another."""
+"""Operations on files fail, each in turn: a script ends with one sentence, and the resumed run ends like another."""
 
 from __future__ import annotations
 
