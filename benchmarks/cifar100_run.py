@@ -21,6 +21,7 @@ from benchmarks import timing
 from benchmarks.methods import DENSE, METHODS, mirror_step
 from examples.cifar100 import NETWORKS, Training, bake, parse
 from examples.data import ImageData, TrainBatches
+from examples.lock import locked
 from examples.resumable import save
 
 __all__ = ["BATCH", "Run", "RunTraining", "build", "content", "execute", "read"]
@@ -206,6 +207,8 @@ def execute(
 ) -> bool:
     """Train from the start or from the checkpoint of the run, bake, check the zeros and write the JSON file.
 
+    A run that another process has finished is not made again.
+
     Args:
         run: the settings.
         data: the data set, on the device.
@@ -218,40 +221,44 @@ def execute(
         True if the run is finished, False if it was stopped.
 
     Raises:
+        BusyError: another process makes the run.
         TrainingFailed: the training diverged, or the number of zeros is not exact.
     """
-    training = RunTraining(run, data, device)
     checkpoint = folder / f"{run.name}.checkpoint.pt"
-    machine = timing.machine()
-    seconds, start = 0.0, time.monotonic()
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if state["run"] == asdict(run):
-            training.load_state_dict(state["training"])
-            seconds = state["seconds"]
-            advance(training.step_count)
-    saved = time.monotonic()
+    with locked(checkpoint):
+        if run.done(folder) is not None:  # by another process in the meantime
+            return True
+        training = RunTraining(run, data, device)
+        machine = timing.machine()
+        seconds, start = 0.0, time.monotonic()
+        if checkpoint.is_file():
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            if state["run"] == asdict(run):
+                training.load_state_dict(state["training"])
+                seconds = state["seconds"]
+                advance(training.step_count)
+        saved = time.monotonic()
 
-    def save_checkpoint() -> None:
+        def save_checkpoint() -> None:
+            elapsed = seconds + time.monotonic() - start
+            save({"run": asdict(run), "training": training.state_dict(), "seconds": elapsed}, checkpoint)
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "nothing survives")  # the JSON file lists the dead layers
+            while training.step_count < len(training.batches):
+                training.next_step()
+                advance(1)
+                if time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
+                    save_checkpoint()
+                    saved = time.monotonic()
+                if stopped():
+                    save_checkpoint()
+                    return False
+            with tempfile.TemporaryDirectory() as scratch:
+                training.finish()
+                baked = bake(training, Path(scratch) / "model.pt")
         elapsed = seconds + time.monotonic() - start
-        save({"run": asdict(run), "training": training.state_dict(), "seconds": elapsed}, checkpoint)
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "nothing survives")  # the JSON file lists the dead layers
-        while training.step_count < len(training.batches):
-            training.next_step()
-            advance(1)
-            if time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
-                save_checkpoint()
-                saved = time.monotonic()
-            if stopped():
-                save_checkpoint()
-                return False
-        with tempfile.TemporaryDirectory() as scratch:
-            training.finish()
-            baked = bake(training, Path(scratch) / "model.pt")
-    elapsed = seconds + time.monotonic() - start
-    result = content(run, training.model, baked["accuracy"], baked["test_loss"], elapsed, machine)
-    timing.write_whole(folder / f"{run.name}.json", json.dumps(result, indent=1) + "\n")
-    checkpoint.unlink(missing_ok=True)
-    return True
+        result = content(run, training.model, baked["accuracy"], baked["test_loss"], elapsed, machine)
+        timing.write_whole(folder / f"{run.name}.json", json.dumps(result, indent=1) + "\n")
+        checkpoint.unlink(missing_ok=True)
+        return True

@@ -39,6 +39,7 @@ from benchmarks.methods import DENSE, METHODS
 from benchmarks.network import possible
 from examples.data import ImageData, load_data
 from examples.resumable import UserError
+from examples.script import reason
 from examples.stop import StopRequest
 
 __all__ = ["PROTOCOLS", "Protocol", "main"]
@@ -171,6 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, ValueError) as error:
         print(f"cifar100_table: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"cifar100_table: failed: {reason(error)}", file=sys.stderr)
+        return 1
     if found:
         about = {DENSE: "the same recipe without zeros", **{name: method.about for name, method in METHODS.items()}}
         pictures = cifar100_pictures.write(found, chosen.drawn or list(about), folder, chosen.title)
@@ -334,8 +338,6 @@ def _execute(run: Run, folder: Path) -> bool:
     data: ImageData = _worker["data"]
     if _worker["stop"].is_set():
         return False
-    if run.done(folder) is not None:  # by another process in the meantime
-        return True
     return execute(run, data, _worker["device"], folder, _worker["progress"].put, _worker["stop"].is_set)
 
 

@@ -27,6 +27,7 @@ from benchmarks.augmentation import augment
 from benchmarks.cifar100_run import BATCH, Run, content
 from benchmarks.network import Network, possible
 from examples.data import Epoch, ImageData, TrainBatches
+from examples.lock import locked
 from examples.resumable import save
 
 __all__ = ["Together", "execute", "load", "unfinished"]
@@ -211,36 +212,38 @@ def execute(
         True if the runs are finished. False if they were stopped; the same call then continues at that epoch.
 
     Raises:
+        BusyError: another process makes these runs.
         ValueError: the weights of a network are not finite. The other runs have their files.
     """
-    machine, start = timing.machine(), time.monotonic()
-    group = Together(runs, data, device, backend=backend, captured=captured)
-    start -= load(group, folder)
-    if group.step_count:
-        advance(group.step_count * len(runs))
-    while group.step_count < group.steps:
-        group.advance(group.steps_per_epoch)
-        timing.synchronise()
-        advance(group.steps_per_epoch * len(runs))
-        if group.step_count < group.steps and stopped():
-            seconds = time.monotonic() - start
-            settings = [asdict(run) for run in runs]
-            save({"runs": settings, "training": group.state_dict(), "seconds": seconds}, _checkpoint(runs, folder))
-            return False
-    group.finish()
-    seconds = (time.monotonic() - start) / len(runs)
-    errors = []
-    for network in group.networks:
-        try:
-            result = _result(network, seconds, machine)
-        except ValueError as error:
-            errors.append(error)
-        else:
-            timing.write_whole(folder / f"{network.run.name}.json", json.dumps(result, indent=1) + "\n")
-    _checkpoint(runs, folder).unlink(missing_ok=True)
-    if errors:
-        raise errors[0]
-    return True
+    with locked(_checkpoint(runs, folder)):
+        machine, start = timing.machine(), time.monotonic()
+        group = Together(runs, data, device, backend=backend, captured=captured)
+        start -= load(group, folder)
+        if group.step_count:
+            advance(group.step_count * len(runs))
+        while group.step_count < group.steps:
+            group.advance(group.steps_per_epoch)
+            timing.synchronise()
+            advance(group.steps_per_epoch * len(runs))
+            if group.step_count < group.steps and stopped():
+                seconds = time.monotonic() - start
+                settings = [asdict(run) for run in runs]
+                save({"runs": settings, "training": group.state_dict(), "seconds": seconds}, _checkpoint(runs, folder))
+                return False
+        group.finish()
+        seconds = (time.monotonic() - start) / len(runs)
+        errors = []
+        for network in group.networks:
+            try:
+                result = _result(network, seconds, machine)
+            except ValueError as error:
+                errors.append(error)
+            else:
+                timing.write_whole(folder / f"{network.run.name}.json", json.dumps(result, indent=1) + "\n")
+        _checkpoint(runs, folder).unlink(missing_ok=True)
+        if errors:
+            raise errors[0]
+        return True
 
 
 def load(group: Together, folder: Path) -> float:

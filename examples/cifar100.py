@@ -9,6 +9,7 @@ the file models/<datetime>_<sname>.pt, the weights of the plain network with exa
 Ctrl-C saves a checkpoint and stops. A second Ctrl-C ends the run at once, without another checkpoint. --resume
 continues the run. On a CPU with the same number of threads, the weights are then the same bit for bit. After a kill -9
 it continues from the last finished epoch. A run that is killed before its first epoch has finished has no checkpoint.
+A run is not resumed while another process trains it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ import feather_param
 from examples import resumable, script
 from examples.data import TrainBatches, batch_loader, load_data
 from examples.processes import ALONE, Processes, choose_device
-from examples.resumable import RunLog, UserError
+from examples.resumable import UserError
+from examples.run_log import RunLog
 from examples.script import TrainingFailed, measured, raised_as, run
 from examples.stop import Stopped, StopRequest
 
@@ -239,19 +240,37 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
         data = data.to(device)
     batches = TrainBatches(data, options.batch_size, options.epochs, options.seed, least=2 * processes.count)
     training = Training(options, batches, device, processes)
-    checkpoint = script.resume(training, options.resume, PROGRAM)
-    log = None
-    if processes.first:
-        folder = options.resume.parent if checkpoint else resumable.new_folder(parent, options.sname)
-        log = RunLog(folder, options, training.controller, processes.count, checkpoint, PROGRAM, options.dataset)
-        stop.checkpoint = log.checkpoint
+    with script.run_log(training, parent, PROGRAM, options.dataset, stop) as log:
+        fit(training, log, stop)
+        if not training.same_zeros():
+            raise TrainingFailed("the processes do not agree on which weights are zero")
+        if log is not None:
+            report = training.controller and training.controller.report()
+            results = bake(training, Path("models") / f"{log.folder.name}.pt")
+            log.finish(results, report, device)
+    return log
+
+
+def fit(training: Training, log: RunLog | None, stop: StopRequest) -> None:
+    """Train to the end, and save a checkpoint after each epoch and when a stop is requested.
+
+    Args:
+        training: the training.
+        log: where to write; None in all processes but the first.
+        stop: the signal.
+
+    Raises:
+        Stopped: a stop was requested, and the checkpoint is saved.
+        TrainingFailed: the training diverged.
+    """
+    options, batches = training.options, training.batches
     bar = tqdm(total=len(batches), initial=training.step_count, desc=options.sname, unit="step", disable=log is None)
     bar.mininterval = 0.2 if sys.stderr.isatty() else 30.0
-    with stop, bar, closing(log) if log else nullcontext():
-        for images, labels in batch_loader(batches, training.step_count, options.workers, device):
+    with bar:
+        for images, labels in batch_loader(batches, training.step_count, options.workers, training.device):
             training.step(images, labels)
             epoch_ended = training.step_count % batches.steps_per_epoch == 0
-            stopped = processes.any(stop.signal is not None)
+            stopped = training.processes.any(stop.signal is not None)
             if log is not None:
                 if training.step_count % max(1, len(batches) // LOGGED_STEPS) == 0:
                     now = training.progress()
@@ -266,14 +285,7 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
                 if epoch_ended or stopped:
                     log.save_checkpoint(training.state_dict())
             if stopped:
-                raise Stopped(log and log.checkpoint)
-        if not training.same_zeros():
-            raise TrainingFailed("the processes do not agree on which weights are zero")
-        if log is not None:
-            report = training.controller and training.controller.report()
-            results = bake(training, Path("models") / f"{log.folder.name}.pt")
-            log.finish(results, report, device)
-    return log
+                raise Stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:

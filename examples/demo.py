@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself is not installed
 
 from examples.cifar100 import TrainingFailed, parse, train
-from examples.resumable import RunLog
+from examples.run_log import RunLog
+from examples.script import reason
 from examples.stop import Stopped, StopRequest
 from feather_param.reports.figures import draw
 
@@ -41,8 +42,8 @@ def main(epochs: int = EPOCHS) -> int:
     except Stopped:
         print("stopped")
         return 128 + (stop.signal or signal.SIGINT)
-    except TrainingFailed as error:
-        print(f"demo.py: failed: {error}", file=sys.stderr)
+    except (TrainingFailed, OSError) as error:
+        print(f"demo.py: failed: {reason(error)}", file=sys.stderr)
         return 1
     print(table({name: log.results for name, log in logs.items()}))
     accuracy = {name: log.curve("accuracy") for name, log in logs.items()}

@@ -34,7 +34,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,8 @@ from examples.imagenet_data import ImageNet
 from examples.imagenet_recipe import RECIPES
 from examples.imagenet_training import Training
 from examples.processes import ALONE, Processes, choose_device
-from examples.resumable import RunLog, UserError
+from examples.resumable import UserError
+from examples.run_log import RunLog
 from examples.script import TrainingFailed, measured, run
 from examples.stop import Stopped, StopRequest
 from feather_param.reports.history import History
@@ -138,28 +138,29 @@ def train(options: argparse.Namespace, parent: Path, stop: StopRequest, processe
         UserError: the device, the folder, the network or the checkpoint does not fit.
     """
     training = start(options, processes)
-    checkpoint = script.resume(training, options.resume, PROGRAM)
-    controller, images, log = training.controller, training.data.images_per_step, None
-    if processes.first:
-        folder = options.resume.parent if checkpoint else resumable.new_folder(parent, options.sname)
-        log = RunLog(folder, options, controller, processes.count, checkpoint, PROGRAM, "ImageNet")
-        stop.checkpoint = log.checkpoint
-    # The log reads masks. If the weights are divided over the processes, all of them must take part.
-    history = History(controller) if controller is not None and training.sharded and log is None else None
-    done, total = training.step_count * images, training.steps * images
-    bar = tqdm(total=total, initial=done, desc=options.sname, unit="img", unit_scale=True, disable=log is None)
-    bar.mininterval = 0.2 if sys.stderr.isatty() else 30.0
-    with stop, bar, closing(log) if log else nullcontext():
-        while training.epoch < options.epochs:
-            train_epoch(training, stop, log, bar)
-            evaluate_epoch(training, log, history, bar)
-        report = controller and controller.report()
+    with script.run_log(training, parent, PROGRAM, "ImageNet", stop) as log:
+        fit(training, stop, log)
+        report = training.controller and training.controller.report()
         results = bake(training, "" if log is None else log.folder.name)
         if log is None:
             return None
         log.finish(results, report, training.device)
         ema = results.get("ema")
         return f"{log}" + (f"\nEMA            {ema['accuracy']:.2%} test accuracy: {ema['model']}" if ema else "")
+
+
+def fit(training: Training, stop: StopRequest, log: RunLog | None) -> None:
+    """Train and evaluate all epochs that are left. Arguments and errors are those of `train_epoch`."""
+    options, controller, images = training.options, training.controller, training.data.images_per_step
+    # The log reads masks. If the weights are divided over the processes, all of them must take part.
+    history = History(controller) if controller is not None and training.sharded and log is None else None
+    done, total = training.step_count * images, training.steps * images
+    bar = tqdm(total=total, initial=done, desc=options.sname, unit="img", unit_scale=True, disable=log is None)
+    bar.mininterval = 0.2 if sys.stderr.isatty() else 30.0
+    with bar:
+        while training.epoch < options.epochs:
+            train_epoch(training, stop, log, bar)
+            evaluate_epoch(training, log, history, bar)
 
 
 def train_epoch(training: Training, stop: StopRequest, log: RunLog | None, bar: tqdm[Any]) -> None:
@@ -194,7 +195,7 @@ def train_epoch(training: Training, stop: StopRequest, log: RunLog | None, bar: 
     if log is not None:
         log.save_checkpoint(state)
     if stopped:
-        raise Stopped(log and log.checkpoint)
+        raise Stopped
 
 
 def evaluate_epoch(training: Training, log: RunLog | None, history: History | None, bar: tqdm[Any]) -> None:

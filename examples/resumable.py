@@ -1,32 +1,19 @@
-"""What makes a training script safe to interrupt: options that a checkpoint keeps, and the log of a run."""
+"""What makes a training script safe to interrupt: checkpoints, and options that they keep."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import operator
-import platform
-import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch.utils.tensorboard.summary import hparams
-from torch.utils.tensorboard.writer import SummaryWriter
 
-import feather_param
-from feather_param import Controller
 from feather_param.files.atomic import atomic_write
-from feather_param.reports.figures import draw
-from feather_param.reports.history import History
-from feather_param.reports.report import Report
-from feather_param.reports.scalars import log_record
 
-_VERSION = 2
+_VERSION = 3
 _KEYS = {"settings", "training", "log"}
 _COMPARISONS = {"at least": operator.ge, "above": operator.gt, "below": operator.lt}
 
@@ -42,13 +29,13 @@ def save(content: Any, path: Path) -> None:
         torch.save(content, file)
 
 
-def format_of(program: str) -> str:
-    """Return the entry of a checkpoint that names the script which wrote it, for example ``cifar100.py``."""
-    return f"feather_param/examples/{program.removesuffix('.py')}"
+def save_checkpoint(path: Path, program: str, content: Mapping[str, Any]) -> None:
+    """Save settings, training and log of a run of a script, for example ``cifar100.py``."""
+    save({"format": _format(program), "version": _VERSION, **content}, path)
 
 
 def load_checkpoint(path: Path, program: str) -> dict[str, Any]:
-    """Return the content of a file that `RunLog.save_checkpoint` of a script wrote: settings, training and log.
+    """Return the content of a file that `save_checkpoint` wrote for a script: settings, training and log.
 
     Raises:
         UserError: the file is missing, damaged or not a checkpoint of the script.
@@ -56,7 +43,7 @@ def load_checkpoint(path: Path, program: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"expected --resume to name a checkpoint file or the folder of a run, got {path}, which does not exist; "
-            "a run that was killed before its first epoch ended has no checkpoint"
+            "a run that was killed before its first epoch ended has no checkpoint: start a new one"
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -68,7 +55,7 @@ def load_checkpoint(path: Path, program: str) -> dict[str, Any]:
         ) from error
     if (
         not isinstance(checkpoint, dict)
-        or checkpoint.get("format") != format_of(program)
+        or checkpoint.get("format") != _format(program)
         or not checkpoint.keys() >= _KEYS
     ):
         raise UserError(f"expected --resume to name a checkpoint of this script, got {path}, a file of another program")
@@ -78,6 +65,10 @@ def load_checkpoint(path: Path, program: str) -> dict[str, Any]:
             "resume it with the release that wrote it"
         )
     return checkpoint
+
+
+def _format(program: str) -> str:
+    return f"feather_param/examples/{program.removesuffix('.py')}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -158,134 +149,3 @@ def new_folder(parent: Path, name: str) -> Path:
             continue
         return folder
     raise FileExistsError(f"{parent / name} and 998 folders with a number appended exist")
-
-
-class RunLog:
-    """The log of one run: TensorBoard events, a row for each epoch and the history of the masks, all by optimizer step.
-
-    A resumed run continues the log in the same folder. TensorBoard drops the events after the checkpoint.
-
-    Args:
-        folder: folder of the run.
-        options: its options.
-        controller: its sparsity; None for a dense run.
-        processes: number of processes that train together.
-        resumed: the checkpoint of the run to resume; None for a new run.
-        program: the script, for example ``cifar100.py``.
-        dataset: name of the data set.
-
-    Attributes:
-        rows: one row for each finished epoch.
-        history: one record for each finished epoch, and one of the start; None for a dense run.
-        results: content of results.json, once the run is finished.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        options: argparse.Namespace,
-        controller: Controller | None,
-        processes: int,
-        resumed: Mapping[str, Any] | None,
-        program: str,
-        dataset: str,
-    ) -> None:
-        self.folder, self.dataset = folder, dataset
-        self._format = format_of(program)
-        self.checkpoint = folder / "checkpoint.pt"
-        self.rows: list[dict[str, float]] = []
-        self.history = None if controller is None else History(controller)
-        self.report: Report | None = None
-        self.results: dict[str, Any] = {}
-        self._settings = settings(options)
-        self._start = time.monotonic()
-        if resumed is None:
-            self._writer = SummaryWriter(str(folder))
-            self._add_settings(processes)
-        else:
-            self._writer = SummaryWriter(str(folder), purge_step=resumed["training"]["step"] + 1)
-            self.rows = resumed["log"]["rows"]
-            self._start -= resumed["log"]["seconds"]
-            if self.history is not None:
-                self.history.load_state_dict(resumed["log"]["history"])
-
-    def _add_settings(self, processes: int) -> None:
-        """Write config.json, and show the settings in TensorBoard."""
-        versions = {module.__name__: module.__version__ for module in (torch, feather_param)}
-        facts = {"command": sys.argv, "processes": processes, "python": platform.python_version(), **versions}
-        self._write("config.json", {"settings": self._settings, **facts})
-        shown = {name: v if isinstance(v, int | float | str) else str(v) for name, v in self._settings.items()}
-        # The method `add_hparams` would write to another folder, which TensorBoard shows as another run.
-        for summary in hparams(shown, {"acc/test": 0.0, "Loss/test": 0.0}):
-            self._writer._get_file_writer().add_summary(summary)
-
-    def add_step(self, row: Mapping[str, float]) -> None:
-        """Log the rate, the threshold and the learning rate of a step."""
-        for tag, name in (("prune_rate", "rate"), ("threshold", "threshold"), ("lr", "lr")):
-            self._writer.add_scalar(tag, row[name], int(row["step"]))
-
-    def add_epoch(self, row: Mapping[str, float]) -> None:
-        """Log the losses and the accuracy after an epoch, and record the masks."""
-        self.rows.append({"epoch": len(self.rows) + 1, **row})
-        names = {
-            "Loss/train": "train_loss",
-            "Loss/test": "test_loss",
-            "acc/test": "accuracy",
-            "acc/ema": "ema_accuracy",
-        }
-        for tag, name in names.items():
-            if name in row:
-                self._writer.add_scalar(tag, row[name], int(row["step"]))
-        if self.history is not None:
-            log_record(self._writer.add_scalar, self.history.record())
-        self._writer.flush()
-
-    def save_checkpoint(self, training: dict[str, Any]) -> None:
-        """Save the settings, the state of the training and the log, for `load_checkpoint`."""
-        history = None if self.history is None else self.history.state_dict()
-        log = {"rows": self.rows, "seconds": time.monotonic() - self._start, "history": history}
-        content = {"settings": self._settings, "training": training, "log": log}
-        save({"format": self._format, "version": _VERSION, **content}, self.checkpoint)
-
-    def finish(self, results: Mapping[str, Any], report: Report | None, device: torch.device) -> None:
-        """Write results.json, with a row for each layer and each epoch, and the picture summary.png."""
-        last = self.rows[-1]
-        self.report = report
-        self.results = {
-            **results,
-            "train_loss": last["train_loss"],
-            "threshold": last["threshold"],
-            "seconds": round(time.monotonic() - self._start, 1),
-            "device": f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
-            "layers": [] if report is None else [{**asdict(row), "rate": row.rate} for row in report.rows],
-            "epochs": self.rows,
-        }
-        self._write("results.json", self.results)
-        name, model = self._settings["sname"], self._settings["model"]
-        sparsity = "dense" if report is None else f"{results['rate']:.1%} zeros"
-        title = f"{name}: {model} on {self.dataset}, {sparsity}, test accuracy {results['accuracy']:.2%}"
-        names = {"test": "accuracy", "moving average": "ema_accuracy"}
-        accuracy = {label: self.curve(name) for label, name in names.items() if name in last}
-        figure = draw(report, history=self.history, accuracy=accuracy, title=title)
-        figure.savefig(self.folder / "summary.png")
-
-    def curve(self, name: str) -> list[tuple[int, float]]:
-        """Return the optimizer step and one number, for example ``"accuracy"``, of each finished epoch."""
-        return [(int(row["step"]), row[name]) for row in self.rows]
-
-    def __str__(self) -> str:
-        """Return the results of a finished run as text."""
-        r = self.results
-        lines = [f"test accuracy  {r['accuracy']:.2%}"]
-        lines += [f"zeros          {r['zeros']:,} of {r['total']:,} prunable weights ({r['rate']:.3%})"]
-        sizes = f"{r['bytes'] / 1e6:.2f} MB dense, {r['bytes_compressed'] / 1e6:.2f} MB compressed"
-        lines += [f"file           {sizes}: {r['model']}", f"time           {r['seconds']:,.1f} s"]
-        lines += [f"run folder     {self.folder}"]
-        return "\n".join(lines if self.report is None else [str(self.report), "", *lines])
-
-    def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    def close(self) -> None:
-        """Write the events that are still in memory."""
-        self._writer.close()

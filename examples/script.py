@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
 import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import feather_param
+from examples.lock import BusyError, locked
 from examples.processes import ALONE, Processes, joined
-from examples.resumable import Parser, UserError, load_checkpoint
+from examples.resumable import Parser, UserError, load_checkpoint, new_folder
+from examples.run_log import RunLog
 from examples.stop import Stopped, StopRequest
 from feather_param.utils.signals import EndOnSignal, Signalled, last_words
 
@@ -78,6 +81,35 @@ def resume(training: Any, path: Path | None, program: str) -> dict[str, Any] | N
 
 
 @contextmanager
+def run_log(training: Any, parent: Path, program: str, dataset: str, stop: StopRequest) -> Iterator[RunLog | None]:
+    """Lock the folder of a run, continue from its checkpoint if it has one, and yield its log.
+
+    The folder is that of the run to resume, or a new one in the parent. Call this in all processes. The first one holds
+    the lock, and has the log; the others get None. In the block, a signal only requests a stop.
+
+    Raises:
+        UserError: another process trains the run, or `resume` does not take the checkpoint.
+    """
+    options, processes = training.options, training.processes
+    with ExitStack() as stack:
+        folder, busy = Path(), ""
+        if processes.first:
+            folder = options.resume.parent if options.resume else new_folder(parent, options.sname)
+            try:
+                stack.enter_context(locked(folder / RunLog.CHECKPOINT))
+            except BusyError as error:
+                busy = str(error)
+        if processes.any(bool(busy)):
+            raise UserError(busy)
+        checkpoint, log = resume(training, options.resume, program), None
+        if processes.first:
+            log = RunLog(folder, options, training.controller, processes.count, checkpoint, program, dataset)
+            stop.checkpoint = log.checkpoint
+        stack.enter_context(stop)
+        yield log
+
+
+@contextmanager
 def raised_as(kind: type[Exception], prefix: str) -> Iterator[None]:
     """Raise a ValueError of the block as another kind of error, with some words before its message."""
     try:
@@ -125,10 +157,20 @@ def measured(path: Path, plain: nn.Module, rate: float) -> dict[str, Any]:
     }
 
 
-def _to_go_on(checkpoint: object, processes: Processes) -> str:
-    """Return how to resume a run."""
+def reason(error: Exception) -> str:
+    """Return the message of an error on one line. That of a full disk begins with the file, and says what to do."""
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return str(error).strip().rpartition("\n")[2]  # an error of a worker process begins with its traceback
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{error.filename}: {error.strerror}" + ("; free some space" if full else "")
+
+
+def _to_go_on(checkpoint: Path | None, processes: Processes) -> str:
+    """Return how to resume a run, as the end of a sentence; nothing if there is no checkpoint."""
+    if checkpoint is None or not checkpoint.is_file():
+        return ""
     launcher = "python" if processes.count == 1 else f"torchrun --nproc-per-node={processes.count}"
-    return f"to go on: {launcher} {sys.argv[0]} --resume '{checkpoint}'"
+    return f"; to go on: {launcher} {sys.argv[0]} --resume '{checkpoint}'"
 
 
 def run(
@@ -156,18 +198,18 @@ def run(
             print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except (TrainingFailed, OSError) as error:
-        reason = str(error).strip().rpartition("\n")[2]  # an error of a worker process begins with its traceback
-        print(f"{program}: failed: {reason}", file=sys.stderr)
+        then = _to_go_on(stop.checkpoint, processes) if isinstance(error, OSError) else ""
+        last_words(f"{program}: failed: {reason(error)}{then}")
         return 1
-    except Stopped as checkpoint:
+    except Stopped:
         if first:
-            last_words(f"stopped; {_to_go_on(checkpoint, processes)}", sys.stdout)
+            last_words(f"stopped{_to_go_on(stop.checkpoint, processes)}", sys.stdout)
         return 128 + (stop.signal or signal.SIGINT)
     except Signalled as error:
         if first:
-            saved = stop.checkpoint is not None and stop.checkpoint.is_file()
-            lost = "the training since the last checkpoint is lost" if saved else "no checkpoint was saved"
-            last_words(f"{program}: {error}; {lost}" + (f"; {_to_go_on(stop.checkpoint, processes)}" if saved else ""))
+            then = _to_go_on(stop.checkpoint, processes)
+            lost = "the training since the last checkpoint is lost" if then else "no checkpoint was saved"
+            last_words(f"{program}: {error}; {lost}{then}")
         return error.status
     if done is not None:
         print(done)

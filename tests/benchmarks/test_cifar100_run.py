@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import timing
+from benchmarks import timing, together
 from benchmarks.cifar100_run import Run, RunTraining, build, content, execute
 from benchmarks.methods import DENSE, METHODS
 from examples.images import ImageData
+from examples.lock import BusyError
+from tests.examples.locks import held
 
 CPU = torch.device("cpu")
 
@@ -52,6 +55,18 @@ def test_an_interrupted_run_continues_to_the_same_result(method, data, tmp_path)
     assert steps == [4, 1, 1]
     assert result(run, again) == whole
     assert [path.suffix for path in again.iterdir()] == [".json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no lockf")
+def test_a_run_that_another_process_makes_is_left_to_it(data, tmp_path):
+    run = a_run(DENSE)
+    for path, make in (
+        (tmp_path / f"{run.name}.checkpoint.pt", lambda: execute(run, data, CPU, tmp_path, print, lambda: False)),
+        (together._checkpoint([run], tmp_path), lambda: together.execute([run], data, CPU, tmp_path)),
+    ):
+        with held(path), pytest.raises(BusyError, match=r"which process [0-9]+ on .* trains: stop that process"):
+            make()
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_methods_differ_where_they_should(data, tmp_path):

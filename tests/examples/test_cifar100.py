@@ -21,8 +21,8 @@ import feather_param
 from examples import cifar100, script
 from examples.cifar100 import Training
 from examples.processes import Processes
-from examples.stop import Stopped
-from tests.examples.runs import RATE, STEPS, TINY, baked, only
+from examples.stop import Stopped, StopRequest
+from tests.examples.runs import RATE, STEPS, TINY, baked, only, scalars
 from tests.training import same_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,18 +52,8 @@ def test_the_saved_model_is_plain_and_exactly_sparse(finished: Path) -> None:
     assert sum(int((weight == 0).sum()) for weight in weights) == round(RATE * sum(w.numel() for w in weights))
 
 
-def events(folder: Path) -> dict[str, list[int]]:
-    """Return the steps of each scalar as TensorBoard shows them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    tags = accumulator.Tags()["scalars"]
-    return {tag: [event.step for event in accumulator.Scalars(tag)] for tag in tags}
-
-
 def test_tensorboard_shows_the_run(finished: Path) -> None:
-    seen = events(only(finished, "runs/*_whole"))
+    seen = {tag: [step for step, _ in values] for tag, values in scalars(only(finished, "runs/*_whole")).items()}
     for tag in ("Loss/train", "Loss/test", "acc/test", "survivors/conv.weight", "survivors/fc.weight"):
         assert seen[tag] == [4, 8, 12, 16], tag
     for tag in ("prune_rate", "threshold", "lr"):
@@ -100,7 +90,7 @@ def test_an_interrupted_and_resumed_run_ends_like_an_uninterrupted_one(
         json.loads(only(folder, "runs/*/results.json").read_text())["epochs"] for folder in (tmp_path, finished)
     )
     assert ours == theirs
-    assert events(checkpoint.parent) == events(only(finished, "runs/*_whole"))
+    assert scalars(checkpoint.parent) == scalars(only(finished, "runs/*_whole"))
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -152,8 +142,10 @@ def test_two_processes_end_with_the_same_zeros(tmp_path: Path) -> None:
 def test_a_stopped_run_of_several_processes_is_resumed_as_such(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stopped(*_: object) -> None:
-        raise Stopped("checkpoint.pt")
+    def stopped(options: object, parent: Path, stop: StopRequest, processes: Processes) -> None:
+        stop.checkpoint = tmp_path / "checkpoint.pt"
+        stop.checkpoint.touch()
+        raise Stopped
 
     @contextmanager
     def two(cuda: bool) -> Iterator[Processes]:

@@ -33,7 +33,7 @@ from tests.examples.imagenet import (
     resumed_equals_uninterrupted,
     zeros_in,
 )
-from tests.examples.runs import only
+from tests.examples.runs import only, scalars
 from tests.processes.launch import run
 from tests.training import same_state
 
@@ -105,15 +105,20 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     assert results_of(tmp_path)["epochs"] == results_of(finished)["epochs"]
 
 
-def test_a_run_that_is_killed_in_an_evaluation_has_saved_its_epoch(
-    finished: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["end_epoch", "batches"])
+def test_a_run_that_is_killed_in_or_after_an_evaluation_has_saved_its_epoch(
+    name: str, finished: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(self: Training) -> None:
-        raise KeyboardInterrupt
+    method = getattr(Training, name)
+
+    def killed(self: Training) -> object:
+        if self.step_count:
+            raise KeyboardInterrupt
+        return method(self)
 
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "end_epoch", killed)
+        patch.setattr(Training, name, killed)
         with pytest.raises(KeyboardInterrupt):
             imagenet.main([*TINY, str(images), "--recipe", "v2"])
     folder = only(tmp_path, "runs/*")
@@ -121,6 +126,7 @@ def test_a_run_that_is_killed_in_an_evaluation_has_saved_its_epoch(
     assert (state["step"], state["epoch"]) == (STEPS // 2, 0)
     assert imagenet.main(["--resume", str(folder)]) == 0
     assert results_of(tmp_path)["epochs"] == results_of(finished)["epochs"]
+    assert scalars(folder) == scalars(only(finished, "runs/*"))  # the evaluation is shown once
 
 
 def test_a_dense_run_of_a_real_network_compiled(

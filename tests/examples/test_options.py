@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import cifar100, resumable
+from examples import cifar100
 from examples.cifar100 import parse
-from examples.resumable import UserError, save, settings
+from examples.resumable import UserError, save_checkpoint, settings
 from tests.examples.runs import only
 
 
@@ -55,7 +55,7 @@ def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (
             ["--resume", "."],
-            "does not exist; a run that was killed before its first epoch ended has no checkpoint",
+            "does not exist; a run that was killed before its first epoch ended has no checkpoint: start a new one",
         ),
     ],
 )
@@ -103,8 +103,7 @@ def test_resume_refuses_other_settings(finished: Path, capsys: pytest.CaptureFix
 def test_options_of_a_resumed_run_come_from_the_checkpoint(tmp_path: Path) -> None:
     saved = parse(["--lr=0.3", "--epochs=7", "--workers=2", "--data-dir=there", "--no-amp", "--compile"])
     path = tmp_path / "checkpoint.pt"
-    content = {"settings": settings(saved), "training": {}, "log": {}}
-    save({"format": resumable.format_of(cifar100.PROGRAM), "version": resumable._VERSION, **content}, path)
+    save_checkpoint(path, cifar100.PROGRAM, {"settings": settings(saved), "training": {}, "log": {}})
 
     def resumed(options: str = "") -> dict[str, object]:
         return settings(parse([f"--resume={path}", *options.split()]))
