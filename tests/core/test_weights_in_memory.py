@@ -175,7 +175,7 @@ LATER: dict[str, tuple[Change, str]] = {
     "expanded state": (load_expanded, OWN_ELEMENTS),
     "inference tensor": (
         convert_in_inference_mode,
-        "expected weights that can be written, got 0.weight, a tensor made",
+        r"expected weights that can be written, got 0\.weight, made in torch\.inference_mode\(\); load",
     ),
 }
 
