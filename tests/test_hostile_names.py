@@ -9,6 +9,7 @@ import struct
 import sys
 import warnings
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from feather_param.cli import main as cli
 from feather_param.core import baked_state
 from feather_param.inference import to_semi_structured
 from feather_param.inference.report import InferenceReport, InferenceRow
+from feather_param.ops.groups import Group
 from feather_param.reports import LayerMultiplyAdds, MultiplyAdds, Report, Row, figures
 from feather_param.utils.text import grouped, listed
 from tests.reports.pages import checked
@@ -112,6 +114,12 @@ def other_state(name: str) -> str:
     return error_of(sparsified(name)[1].load_state_dict, sparsified("other")[1].state_dict())
 
 
+def parametrized(name: str) -> str:
+    model = network(name)
+    nn.utils.parametrizations.spectral_norm(model[0])
+    return error_of(feather_param.sparsify, model, final_rate=0.5, total_steps=1)
+
+
 def state_without_position(name: str) -> str:
     return error_of(feather_param.baked_state_dict, {f"{name}.parametrizations.weight.original": torch.eye(2)})
 
@@ -180,7 +188,17 @@ PLACES: dict[str, Callable[[str], str]] = {
     "a pattern that does not fit": lambda name: error_of(
         feather_param.plan, network(name), final_rate=0.5, pattern=feather_param.patterns.n_m(2, 16)
     ),
+    "a parametrization that cannot hold zeros": parametrized,
+    "a model without weights to prune": lambda name: error_of(
+        feather_param.plan, nn.Sequential(OrderedDict({name: nn.Embedding(4, 4)})), final_rate=0.5
+    ),
+    "an allocation that returns no tuple": lambda name: error_of(
+        feather_param.plan, network(name), final_rate=0.5, allocation=lambda *_: [Group([name], 3, torch.ones(()))]
+    ),
     "the state of another controller": other_state,
+    "the settings of another controller": lambda name: error_of(
+        (controller := sparsified("fc")[1]).load_state_dict, {**controller.state_dict(), "allocation": name}
+    ),
     "a state without its position": state_without_position,
     "a state without a weight": state_without_weight,
     "2:4 weights": lambda name: error_of(to_semi_structured, network(name)),
@@ -226,8 +244,8 @@ def test_names_are_shown_escaped_and_short(place):
         assert len(shown.split("\n")) == len(lines), (kind, shown[:300])
         assert re.search("begin.*end", shown), (kind, shown[:300])
         assert len(shown) < 30 * 400 * len(lines), kind
-        if name.isprintable() and len(name) < 48 and place not in ("a group",):
-            assert name in shown.replace("\\\\", "\\"), (kind, shown[:300])
+        if name.isprintable() and len(name) < 48 and place != "a group":
+            assert name in shown.replace("\\\\", "\\").replace("\\'", "'"), (kind, shown[:300])
 
 
 def test_a_figure_draws_all_names():

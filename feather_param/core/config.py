@@ -15,7 +15,7 @@ from feather_param.core.budget import Budget
 from feather_param.patterns import Pattern, elements
 from feather_param.schedules import Schedule
 from feather_param.utils.checks import fraction_hint, integer, real, takes
-from feather_param.utils.text import name_of
+from feather_param.utils.text import name_of, printable
 
 Theta = Callable[[float], float]
 """Maps the current rate to the gradient scale of pruned elements."""
@@ -158,7 +158,7 @@ class Config:
                 total = state.get("total_steps")
                 what = f"total_steps={self.total_steps} (end_step={ours}), got {total} (end_step={theirs})"
             raise ValueError(
-                f"expected a controller state with {what}; give sparsify the settings of the run you resume"
+                f"expected a controller state with {printable(what, 1000)}; give sparsify the settings of the run you resume"
             )
 
     def _require_allocation(self) -> None:

@@ -68,7 +68,7 @@ def _check_types(groups: list[Group], allocation: str, weights: Mapping[str, Ten
         if not isinstance(group.names, tuple) or not isinstance(group.zeros, int):
             raise TypeError(
                 f"expected {allocation} to return groups with a tuple of names and an int of zeros, got "
-                f"{group.names!r} and {group.zeros!r}; end it with group_each"
+                f"{printable(repr(group.names))} and {group.zeros!r}; end it with group_each"
             )
         double = any(weights[name].dtype == torch.float64 for name in group.names if name in weights)
         dtype = torch.float64 if double else torch.float32

@@ -119,7 +119,7 @@ def _why_none(skipped: dict[str, str], by_name: list[Place]) -> str:
         parts = first.split(".")
         glob = ".".join(["*", *parts[-2:]]) if len(parts) > 2 else first
         why.append(
-            f"weights of other layers are pruned if include names them, for example include={glob!r} "
+            f"weights of other layers are pruned if include names them, for example include={printable(repr(glob))} "
             f"({len(names)} in all)"
         )
     return "; ".join(why) or "it has no Linear or Conv layer, and no other Parameter of two or more dimensions"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from feather_param.ops.operator import feather_threshold
 from feather_param.selection.weights import Weight
+from feather_param.utils.text import printable
 
 
 def through(parametrizations: Sequence[nn.Module], tensors: Sequence[Tensor]) -> Tensor:
@@ -72,7 +73,7 @@ def require_invertible(weights: Sequence[Weight]) -> None:
 def _cannot_compute(name: str, parametrizations: Sequence[nn.Module]) -> ValueError:
     names = ", ".join(type(parametrization).__name__ for parametrization in parametrizations)
     return ValueError(
-        f"expected the other parametrizations of {name} to be able to compute the pruned weight, got {names}; "
-        "remove them before sparsify (parametrize.remove_parametrizations), or leave the weight dense with "
-        f"exclude={name!r}"
+        f"expected the other parametrizations of {printable(name)} to be able to compute the pruned weight, got "
+        f"{names}; remove them before sparsify (parametrize.remove_parametrizations), or leave the weight dense with "
+        f"exclude={printable(repr(name))}"
     )
