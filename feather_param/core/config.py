@@ -158,7 +158,8 @@ class Config:
                 total = state.get("total_steps")
                 what = f"total_steps={self.total_steps} (end_step={ours}), got {total} (end_step={theirs})"
             raise ValueError(
-                f"expected a controller state with {printable(what, 1000)}; give sparsify the settings of the run you resume"
+                f"expected a controller state with {printable(what, 1000)}; give sparsify the settings of the run "
+                "you resume"
             )
 
     def _require_allocation(self) -> None:

@@ -138,8 +138,8 @@ class SharedSparsity(Copyable):
 
     def refresh_checked(self) -> None:
         """Refresh before a report or a bake, and refuse NaN and infinity, also on a GPU and in frozen weights."""
-        self.require_values()
         if self.frozen or any(each.device.type != "cpu" for each in self.originals):  # else `refresh` refuses them
+            self.require_values()
             require_finite(*held_here(self.weights()))
         self.refresh()
 

@@ -5,6 +5,7 @@ A write to one of them changes the others. So the zeros of such weights could no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -97,11 +98,11 @@ class _Area(NamedTuple):
     def end(self) -> int:
         return self.start + _length(self.tensor) * self.tensor.element_size()
 
-    def bytes_of(self, memory: Tensor, start: int) -> Tensor:
-        """Return the bytes of this area in a tensor that represents the memory from an address on, as a view."""
-        width, tensor = self.tensor.element_size(), self.tensor
+    def of(self, memory: Tensor, start: int, unit: int) -> Tensor:
+        """Return this area as a view of a tensor that has one element for each `unit` bytes from an address on."""
+        width, tensor = self.tensor.element_size() // unit, self.tensor
         strides = [width * stride for stride in tensor.stride()]
-        return memory.as_strided((*tensor.shape, width), (*strides, 1), self.start - start)
+        return memory.as_strided((*tensor.shape, width), (*strides, 1), (self.start - start) // unit)
 
 
 def _clusters(areas: list[_Area]) -> Iterator[list[_Area]]:
@@ -123,14 +124,16 @@ def _overlap(cluster: list[_Area]) -> tuple[_Area, _Area] | None:
         return None
     start = min(area.start for area in cluster)
     size = max(area.end for area in cluster) - start
-    used = torch.zeros(size, dtype=torch.bool, device="cpu")
+    unit = math.gcd(*(number for area in cluster for number in (area.start - start, area.tensor.element_size())))
+    used = torch.zeros(size // unit, dtype=torch.bool, device="cpu")
     for index, area in enumerate(in_order := sorted(cluster, key=lambda area: not area.own)):
-        if area.bytes_of(used, start).any():
+        places = area.of(used, start, unit)
+        if places.any():
             if index == 1:
                 return in_order[0], area
             return next(pair for weight in in_order[:index] if (pair := _overlap([weight, area])))
         if area.own:
-            area.bytes_of(used, start).fill_(True)
+            places.fill_(True)
     return None
 
 

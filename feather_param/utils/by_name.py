@@ -26,22 +26,22 @@ def checked_rates(rates: object) -> dict[str, float]:
     return checked
 
 
-def rates_by_name(rates: Mapping[str, float], weights: Iterable[str], globs_of: Globs) -> dict[str, float]:
+def rates_by_name(rates: Mapping[str, float], weights: Iterable[str], globs: Globs) -> dict[str, float]:
     """Return the rate of each weight: that of the first glob that matches its name or the name of its module.
 
     Args:
         rates: the rates by glob.
         weights: the names of the weights.
-        globs_of: the globs of `rates`, made once.
+        globs: the globs of `rates`.
     """
     found: dict[str, str] = {}
     for name in weights:
-        globs = globs_of.matching((name, _module(name)))
-        if not globs:
+        matching = globs.matching((name, _module(name)))
+        if not matching:
             raise ValueError(
                 f'expected a rate for each weight, got none for {printable(name)}; add "*" as the last glob'
             )
-        found[name] = globs[0]
+        found[name] = matching[0]
     used = set(found.values())
     if unused := [glob for glob in rates if glob not in used]:
         matched = [name for name in found if fnmatchcase(name, unused[0]) or fnmatchcase(_module(name), unused[0])]
