@@ -220,7 +220,7 @@ class SharedSparsity(Copyable):
         with torch.inference_mode(False), torch.no_grad():
             self.set_masks(masks_of_frozen(self.weights(), zeros, self.config.pattern, self._allocate))
             self.position.zeros = zeros
-            if any(group.threshold.is_meta for group in self.position.groups):  # of a model without values
+            if any(group.threshold.is_meta for group in self.position.groups):  # the weights had no values
                 self.position.groups = self._allocate(self.weights(), zeros)
                 self._write_thresholds()
 

@@ -141,11 +141,11 @@ def _refuse_fast_path(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
     """Refuse layers whose weight torch passes to a fused kernel, which does not support 2:4 tensors."""
     if not torch.backends.mha.get_fastpath_enabled():
         return
-    names = {layer: name for name, layer in layers.items()}
+    names: dict[nn.Module, str] = {layer: name for name, layer in layers.items()}
     for parent in model.modules():
         if isinstance(parent, _FAST_PATH):
             for child in parent.children():
-                if (name := names.get(child)) is not None:  # type: ignore[arg-type]
+                if (name := names.get(child)) is not None:
                     raise ValueError(
                         f"expected layers whose weight is used in F.linear, got {_display(name)}: in evaluation, "
                         f"{type(parent).__name__} passes it to a fused kernel without support for 2:4 weights; "

@@ -32,7 +32,6 @@ _FEWEST_ROWS = 5  # least height of a panel in rows: without it, a single bar wo
 _MOST_ROWS = 250  # more layers are drawn as thin bars without names and numbers
 _THIN_ROWS = 60  # height in rows of a panel of thin bars
 _LONGEST_NAME = 48  # characters
-_LONGEST_TITLE = 1000
 
 
 def draw(
@@ -78,7 +77,7 @@ def draw(
         bars
     )
     width = _WIDE if columns > 1 or bars > 1 else _NARROW
-    heading = textwrap.fill(printable(title, _LONGEST_TITLE), int(8 * width))
+    heading = textwrap.fill(printable(title), int(8 * width))
     above = 0.3 * (heading.count("\n") + 1) if heading else 0.0
     figure = extra("matplotlib.figure").Figure(figsize=(width, sum(heights) + above), dpi=120, layout="constrained")
     extra("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)

@@ -13,7 +13,6 @@ from feather_param.reports.report import Report
 from feather_param.utils.checks import instance
 from feather_param.utils.text import listed, percent, printable, ratio, short
 
-_LONGEST_TITLE = 1000  # characters
 _STYLE = """
 :root { color-scheme: light; }
 body { margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #2d3748; background: #fff;
@@ -60,7 +59,7 @@ def page(
         ('<!doctype html>', True, True)
     """
     instance(report, Report, "controller.report()")
-    title = _text(title, _LONGEST_TITLE)
+    title = _text(title)
     figure = draw(report, history=history, multiply_adds=multiply_adds, accuracy=accuracy)
     parts = [f"<h1>{title}</h1>", f"<p>{_summary(report, multiply_adds)}</p>"]
     parts.append(f'<div class="figure">{svg(figure)}</div>')
@@ -154,8 +153,8 @@ def _cell(text: str, kind: str = "") -> str:
     return f'<td class="{kind}">{_text(text)}</td>' if kind else f"<td>{_text(text)}</td>"
 
 
-def _text(text: str, most: int = 400) -> str:
-    return escape(printable(text, most))
+def _text(text: str) -> str:
+    return escape(printable(text))
 
 
 _name = functools.partial(_cell, kind="name")

@@ -1,4 +1,4 @@
-"""Write reports as scalars, with the logger of any tool. It gets the names of the weights as they are."""
+"""Write reports as scalars, with the logger of any tool. The names of the weights are not escaped."""
 
 from __future__ import annotations
 

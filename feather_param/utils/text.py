@@ -100,7 +100,7 @@ def listed(names: Sequence[str], most: int = 8) -> str:
 def grouped(reasons: Mapping[str, str]) -> list[str]:
     """Return `printable` lines of names with reasons. Names that differ only in a running number are put on one line.
 
-    These are numbers of at most nine digits, and the first eight of a name, so that the time is linear in the names.
+    Longer numbers than nine digits, and numbers after the eighth of a name, do not count: the time is linear.
 
     Example:
         >>> grouped({"0.fc": "excluded", "1.fc": "excluded", "2.fc": "excluded", "head": "tied to 0.fc"})

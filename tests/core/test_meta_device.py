@@ -69,29 +69,3 @@ def test_a_frozen_model_recovers_its_masks_after_the_meta_device():
     baked = feather_param.baked_state_dict(model)
     model.to("meta").load_state_dict(baked, assign=True)
     assert zero_where_masked(weights_by_name(model), masks)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda model, controller: controller.refresh(),
-        lambda model, controller: controller.report(),
-        lambda model, controller: controller.masks(),
-        lambda model, controller: controller.freeze(),
-        lambda model, controller: feather_param.desparsify(model),
-        lambda model, controller: feather_param.baked_state_dict(model),
-    ],
-    ids=["refresh", "report", "masks", "freeze", "desparsify", "baked_state_dict"],
-)
-def test_calls_that_need_values_are_refused_on_the_meta_device(call):
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
-        controller = sparsify_at_once(model, 0.9)
-    with pytest.raises(
-        RuntimeError, match=r"expected weights with values, got 0\.weight on the meta device; load them"
-    ):
-        call(model, controller)
-    model.to_empty(device="cpu")
-    for i in (0, 1):
-        nn.init.normal_(model[i].parametrizations.weight.original)
-    assert controller.report().zeros == round(0.9 * 800)

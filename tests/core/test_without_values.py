@@ -131,6 +131,8 @@ def test_a_call_that_needs_no_values_works_on_the_meta_device(kind, call):
 def test_the_zeros_are_exact_as_soon_as_all_weights_have_values(kind):
     model, controller = KINDS[kind]()
     controller.step()
+    with pytest.raises(RuntimeError, match="expected weights with values"):
+        controller.report()
     model.load_state_dict(linears().state_dict(), assign=True)
     model(INPUT)
     assert zeros_in(model) == controller.report().zeros == 720
