@@ -25,6 +25,7 @@ from torch import Tensor
 from feather_param.core.bake_settings import BakeSettings
 from feather_param.core.position import Position
 from feather_param.ops.groups import Group
+from feather_param.ops.values import why_without_values
 from feather_param.utils.text import printable
 
 _VERSION = 2
@@ -141,7 +142,11 @@ def _groups(settings: BakeSettings, rows: list[int]) -> dict[tuple[str, ...], in
 
 
 def _numbers(state: Any, entry: str) -> Tensor:
-    integers = isinstance(state, Tensor) and not (state.is_floating_point() or state.is_complex() or state.is_meta)
+    if isinstance(state, Tensor) and (why := why_without_values(state)):
+        raise ValueError(
+            f"expected the position of a sparsified model with values, got {printable(entry)} {why}; load it first"
+        )
+    integers = isinstance(state, Tensor) and not (state.is_floating_point() or state.is_complex())
     if not integers or state.dim() != 1 or state.numel() < 4 or (state[0] == _OLDER and state.numel() > 4):
         found = f"{state.dtype} of shape {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
         raise ValueError(

@@ -149,6 +149,16 @@ def _check(place: Place) -> None:
     name, hint = printable(place.name), f"; leave it dense with exclude={printable(repr(place.name))}"
     if parameter is not None and is_lazy(parameter):
         raise ValueError(f"expected initialised weights, got a lazy one at {name}; run one batch first")
+    for original in place.originals:
+        if not original.is_meta and (why := why_without_values(original)):
+            raise ValueError(
+                f"expected weights with values, or on the meta device, got {name} {why}; load them first{hint}"
+            )
+        if kind := _unusual(original):
+            raise ValueError(
+                f"expected an ordinary tensor at {name}, got {kind}; replace it with a copy: "
+                f"nn.Parameter(weight.detach().to_dense().resolve_neg().clone()), outside of inference mode{hint}"
+            )
     if not isinstance(parameter, Tensor) or not isinstance(parameter, nn.Parameter):
         if place.parametrizations is not None:
             return
@@ -167,15 +177,6 @@ def _check(place: Place) -> None:
                     f"expected an embedding without {option}=, got {option}={getattr(place.module, option)} at "
                     f"{name}: it writes to the weight past the parametrization, or needs sparse gradients{hint}"
                 )
-    if not parameter.is_meta and (why := why_without_values(parameter)):
-        raise ValueError(
-            f"expected weights with values, or on the meta device, got {name} {why}; load them first{hint}"
-        )
-    if kind := _unusual(parameter):
-        raise ValueError(
-            f"expected an ordinary tensor at {name}, got {kind}; replace it with a copy: "
-            f"nn.Parameter(weight.detach().to_dense().resolve_neg().clone()), outside of inference mode{hint}"
-        )
     if parameter.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise ValueError(
             f"expected a weight of a real floating dtype at {name}, got {parameter.dtype}; "

@@ -47,6 +47,11 @@ def in_inference_mode(model: nn.Sequential) -> None:
         model[0].weight = nn.Parameter(numbers(8, 8), requires_grad=False)
 
 
+def normed_in_inference_mode(model: nn.Sequential) -> None:
+    with torch.inference_mode():
+        model[0] = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+
+
 def in_the_memory_of_an_embedding(model: nn.Sequential) -> None:
     model.append(nn.Embedding(8, 8))
     model[0].weight.data = model[2].weight.data
@@ -66,6 +71,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "overlapping columns": (weights(lambda b: b.view(16, 16)[:8, :8], lambda b: b.view(16, 16)[:8, 7:15]), OWN_MEMORY),
     "memory of a dense weight": (in_the_memory_of_an_embedding, OWN_MEMORY),
     "inference tensor": (in_inference_mode, ORDINARY),
+    "normed inference tensor": (normed_in_inference_mode, ORDINARY),
     "negative view": (weights(lambda b: torch._neg_view(b[:64].view(8, 8))), ORDINARY),
     "sparse": (weights(lambda b: b[:64].view(8, 8).to_sparse_csr()), ORDINARY),
     "freed": (lambda model: model[0].weight.untyped_storage().resize_(0), VALUES),

@@ -160,12 +160,26 @@ def test_a_plain_model_with_one_weight_on_the_meta_device_cannot_be_measured():
             call(model, INPUT)
 
 
-def test_a_model_of_fake_tensors_is_refused_at_the_door():
+@pytest.mark.parametrize("norm", [lambda layer: layer, nn.utils.parametrizations.weight_norm], ids=["plain", "normed"])
+def test_a_model_of_fake_tensors_is_refused_at_the_door(norm):
     with FakeTensorMode():
-        model = linears()
+        model = nn.Sequential(norm(nn.Linear(20, 20)))
     for call in (sparsify_at_once, lambda model: feather_param.plan(model, final_rate=0.5)):
         with pytest.raises(ValueError, match=r"expected weights with values, or .*, got 0\.weight as a FakeTensor"):
             call(model)
+
+
+@pytest.mark.parametrize("where", ["on the meta device", "as a FakeTensor"])
+def test_a_state_without_values_is_refused(where):
+    sparsify_at_once(model := linears())
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    move = (lambda tensor: tensor.to("meta")) if where == "on the meta device" else mode.from_tensor
+    state = {name: move(tensor) for name, tensor in model.state_dict().items()}
+    for call in (feather_param.baked_state_dict, model.load_state_dict):
+        with pytest.raises(
+            (ValueError, RuntimeError), match=rf"expected .* with values, got .*_extra_state {where}; load"
+        ):
+            call(state)
 
 
 @pytest.mark.parametrize("lazy", [nn.LazyLinear(20), nn.LazyConv2d(20, 3)], ids=lambda layer: type(layer).__name__)
