@@ -185,7 +185,7 @@ def _check(place: Place) -> None:
 
 
 def _unusual(parameter: Tensor) -> str:
-    """Return what torch would not let a parametrization write to or read as numbers in a row, or ""."""
+    """Return why a parametrization could not read or write the memory of a Parameter, or "" if it can."""
     if parameter.layout != torch.strided:
         return f"a tensor of layout {parameter.layout}"
     if parameter.is_inference():
