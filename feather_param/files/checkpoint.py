@@ -126,10 +126,11 @@ def _sentence(message: str) -> str:
 
 def _unsafe(path: Path, message: str) -> list[str]:
     """Return the names of the objects that a pickle would import."""
+    named = re.findall(r"GLOBAL ([\w.]+)", message)[:1]
     try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path) or named
     except Exception:  # it supports fewer kinds of files than torch.load
-        return re.findall(r"GLOBAL ([\w.]+)", message)[:1]
+        return named
 
 
 def _checkpoint(content: Any, path: Path, key: str | None, kind: str = "torch") -> Checkpoint:

@@ -21,6 +21,7 @@ import torch
 from feather_param.files.codec import MAX_DIMENSIONS, MAX_EXPANSION
 
 _WALKS = 8  # items that the calls of a pickle may look at, for each byte of the pickle
+_FREE = 800_000  # further items, which take about 0.1 s
 _DEPTH = 100  # of the arguments of a call, and of a key
 _SHALLOW = 2  # where torch sets attributes and does not look into their values
 _LATIN = ("latin1", "latin-1")  # the only codec that torch.save uses
@@ -28,6 +29,8 @@ _CONSTANTS = {"NONE", "NEWFALSE", "NEWTRUE", "BININT", "BININT1", "BININT2", "LO
 _CONSTANTS.add("SHORT_BINSTRING")
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MODULES = ("torch", "collections", "builtins", "__builtin__", "_codecs")
+_SIMPLE = ("collections", "builtins", "__builtin__")  # each call takes memory and time in proportion to its arguments
+_PACKED = {"QUInt4x2Storage": 2, "QUInt2x4Storage": 4}  # numbers in a byte
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class _Global:
 class _Storage:
     nbytes: int
     itemsize: int
+    packed: int = 1  # numbers in an item
 
 
 @dataclass
@@ -75,7 +79,7 @@ def check(path: Path) -> None:
                 raise ValueError("storages with keys that are no strings")
             return
         archive: Any = torch._C.PyTorchFileReader(file)
-        if archive.has_record("constants.pkl"):  # TorchScript, which torch.load refuses
+        if "constants.pkl" in archive.get_all_records():  # TorchScript, which torch.load refuses
             return
         content = archive.get_record("data.pkl")
         _at_most("data.pkl", len(content), size)
@@ -118,7 +122,7 @@ class _Machine:
         marks: list[list[Any]] = []
         memo: dict[int, Any] = {}
         for opcode, argument, position in opcodes:
-            self._may_walk = _WALKS * (position + 100)
+            self._may_walk = _WALKS * position + _FREE
             match opcode.name:
                 case "PROTO":
                     pass
@@ -192,6 +196,8 @@ class _Machine:
             if arguments:
                 raise ValueError(f"a call of {name} that torch.save does not write")
             return _Tensor(0)
+        if function.module not in _SIMPLE and name not in ("Size", "device", "_get_layout"):
+            raise pickle.UnpicklingError(f"GLOBAL {function.module}.{name}")
         if any(isinstance(argument, _Tensor | _Storage) for argument in arguments):
             raise ValueError(f"a call of {name} that torch.save does not write")
         return list(arguments) if name in ("OrderedDict", "Counter", "set") else arguments
@@ -234,11 +240,12 @@ class _Machine:
                 raise pickle.UnpicklingError("a persistent id of another kind")
         itemsize = 1 if name == "UntypedStorage" else torch.serialization.StorageType(name).dtype.itemsize
         if key not in self._storages:
-            nbytes = self._stored(key) if self._stored else count * itemsize
-            if nbytes != count * itemsize or nbytes < 0:
-                raise ValueError(f"a storage of {count * itemsize} bytes that takes {nbytes} in the file")
+            claimed = count * itemsize
+            nbytes = self._stored(key) if self._stored else claimed  # a file may have bytes after the last item
+            if not 0 <= claimed <= nbytes:
+                raise ValueError(f"a storage of {claimed} bytes that takes {nbytes} in the file")
             self._use("storages", nbytes)
-            self._storages[key] = _Storage(nbytes, itemsize)
+            self._storages[key] = _Storage(nbytes, itemsize, _PACKED.get(name, 1))
         storage = self._storages[key]
         match views:
             case [] | [None]:
@@ -279,7 +286,9 @@ def _nbytes(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tup
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"expected at most {MAX_DIMENSIONS} dimensions, got {len(shape)}")
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    if min((offset, *shape, *strides)) < 0 or (0 not in shape and (last + 1) * itemsize > storage.nbytes):
+    if min((offset, *shape, *strides)) < 0 or (
+        0 not in shape and (last + 1) * itemsize > storage.nbytes * storage.packed
+    ):
         raise ValueError("a tensor past the end of its storage")
     return math.prod(shape) * itemsize
 
