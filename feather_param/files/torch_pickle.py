@@ -24,7 +24,7 @@ _WALKS = 8  # items that the calls of a pickle may look at, for each byte of the
 _FREE = 800_000  # further items, which take about 0.1 s
 _DEPTH = 100  # of the arguments of a call, and of a key
 _SHALLOW = 2  # where torch sets attributes and does not look into their values
-_LATIN = ("latin1", "latin-1")  # the only codec that torch.save uses
+_CODECS = ((), ("latin1",), ("latin-1",))  # the arguments after a text
 _CONSTANTS = {"NONE", "NEWFALSE", "NEWTRUE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 _CONSTANTS.add("SHORT_BINSTRING")
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -59,7 +59,7 @@ def check(path: Path) -> None:
 
     Raises:
         ValueError: the file claims more, is damaged, or calls a function as no `torch.save` does.
-        pickle.UnpicklingError: `torch.load` refuses the pickle.
+        pickle.UnpicklingError: `torch.load` refuses the pickle, or it calls a class of torch that is no tensor.
         RuntimeError: the file is no zip file of torch.
 
     Example:
@@ -187,7 +187,7 @@ class _Machine:
         if name == "_rebuild_from_type_v2":
             return self._call(first, arguments[2])
         if name in ("encode", "bytearray"):
-            if arguments and not (isinstance(first, str) and (arguments[1:] or _LATIN[:1]) in zip(_LATIN)):
+            if arguments and not (isinstance(first, str) and arguments[1:] in _CODECS):
                 raise ValueError(f"a call of {name} that torch.save does not write")
             return first or ""
         if name.startswith("_rebuild") or name == "Parameter":
