@@ -20,8 +20,7 @@ import torch
 
 from feather_param.files.codec import MAX_DIMENSIONS, MAX_EXPANSION
 
-_WALKS = 8  # items that the calls of a pickle may look at, for each byte of the pickle
-_FREE = 800_000  # further items, which take about 0.1 s
+_WALKS, _FREE = 8, 800_000  # items that the calls of a pickle may look at: for each byte, and further ones (0.1 s)
 _DEPTH = 100  # of the arguments of a call, and of a key
 _SHALLOW = 2  # where torch sets attributes and does not look into their values
 _CODECS = ((), ("latin1",), ("latin-1",))  # the arguments after a text
@@ -55,7 +54,7 @@ def check(path: Path) -> None:
     """Raise an error if `torch.load` of a file would take memory or time out of proportion to the file.
 
     Storages, and the tensors that are computed from others, may take `MAX_EXPANSION` bytes for each byte of the file.
-    The calls of a pickle may look at 8 items for each byte of the pickle.
+    The calls of a pickle may look at 800,000 items, and at 8 more for each byte of the pickle.
 
     Raises:
         ValueError: the file claims more, is damaged, or calls a function as no `torch.save` does.
