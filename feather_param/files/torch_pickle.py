@@ -22,7 +22,6 @@ from feather_param.files.codec import MAX_DIMENSIONS, MAX_EXPANSION
 
 _WALKS, _FREE = 8, 800_000  # items that the calls of a pickle may look at: for each byte, and further ones (0.1 s)
 _DEPTH = 100  # of the arguments of a call, and of a key
-_SHALLOW = 2  # where torch sets attributes and does not look into their values
 _CODECS = ((), ("latin1",), ("latin-1",))  # the arguments after a text
 _CONSTANTS = {"NONE", "NEWFALSE", "NEWTRUE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 _CONSTANTS.add("SHORT_BINSTRING")
@@ -180,11 +179,11 @@ class _Machine:
         if type(function) is not _Global or type(arguments) is not tuple:
             raise ValueError("a call that torch.save does not write")
         name = function.name
-        with_attributes = name in ("_rebuild_from_type_v2", "_rebuild_parameter_with_state")
-        nbytes = self._walk(arguments, _SHALLOW if with_attributes else _DEPTH)
         first = arguments[0] if arguments else None
-        if name == "_rebuild_from_type_v2":
-            return self._call(first, arguments[2])
+        if name in ("_rebuild_from_type_v2", "_rebuild_parameter_with_state"):
+            result = first if isinstance(first, _Tensor) else self._call(first, arguments[2])
+            return self._set_attributes(result, arguments[3])
+        nbytes = self._walk(arguments)
         if name in ("encode", "bytearray"):
             if arguments and not (isinstance(first, str) and arguments[1:] in _CODECS):
                 raise ValueError(f"a call of {name} that torch.save does not write")
@@ -211,22 +210,36 @@ class _Machine:
         """
         if isinstance(arguments[0], _Tensor) and "arameter" in name:
             return arguments[0]
+        if name == "_rebuild_device_tensor_from_cpu_tensor":
+            nbytes *= torch.complex128.itemsize  # it may convert bytes to this type
         self._use("copies of tensors", nbytes)
         if isinstance(arguments[0], _Storage):
             storage, offset, shape, strides = arguments[:4]
             itemsize = getattr(torch, arguments[6].name).itemsize if name == "_rebuild_tensor_v3" else storage.itemsize
-            return _Tensor(_nbytes(storage, offset, shape, strides, itemsize))
+            nbytes = _nbytes(storage, offset, shape, strides, itemsize)
+            if name == "_rebuild_qtensor":  # it makes an empty tensor first
+                self._use("copies of tensors", nbytes)
         return _Tensor(nbytes)
 
     def _build(self, target: Any, state: Any) -> None:
-        self._walk(state, _SHALLOW)
-        if isinstance(target, _Tensor):  # as torch 0.1 saved tensors and Parameters
-            if type(state) is tuple and len(state) == 4 and isinstance(state[0], _Storage):
-                storage, offset, shape, strides = state
-                target.nbytes = _nbytes(storage, offset, shape, strides, storage.itemsize)
-            elif type(state) is not tuple or len(state) != 5 or not isinstance(state[0], _Tensor):
-                raise ValueError("a state of a tensor that torch.save does not write")
+        if not isinstance(target, _Tensor):
+            self._set_attributes(target, state)
+        # As torch 0.1 saved tensors and Parameters. Other tensors may be represented by the same object.
+        elif type(state) is tuple and len(state) == 4 and isinstance(state[0], _Storage):
+            storage, offset, shape, strides = state
+            target.nbytes = max(target.nbytes, _nbytes(storage, offset, shape, strides, storage.itemsize))
+        elif type(state) is tuple and len(state) == 5 and isinstance(state[0], _Tensor):
+            target.nbytes = max(target.nbytes, state[0].nbytes)
+        else:
+            raise ValueError("a state of a tensor that torch.save does not write")
         self._stack.append(target)
+
+    def _set_attributes(self, target: Any, state: Any) -> Any:
+        """Set the attributes in a dict, or in a tuple of two. torch does not look into their values."""
+        nbytes = self._walk(state, 3 if type(state) is tuple else 2)
+        if isinstance(target, _Tensor):
+            target.nbytes = max(target.nbytes, nbytes)  # the attribute "data" replaces the elements
+        return target
 
     def _storage(self, identity: Any) -> _Storage:
         """Return the storage with a persistent id of torch.save."""
@@ -259,18 +272,23 @@ class _Machine:
 
     def _walk(self, value: Any, depth: int = _DEPTH) -> int:
         """Count the items of nested tuples and lists, each as often as it is met. Return the bytes of their tensors."""
-        level, nbytes = [value], 0
+        level, nbytes = [(value,)], 0
         for _ in range(depth):
-            self._walked += sum(len(each) if isinstance(each, str | tuple | list) else 1 for each in level)
-            if self._walked > self._may_walk:
-                raise ValueError("a pickle that repeats its values many times")
-            nbytes += sum(each.nbytes for each in level if isinstance(each, _Tensor))
-            level = [item for each in level if isinstance(each, tuple | list) for item in each]
+            self._count(sum(map(len, level)))
+            items = [item for each in level for item in each]
+            self._count(sum(len(item) for item in items if type(item) is str))
+            nbytes += sum(item.nbytes for item in items if type(item) is _Tensor)
+            level = [item for item in items if type(item) in (tuple, list)]
             if not level:
                 break
         if level and depth == _DEPTH:
             raise ValueError("a pickle with values that are nested too deeply")
         return nbytes
+
+    def _count(self, items: int) -> None:
+        self._walked += items
+        if self._walked > self._may_walk:
+            raise ValueError("a pickle that repeats its values many times")
 
 
 def _global(argument: str) -> _Global:

@@ -53,7 +53,19 @@ def entry(value: bytes) -> bytes:
     return text("x") + value + b"s"
 
 
+def copied(value: bytes) -> bytes:
+    """Return the opcodes of a tensor as complex128."""
+    return call("torch._utils _rebuild_device_tensor_from_cpu_tensor", value, named("torch complex128"), CPU)
+
+
+def with_attributes(state: bytes) -> bytes:
+    """Return the opcodes of a Parameter with attributes."""
+    return call("torch._utils _rebuild_parameter_with_state", tensor(), b"\x89", ORDERED, state)
+
+
+CPU = text("cpu") + b"\x89"  # and requires_grad=False
 EXPANDED = tensor((2**30, 2), (0, 1))
+MANY = b"N}(" + b"".join(text(str(i)) + b"N" for i in range(9000)) + b"u\x86"  # (None, {"0": None, ...})
 COO = call("torch.serialization _get_layout", text("torch.sparse_coo"))
 DOUBLED = call("_codecs encode", text("a" * 9), text("latin1"))
 DOUBLED += (b"q\x01" + named("_codecs encode") + b"h\x01" + text("hex") + b"\x86R") * 40
@@ -71,14 +83,19 @@ BOMBS = {
         "a call of bytearray",
     ),
     "a text that doubles": (entry(DOUBLED), "a call of encode that torch.save does not write"),
-    "a copy of an expanded tensor": (
-        entry(
-            call(
-                "torch._utils _rebuild_device_tensor_from_cpu_tensor",
-                *(EXPANDED, named("torch float64"), text("cpu"), b"\x89"),
-            )
-        ),
+    "a copy of an expanded tensor": (entry(copied(EXPANDED)), "expected copies of tensors of at most"),
+    "a copy of other elements than at first": (
+        entry(copied(named("torch.nn.parameter Parameter") + tensor() + b"\x85\x81(" + EXPANDED + b"N}\x89Ntb")),
         "expected copies of tensors of at most",
+    ),
+    "a copy of elements that are an attribute": (
+        entry(copied(with_attributes(b"}" + text("data") + EXPANDED + b"s"))),
+        "expected copies of tensors of at most",
+    ),
+    "a copy of more bytes": (entry(copied(tensor((2**17, 2), (0, 1)))), "expected copies of tensors of at most"),
+    "attributes that are set often": (
+        entry(b"](" + MANY + b"q\x01" + with_attributes(b"h\x01") * 300 + b"e"),
+        "repeats its values many times",
     ),
     "expanded indices": (
         entry(call("torch._utils _rebuild_sparse_tensor", COO, b"(", EXPANDED, EXPANDED, ints(5), b"t")),
@@ -126,6 +143,14 @@ def test_a_record_of_torchscript_does_not_hide_a_pickle(run):
     with zipfile.ZipFile("in", "a") as file:
         file.writestr("archive/CONSTANTS.PKL", b"")
     fails(run("report", "in"), 1, BOMBS["bytes"][1])
+
+
+def test_a_quantised_tensor_is_as_large_as_its_empty_one(run):
+    storage = b"(" + text("storage") + named("torch QInt8Storage") + text("0") + text("cpu") + integer(16) + b"tQ"
+    scale = named("torch per_tensor_affine") + b"G" + struct.pack(">d", 1) + b"K\x00\x87"
+    arguments = (storage, integer(0), ints(2**33), ints(0), scale, b"\x89", ORDERED)
+    write(entry(call("torch._utils _rebuild_qtensor", *arguments)), weight=b"N")
+    fails(run("report", "in"), 1, "expected copies of tensors of at most")
 
 
 def test_a_storage_has_the_bytes_that_it_claims(run):
