@@ -21,7 +21,7 @@ from feather_param.cli.architecture import build, load
 from feather_param.cli.bake import baked_tensors
 from feather_param.cli.file_report import as_json, as_text, counted, in_training, notes, zeros
 from feather_param.cli.progress import Progress
-from feather_param.cli.streams import open_closed_streams, print_message, print_result
+from feather_param.cli.streams import open_closed_streams, print_result
 from feather_param.core.state_dict import dense_beside_pruned
 from feather_param.files.atomic import atomic_write
 from feather_param.files.checkpoint import Checkpoint, read
@@ -30,7 +30,7 @@ from feather_param.files.sizes import file_sizes
 from feather_param.files.tied import first_names, untied
 from feather_param.reports import page
 from feather_param.utils.extras import extra
-from feather_param.utils.signals import EndOnSignal, Signalled, last_words
+from feather_param.utils.signals import EndOnSignal, Signalled, discard_unwritten, last_words
 from feather_param.utils.text import listed, percent, printable
 
 _PROGRAM = "feather-param"
@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Usage as error:
         return _fail(error, 2)
     except BrokenPipeError:
+        discard_unwritten()
         return 141
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error, 1)
@@ -95,17 +96,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail("out of memory", 1)
     except Signalled as error:
-        last_words(f"{_PROGRAM}: error: {error}")
-        return error.status
+        return _fail(error, error.status)
 
 
 def _fail(message: object, status: int) -> int:
-    print_message(f"{_PROGRAM}: error: {printable(message, _LONGEST) or 'out of memory'}")
+    last_words(f"{_PROGRAM}: error: {printable(message, _LONGEST) or 'out of memory'}")
     return status
 
 
 def _note(message: str) -> None:
-    print_message(f"{_PROGRAM}: note: {printable(message, _LONGEST)}")
+    last_words(f"{_PROGRAM}: note: {printable(message, _LONGEST)}")
 
 
 def _parser() -> argparse.ArgumentParser:

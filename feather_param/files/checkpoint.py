@@ -22,6 +22,7 @@ from feather_param.files.safetensors import open_container
 from feather_param.files.sparse import SPARSE, load_sparse
 from feather_param.files.tied import untied
 from feather_param.files.torch_pickle import check
+from feather_param.utils.text import printable
 
 _COMMON_KEYS = ("state_dict", "model_state_dict", "model")
 _LONGEST = 1000  # characters of a key that a message proposes
@@ -119,17 +120,18 @@ def _load_torch(path: Path) -> Any:
 
 
 def _sentence(message: str) -> str:
-    """Return the first sentence of a message of torch, without locations in its source and control characters."""
+    """Return the first sentence of a message of torch, without the location in torch's source code."""
     line = re.sub(r"^\[enforce fail at [^]]*\][ .]*", "", message.strip().partition("\n")[0])
-    return "".join(c if c.isprintable() else "?" for c in line.partition(". ")[0].rstrip(".")[:200])
+    return printable(line.partition(". ")[0].rstrip("."), 200)
 
 
 def _unsafe(path: Path, message: str) -> list[str]:
     """Return the names of the objects that a pickle would import."""
+    named = re.findall(r"GLOBAL ([\w.]+)", message)[:1]
     try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path) or named
     except Exception:  # it supports fewer kinds of files than torch.load
-        return re.findall(r"GLOBAL ([\w.]+)", message)[:1]
+        return named
 
 
 def _checkpoint(content: Any, path: Path, key: str | None, kind: str = "torch") -> Checkpoint:

@@ -20,14 +20,15 @@ import torch
 
 from feather_param.files.codec import MAX_DIMENSIONS, MAX_EXPANSION
 
-_WALKS = 8  # items that the calls of a pickle may look at, for each byte of the pickle
+_WALKS, _FREE = 8, 800_000  # items that the calls of a pickle may look at: for each byte, and further ones (0.1 s)
 _DEPTH = 100  # of the arguments of a call, and of a key
-_SHALLOW = 2  # where torch sets attributes and does not look into their values
-_LATIN = ("latin1", "latin-1")  # the only codec that torch.save uses
+_CODECS = ((), ("latin1",), ("latin-1",))  # the arguments after a text
 _CONSTANTS = {"NONE", "NEWFALSE", "NEWTRUE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 _CONSTANTS.add("SHORT_BINSTRING")
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MODULES = ("torch", "collections", "builtins", "__builtin__", "_codecs")
+_SIMPLE = ("collections", "builtins", "__builtin__")  # each call takes memory and time in proportion to its arguments
+_PACKED = {"QUInt4x2Storage": 2, "QUInt2x4Storage": 4}  # numbers in a byte
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class _Global:
 class _Storage:
     nbytes: int
     itemsize: int
+    packed: int = 1  # numbers in an item
 
 
 @dataclass
@@ -51,11 +53,11 @@ def check(path: Path) -> None:
     """Raise an error if `torch.load` of a file would take memory or time out of proportion to the file.
 
     Storages, and the tensors that are computed from others, may take `MAX_EXPANSION` bytes for each byte of the file.
-    The calls of a pickle may look at 8 items for each byte of the pickle.
+    The calls of a pickle may look at 800,000 items, and at 8 more for each byte of the pickle.
 
     Raises:
         ValueError: the file claims more, is damaged, or calls a function as no `torch.save` does.
-        pickle.UnpicklingError: `torch.load` refuses the pickle.
+        pickle.UnpicklingError: `torch.load` refuses the pickle, or it calls a class of torch that is no tensor.
         RuntimeError: the file is no zip file of torch.
 
     Example:
@@ -75,7 +77,7 @@ def check(path: Path) -> None:
                 raise ValueError("storages with keys that are no strings")
             return
         archive: Any = torch._C.PyTorchFileReader(file)
-        if archive.has_record("constants.pkl"):  # TorchScript, which torch.load refuses
+        if "constants.pkl" in archive.get_all_records():  # TorchScript, which torch.load refuses
             return
         content = archive.get_record("data.pkl")
         _at_most("data.pkl", len(content), size)
@@ -118,7 +120,7 @@ class _Machine:
         marks: list[list[Any]] = []
         memo: dict[int, Any] = {}
         for opcode, argument, position in opcodes:
-            self._may_walk = _WALKS * (position + 100)
+            self._may_walk = _WALKS * position + _FREE
             match opcode.name:
                 case "PROTO":
                     pass
@@ -177,13 +179,13 @@ class _Machine:
         if type(function) is not _Global or type(arguments) is not tuple:
             raise ValueError("a call that torch.save does not write")
         name = function.name
-        with_attributes = name in ("_rebuild_from_type_v2", "_rebuild_parameter_with_state")
-        nbytes = self._walk(arguments, _SHALLOW if with_attributes else _DEPTH)
         first = arguments[0] if arguments else None
-        if name == "_rebuild_from_type_v2":
-            return self._call(first, arguments[2])
+        if name in ("_rebuild_from_type_v2", "_rebuild_parameter_with_state"):
+            result = first if isinstance(first, _Tensor) else self._call(first, arguments[2])
+            return self._set_attributes(result, arguments[3])
+        nbytes = self._walk(arguments)
         if name in ("encode", "bytearray"):
-            if arguments and not (isinstance(first, str) and (arguments[1:] or _LATIN[:1]) in zip(_LATIN)):
+            if arguments and not (isinstance(first, str) and arguments[1:] in _CODECS):
                 raise ValueError(f"a call of {name} that torch.save does not write")
             return first or ""
         if name.startswith("_rebuild") or name == "Parameter":
@@ -192,6 +194,8 @@ class _Machine:
             if arguments:
                 raise ValueError(f"a call of {name} that torch.save does not write")
             return _Tensor(0)
+        if function.module not in _SIMPLE and name not in ("Size", "device", "_get_layout"):
+            raise pickle.UnpicklingError(f"GLOBAL {function.module}.{name}")
         if any(isinstance(argument, _Tensor | _Storage) for argument in arguments):
             raise ValueError(f"a call of {name} that torch.save does not write")
         return list(arguments) if name in ("OrderedDict", "Counter", "set") else arguments
@@ -206,22 +210,36 @@ class _Machine:
         """
         if isinstance(arguments[0], _Tensor) and "arameter" in name:
             return arguments[0]
+        if name == "_rebuild_device_tensor_from_cpu_tensor":
+            nbytes *= torch.complex128.itemsize  # it may convert bytes to this type
         self._use("copies of tensors", nbytes)
         if isinstance(arguments[0], _Storage):
             storage, offset, shape, strides = arguments[:4]
             itemsize = getattr(torch, arguments[6].name).itemsize if name == "_rebuild_tensor_v3" else storage.itemsize
-            return _Tensor(_nbytes(storage, offset, shape, strides, itemsize))
+            nbytes = _nbytes(storage, offset, shape, strides, itemsize)
+            if name == "_rebuild_qtensor":  # it makes an empty tensor first
+                self._use("copies of tensors", nbytes)
         return _Tensor(nbytes)
 
     def _build(self, target: Any, state: Any) -> None:
-        self._walk(state, _SHALLOW)
-        if isinstance(target, _Tensor):  # as torch 0.1 saved tensors and Parameters
-            if type(state) is tuple and len(state) == 4 and isinstance(state[0], _Storage):
-                storage, offset, shape, strides = state
-                target.nbytes = _nbytes(storage, offset, shape, strides, storage.itemsize)
-            elif type(state) is not tuple or len(state) != 5 or not isinstance(state[0], _Tensor):
-                raise ValueError("a state of a tensor that torch.save does not write")
+        if not isinstance(target, _Tensor):
+            self._set_attributes(target, state)
+        # As torch 0.1 saved tensors and Parameters. Other tensors may be represented by the same object.
+        elif type(state) is tuple and len(state) == 4 and isinstance(state[0], _Storage):
+            storage, offset, shape, strides = state
+            target.nbytes = max(target.nbytes, _nbytes(storage, offset, shape, strides, storage.itemsize))
+        elif type(state) is tuple and len(state) == 5 and isinstance(state[0], _Tensor):
+            target.nbytes = max(target.nbytes, state[0].nbytes)
+        else:
+            raise ValueError("a state of a tensor that torch.save does not write")
         self._stack.append(target)
+
+    def _set_attributes(self, target: Any, state: Any) -> Any:
+        """Set the attributes in a dict, or in a tuple of two. torch does not look into their values."""
+        nbytes = self._walk(state, 3 if type(state) is tuple else 2)
+        if isinstance(target, _Tensor):
+            target.nbytes = max(target.nbytes, nbytes)  # the attribute "data" replaces the elements
+        return target
 
     def _storage(self, identity: Any) -> _Storage:
         """Return the storage with a persistent id of torch.save."""
@@ -234,11 +252,12 @@ class _Machine:
                 raise pickle.UnpicklingError("a persistent id of another kind")
         itemsize = 1 if name == "UntypedStorage" else torch.serialization.StorageType(name).dtype.itemsize
         if key not in self._storages:
-            nbytes = self._stored(key) if self._stored else count * itemsize
-            if nbytes != count * itemsize or nbytes < 0:
-                raise ValueError(f"a storage of {count * itemsize} bytes that takes {nbytes} in the file")
+            claimed = count * itemsize
+            nbytes = self._stored(key) if self._stored else claimed  # a file may have bytes after the last item
+            if not 0 <= claimed <= nbytes:
+                raise ValueError(f"a storage of {claimed} bytes that takes {nbytes} in the file")
             self._use("storages", nbytes)
-            self._storages[key] = _Storage(nbytes, itemsize)
+            self._storages[key] = _Storage(nbytes, itemsize, _PACKED.get(name, 1))
         storage = self._storages[key]
         match views:
             case [] | [None]:
@@ -253,18 +272,23 @@ class _Machine:
 
     def _walk(self, value: Any, depth: int = _DEPTH) -> int:
         """Count the items of nested tuples and lists, each as often as it is met. Return the bytes of their tensors."""
-        level, nbytes = [value], 0
+        level, nbytes = [(value,)], 0
         for _ in range(depth):
-            self._walked += sum(len(each) if isinstance(each, str | tuple | list) else 1 for each in level)
-            if self._walked > self._may_walk:
-                raise ValueError("a pickle that repeats its values many times")
-            nbytes += sum(each.nbytes for each in level if isinstance(each, _Tensor))
-            level = [item for each in level if isinstance(each, tuple | list) for item in each]
+            self._count(sum(map(len, level)))
+            items = [item for each in level for item in each]
+            self._count(sum(len(item) for item in items if type(item) is str))
+            nbytes += sum(item.nbytes for item in items if type(item) is _Tensor)
+            level = [item for item in items if type(item) in (tuple, list)]
             if not level:
                 break
         if level and depth == _DEPTH:
             raise ValueError("a pickle with values that are nested too deeply")
         return nbytes
+
+    def _count(self, items: int) -> None:
+        self._walked += items
+        if self._walked > self._may_walk:
+            raise ValueError("a pickle that repeats its values many times")
 
 
 def _global(argument: str) -> _Global:
@@ -279,7 +303,9 @@ def _nbytes(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tup
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"expected at most {MAX_DIMENSIONS} dimensions, got {len(shape)}")
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    if min((offset, *shape, *strides)) < 0 or (0 not in shape and (last + 1) * itemsize > storage.nbytes):
+    if min((offset, *shape, *strides)) < 0 or (
+        0 not in shape and (last + 1) * itemsize > storage.nbytes * storage.packed
+    ):
         raise ValueError("a tensor past the end of its storage")
     return math.prod(shape) * itemsize
 

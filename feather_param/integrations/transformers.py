@@ -28,7 +28,7 @@ with imports("transformers"):
 
 __all__ = ["FeatherCallback"]
 
-_WHOLE, _UNFINISHED = "whole", "sparse.unfinished"  # folders in a checkpoint that are renamed when they are complete
+_WEIGHTS, _SPARSE = "weights.unfinished", "sparse.unfinished"  # folders in a checkpoint, until they are complete
 
 _CARD = """---
 library_name: transformers
@@ -203,7 +203,7 @@ class FeatherCallback(TrainerCallback):
             return
         checkpoint, plain = _checkpoint(args, state), baked_state_dict(model)
         _add_weights(model, plain, checkpoint, args)
-        new = os.path.join(checkpoint, _UNFINISHED)
+        new = os.path.join(checkpoint, _SPARSE)
         _save(model, plain, new, args)  # it empties the dict
         if processing_class is not None:
             processing_class.save_pretrained(new)
@@ -238,7 +238,7 @@ def _use_averages(optimizer: Any) -> None:
 def _remove_unfinished(args: TrainingArguments) -> None:
     """Remove the folders that a killed training left in its checkpoints."""
     checkpoints = os.path.join(glob.escape(str(args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-*")
-    for name in (_WHOLE, _UNFINISHED):
+    for name in (_WEIGHTS, _SPARSE):
         for folder in glob.glob(os.path.join(checkpoints, name)):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -249,7 +249,7 @@ def _add_weights(model: nn.Module, plain: dict[str, Tensor], checkpoint: str, ar
     The new weights are one file, since several could not be replaced at once. Where there is one file, transformers
     reads no others. So those of a checkpoint that was divided are removed last.
     """
-    whole = os.path.join(checkpoint, _WHOLE)
+    whole = os.path.join(checkpoint, _WEIGHTS)
     # Parameters of other parametrizations (weight norm) have one name in both. A resume needs the dense ones.
     _save(model, {**plain, **model.state_dict()}, whole, args, max_shard_size="1000000GB")
     for name in os.listdir(whole):

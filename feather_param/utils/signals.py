@@ -110,14 +110,19 @@ def exit_status(program: str, main: Callable[[], int]) -> int:
 
 
 def last_words(text: str, stream: TextIO | None = None) -> None:
-    """Print a line (on stderr) before the program ends. After SIGHUP there may be no terminal to print on."""
+    """Print a line (on stderr) near the end of the program. Nobody may be able to read it, as after SIGHUP."""
     with contextlib.suppress(OSError):
         print(text, file=stream or sys.stderr, flush=True)
-    for each in (sys.stdout, sys.stderr):
+    discard_unwritten()
+
+
+def discard_unwritten() -> None:
+    """Discard what stdout and stderr cannot write. The interpreter would try it again, and change the exit status."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # Python has None for a closed one
         try:
-            each.flush()
-        except OSError:  # the interpreter would fail to flush it as well, and change the exit status
-            os.dup2(os.open(os.devnull, os.O_WRONLY), each.fileno())
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def leave_to_parent() -> None:

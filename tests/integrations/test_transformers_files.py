@@ -106,7 +106,7 @@ def test_a_checkpoint_in_several_files_becomes_one(tmp_path, logged):
     controller = sparsified()
     model, save = controller.model, controller.model.save_pretrained
     model.save_pretrained = lambda folder, **options: save(folder, **{"max_shard_size": "4KB", **options})
-    for left in ("checkpoint-1/sparse.unfinished", "checkpoint-4/whole"):  # by a training that was killed
+    for left in ("checkpoint-1/sparse.unfinished", "checkpoint-4/weights.unfinished"):  # by a training that was killed
         (tmp_path / left).mkdir(parents=True)
         (tmp_path / left / "left.txt").touch()
     trainer_of(controller, tmp_path, **SAVING, desparsify=False).train()
