@@ -25,7 +25,7 @@ from feather_param.cli.streams import open_closed_streams, print_result
 from feather_param.core.state_dict import dense_beside_pruned
 from feather_param.files.atomic import atomic_write
 from feather_param.files.checkpoint import Checkpoint, read
-from feather_param.files.errors import errors_name
+from feather_param.files.errors import errors_name, errors_of_memory
 from feather_param.files.sizes import file_sizes
 from feather_param.files.tied import first_names, untied
 from feather_param.reports import page
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     open_closed_streams()
     try:
-        with EndOnSignal():
+        with EndOnSignal(), errors_of_memory():
             arguments = _parser().parse_args(argv)
             print_result(arguments.run(arguments))
             return 0
@@ -89,18 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error, 1)
-    except (_Failed, ValueError, TypeError, ImportError, MemoryError) as error:
-        return _fail(error, 1)
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):  # torch has no class for this error
-            raise
+    except MemoryError:
         return _fail("out of memory", 1)
+    except (_Failed, ValueError, TypeError, ImportError) as error:
+        return _fail(error, 1)
     except Signalled as error:
         return _fail(error, error.status)
 
 
 def _fail(message: object, status: int) -> int:
-    last_words(f"{_PROGRAM}: error: {printable(message, _LONGEST) or 'out of memory'}")
+    last_words(f"{_PROGRAM}: error: {printable(message, _LONGEST)}")
     return status
 
 
@@ -280,6 +278,8 @@ def _shape(text: str) -> tuple[int, ...]:
 def _write_dense(tensors: Mapping[str, Tensor], out: Path, command: str) -> None:
     """Write a dense checkpoint in the format that the suffix tells."""
     if out.suffix == _SAFETENSORS:
+        if "__metadata__" in tensors:  # it means something else in the header of the file
+            raise _Failed(f"{out}: safetensors cannot hold a tensor named __metadata__; {command} to a .pt file")
         # The format has no tied tensors. They are written twice, and the model that loads them ties them again.
         separate = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         try:
@@ -314,9 +314,10 @@ def _check_out(path: Path, out: Path) -> None:
         raise _Usage(f"expected OUT to be a file, got the folder {out}")
     if out.exists() and not out.is_file():  # root may replace /dev/null
         raise _Usage(f"expected OUT to be a file, got {out}, a device or pipe, which a file would replace")
-    if not out.parent.is_dir():
+    folder = Path(os.path.realpath(out)).parent  # out may be a link
+    if not out.parent.is_dir() or not folder.is_dir():
         raise _Usage(f"expected OUT in an existing folder, got {out}")
-    if not os.access(Path(os.path.realpath(out)).parent, os.W_OK):
+    if not os.access(folder, os.W_OK):
         raise _Usage(f"expected OUT in a folder that you may write to, got {out}")
     if out.exists() and path.exists() and out.samefile(path):
         raise _Usage(f"expected two files, got {out} twice: it would be overwritten")

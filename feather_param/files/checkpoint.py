@@ -18,6 +18,7 @@ from torch import Tensor
 
 from feather_param.files.codec import MAX_DIMENSIONS, MAX_EXPANSION
 from feather_param.files.elements import has_memory
+from feather_param.files.errors import errors_of_memory
 from feather_param.files.safetensors import open_container
 from feather_param.files.sparse import SPARSE, load_sparse
 from feather_param.files.tied import untied
@@ -56,6 +57,7 @@ def read(path: Path, key: str | None = None) -> Checkpoint:
         ValueError: the file is damaged, is of another kind, contains objects that could run code, expands to more than
             2048 times its size, or has no state_dict at this location.
         OSError: the file cannot be read.
+        MemoryError: there is too little memory.
         ImportError: a library that the file needs is not installed.
 
     Example:
@@ -66,6 +68,8 @@ def read(path: Path, key: str | None = None) -> Checkpoint:
         >>> found.kind, found.key, list(found.tensors), found.beside
         ('torch', 'model', ['weight', 'bias'], ('epoch',))
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # opening a pipe may wait for ever
+        raise ValueError(f"expected {path} to be a file, got a device or pipe; write its content to a file")
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:] == b"{":
@@ -81,9 +85,10 @@ def _read_safetensors(path: Path, key: str | None) -> Checkpoint:
     if key:
         raise ValueError(f"expected no key for {path}: a safetensors file holds one set of tensors")
     try:
-        sparse = SPARSE in (open_container(path).metadata() or {})
-        tensors = {} if sparse else load_file(path, backend="pread")
-    except OSError:
+        with errors_of_memory():
+            sparse = SPARSE in (open_container(path).metadata() or {})
+            tensors = {} if sparse else load_file(path, backend="pread")
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # SafetensorError, or an error of torch for a dtype that it does not have
         raise ValueError(
@@ -94,7 +99,7 @@ def _read_safetensors(path: Path, key: str | None) -> Checkpoint:
 
 def _load_torch(path: Path) -> Any:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), errors_of_memory():
             warnings.simplefilter("ignore")  # about old formats and tensor kinds, which the user cannot change
             check(path)
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -106,7 +111,7 @@ def _load_torch(path: Path) -> Any:
             f"expected tensors and plain values in {path}, got {', '.join(unsafe)}: loading these can run any code, so "
             "it was not done; where you trust the file, load it yourself and save the state_dict alone"
         ) from error
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # torch raises many types for damaged files and for those of other programs
         if "TorchScript" in str(error):
@@ -148,7 +153,12 @@ def _checkpoint(content: Any, path: Path, key: str | None, kind: str = "torch") 
         hint = f"choose one of these with --key: {listed}" if places else "it holds none"
         raise ValueError(f"expected a state_dict at {key or 'the top'} of {path}, got {_kind(state)}; {hint}")
     others = {_name(name): _kind(value) for name, value in dict.items(state) if not _is_dense(value)}
-    dense = {_name(name): Tensor.detach(value) for name, value in dict.items(state) if _is_dense(value)}
+    dense: dict[str, Tensor] = {}
+    for name, value in dict.items(state):
+        if _is_dense(value):
+            if _name(name) in dense:  # the keys 1 and "1", for example
+                raise ValueError(f"expected a name for each tensor of {path}, got {_name(name)} twice; rename one")
+            dense[_name(name)] = Tensor.detach(value)
     _require_bounded(dense, path)
     return Checkpoint(kind, dense, others, ".".join(names), tuple(beside))
 

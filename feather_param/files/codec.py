@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from feather_param.files.errors import errors_of_memory
 from feather_param.utils.extras import extra
 
 Bytes = NDArray[np.uint8]
@@ -148,7 +149,8 @@ def _nbytes(parts: Mapping[str, Bytes]) -> int:
 
 
 def _compress(content: NDArray[Any]) -> Bytes:
-    return np.frombuffer(extra("zstandard").ZstdCompressor(level=_LEVEL).compress(content.tobytes()), np.uint8)
+    with errors_of_memory():
+        return np.frombuffer(extra("zstandard").ZstdCompressor(level=_LEVEL).compress(content.tobytes()), np.uint8)
 
 
 def _decompress(content: Bytes, limit: int) -> Bytes:
@@ -159,7 +161,8 @@ def _decompress(content: Bytes, limit: int) -> Bytes:
         size = library.frame_content_size(data)
         if not 0 <= size <= limit:
             raise ValueError(f"a compressed part claims {size} bytes, more than the {limit} it may have")
-        expanded = library.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
+        with errors_of_memory():
+            expanded = library.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
     except library.ZstdError as error:
         raise ValueError(f"a compressed part is damaged: {error}") from error
     return np.frombuffer(expanded, np.uint8)

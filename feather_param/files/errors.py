@@ -1,4 +1,4 @@
-"""Errors of reading and writing a file."""
+"""Errors of reading and writing a file, and of too little memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# torch, safetensors and zstandard have no class for this error.
+_NO_MEMORY = ("DefaultCPUAllocator: ", "Cannot allocate memory", "Allocation error : not enough memory")
 
 
 @contextmanager
@@ -58,4 +61,22 @@ def errors_behind_torch() -> Iterator[None]:
         of_a_write = isinstance(cause, OSError) and cause.errno is not None and cause.filename is None
         if of_a_write or not isinstance(cause, Exception):
             raise cause from None
+        raise
+
+
+@contextmanager
+def errors_of_memory() -> Iterator[None]:
+    """Raise a MemoryError in place of the errors by which torch, safetensors and zstandard say the same.
+
+    Example:
+        >>> with errors_of_memory():
+        ...     torch.zeros(2**60)
+        Traceback (most recent call last):
+        MemoryError
+    """
+    try:
+        yield
+    except Exception as error:
+        if any(words in str(error) for words in _NO_MEMORY):
+            raise MemoryError from error
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 import numpy as np
@@ -34,8 +34,10 @@ def file_sizes(tensors: Mapping[str, Tensor], progress: Progress = lambda name, 
         >>> list(sizes), sizes["dense"], sizes["dense + gzip"] > sizes["sparse"] > sizes["sparse + zstd"]
         (['dense', 'dense + gzip', 'sparse', 'sparse + zstd'], 1000000, True)
     """
-    contents = [elements_of(tensor).view(np.uint8) for tensor in untied(tensors).values()]
-    dense = sum(content.size for content in contents)
+    separate = untied(tensors).values()
+    dense = sum(tensor.numel() * tensor.element_size() for tensor in separate)
+    # One at a time, because the elements of an expanded or transposed tensor are a copy.
+    contents = (elements_of(tensor).view(np.uint8) for tensor in separate)
     sizes = {"dense": dense, "dense + gzip": _gzip_size(contents, dense, progress)}
     for name, zstd in (("sparse", False), ("sparse + zstd", True)):
         progress(name, 0.0)
@@ -44,7 +46,7 @@ def file_sizes(tensors: Mapping[str, Tensor], progress: Progress = lambda name, 
     return sizes
 
 
-def _gzip_size(contents: list[NDArray[np.uint8]], total: int, progress: Progress) -> int:
+def _gzip_size(contents: Iterable[NDArray[np.uint8]], total: int, progress: Progress) -> int:
     compressor = zlib.compressobj(_LEVEL, zlib.DEFLATED, 31)  # 31: with gzip's header and checksum
     size = done = 0
     for content in contents:

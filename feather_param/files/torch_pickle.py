@@ -79,9 +79,9 @@ def check(path: Path) -> None:
         archive: Any = torch._C.PyTorchFileReader(file)
         if "constants.pkl" in archive.get_all_records():  # TorchScript, which torch.load refuses
             return
-        content = archive.get_record("data.pkl")
-        _at_most("data.pkl", len(content), size)
-        _Machine(MAX_EXPANSION * size, size, lambda key: _record_size(archive, f"data/{key}")).read(io.BytesIO(content))
+        _at_most("data.pkl", _record_size(archive, "data.pkl"), size)
+        content = io.BytesIO(archive.get_record("data.pkl"))
+        _Machine(MAX_EXPANSION * size, size, lambda key: _record_size(archive, f"data/{key}")).read(content)
 
 
 def _record_size(archive: Any, name: str) -> int:
@@ -112,7 +112,8 @@ class _Machine:
         """Follow one pickle, from the position of a file up to its end. Return the stand-in for its value."""
         try:
             return self._follow(pickletools.genops(file))
-        except (LookupError, TypeError, AttributeError) as error:  # values of other kinds than the opcodes expect
+        except (LookupError, TypeError, AttributeError, MemoryError) as error:
+            # Values of other kinds than the opcodes expect, or a length of 2^62 bytes.
             raise ValueError("a damaged pickle") from error
 
     def _follow(self, opcodes: Any) -> Any:

@@ -6,15 +6,16 @@ import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import feather_param
 from feather_param.cli import main as cli
+from feather_param.files import checkpoint
 from feather_param.utils.signals import Signalled
 from tests.cli.commands import BENCH, KINDS, fails, process
 
@@ -108,6 +109,7 @@ def test_damaged_files_end_with_one_sentence(kind, run):
             "expected OUT not to end in .pt, got out.pt; a sparse file is a safetensors file: call it out.s",
         ),
         (["compress", "in.pt", "nowhere/out.safetensors"], "expected OUT in an existing folder, got nowhere/out"),
+        (["compress", "in.pt", "nowhere.safetensors"], "expected OUT in an existing folder, got nowhere.safetensors"),
         (["expand", "in.pt", "out.onnx"], "expected OUT to end in .pt, .pth, .bin or .safetensors, got out.onnx"),
         (["expand", "sparse.safetensors", "sparse.safetensors"], "expected two files"),
         (["bench", "in.pt", "--input", "1x50"], "the following arguments are required: --arch"),
@@ -133,9 +135,11 @@ def test_wrong_usage_ends_with_2_and_one_sentence(argv, message, run):
     Path("link.safetensors").symlink_to("in.pt")
     os.link("in.pt", "hard.safetensors")
     before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    Path("nowhere.safetensors").symlink_to(Path("nowhere", "out"))
     os.mkfifo("pipe")
     fails(run(*argv), 2, message)
     Path("pipe").unlink()
+    Path("nowhere.safetensors").unlink()
     assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
 
 
@@ -175,25 +179,72 @@ def test_a_stopped_command_leaves_the_old_file_and_no_other(command, run, monkey
     assert Path(command[2]).read_bytes() == b"old"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals and pipes")
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_ends_a_process_with_130(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "waits.py").write_text("print('ready', flush=True)\nwhile True: pass\n", encoding="utf-8")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child would go on ignoring it
     try:
-        running = process("report", tmp_path / "pipe")
+        running = process("bench", "in.pt", "--arch", "waits:waits", "--input", "1", cwd=tmp_path)
     finally:
         signal.signal(signal.SIGINT, before)
-    writing, deadline = None, time.monotonic() + 120
-    while writing is None and running.poll() is None and time.monotonic() < deadline:
-        try:
-            writing = os.open(tmp_path / "pipe", os.O_WRONLY | os.O_NONBLOCK)  # fails until the command reads
-        except OSError:
-            time.sleep(0.02)
+    assert running.stdout is not None
+    assert running.stdout.readline() == "ready\n"
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out, err) == (130, "", "feather-param: error: interrupted\n")
-    assert writing is not None
-    os.close(writing)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+@pytest.mark.parametrize("command", [["report", "pipe"], ["compress", "pipe", "out.st"], ["bake", "pipe", "out.pt"]])
+def test_a_pipe_is_not_waited_for(command, run):
+    os.mkfifo("pipe")
+    fails(run(*command), 1, "expected pipe to be a file, got a device or pipe; write its content to a file")
+
+
+NO_MEMORY = {
+    "torch": (torch, "load", RuntimeError("[enforce fail at x.cpp:1] err == 0. DefaultCPUAllocator: can't allocate")),
+    "state_dict": (torch, "load", MemoryError("Unable to allocate 2.10 MiB")),
+    "safetensors": (checkpoint, "load_file", SafetensorError("Cannot allocate memory (os error 12)")),
+    "sparse": (checkpoint, "open_container", SafetensorError("Cannot allocate memory (os error 12)")),
+}
+
+
+@pytest.mark.parametrize("kind", NO_MEMORY)
+def test_too_little_memory_is_no_damage(kind, run, monkeypatch):
+    KINDS[kind](Path("in"))
+    module, name, error = NO_MEMORY[kind]
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module, name, fail)
+    fails(run("report", "in"), 1, "error: out of memory\n")
+
+
+@pytest.mark.parametrize("command", [["report", "in"], ["compress", "--zstd", "in", "out.st"]])
+def test_too_little_memory_for_zstandard(command, run, monkeypatch):
+    zstandard = pytest.importorskip("zstandard")
+    KINDS["state_dict" if command[0] == "report" else "torch"](Path("in"))
+
+    class Compressor:
+        def __init__(self, level: int) -> None:
+            raise zstandard.ZstdError("cannot compress: Allocation error : not enough memory")
+
+    monkeypatch.setattr(zstandard, "ZstdCompressor", Compressor)
+    fails(run(*command), 1, "error: out of memory\n")
+    assert not Path("out.st").exists()
+
+
+@pytest.mark.parametrize("command", [["report", "in"], ["compress", "in", "out.st"]])
+def test_two_tensors_of_one_name_are_refused(command, run):
+    torch.save({1: torch.ones(2, 2), "1": torch.zeros(2, 2)}, "in")
+    fails(run(*command), 1, "expected a name for each tensor of in, got 1 twice; rename one")
+
+
+def test_safetensors_holds_no_tensor_with_the_name_of_its_metadata(run):
+    feather_param.save_sparse({"__metadata__": torch.ones(2, 2)}, "in")
+    fails(run("expand", "in", "out.safetensors"), 1, "cannot hold a tensor named __metadata__; expand to a .pt file")
+    assert run("expand", "in", "out.pt").status == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
