@@ -200,6 +200,8 @@ def execute(
 ) -> bool:
     """Make some runs at once, and write the JSON file of each, as `cifar100_run.execute` does for one.
 
+    Runs that another process has finished are not made again.
+
     The seconds of a run are the time of all, divided by their number.
 
     Args:
@@ -216,6 +218,8 @@ def execute(
         ValueError: the weights of a network are not finite. The other runs have their files.
     """
     with locked(_checkpoint(runs, folder)):
+        if all(run.done(folder) is not None for run in runs):  # by another process in the meantime
+            return True
         machine, start = timing.machine(), time.monotonic()
         group = Together(runs, data, device, backend=backend, captured=captured)
         start -= load(group, folder)

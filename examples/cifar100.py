@@ -14,6 +14,11 @@ A run is not resumed while another process trains it.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself is not installed
+
 from feather_param.utils import signals
 
 if __name__ == "__main__":
@@ -21,9 +26,7 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +34,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself is not installed
 
 import archs
 import feather_param

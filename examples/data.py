@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +107,7 @@ def loading(workers: int, pinned: bool) -> dict[str, Any]:
 
 def _leave_signals(worker: int) -> None:
     leave_to_parent()  # which still needs its workers to stop at a checkpoint
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a batch system sends it to all processes
 
 
 def crop_and_flip(images: Tensor, padding: int, shifts: Tensor, flips: Tensor) -> Tensor:

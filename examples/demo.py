@@ -7,16 +7,17 @@ The digits are part of scikit-learn. Writes the folders of both runs and the pic
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself is not installed
+
 from feather_param.utils import signals
 
 if __name__ == "__main__":
     signals.end_at_once()  # on Ctrl-C during the imports, which take seconds
 
 import signal
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself is not installed
 
 from examples.cifar100 import TrainingFailed, parse, train
 from examples.run_log import RunLog

@@ -33,7 +33,7 @@ class EventFile:
     def __init__(self, folder: Path, resumed: Mapping[str, Any] | None = None) -> None:
         # TensorBoard reads the files of a folder in the order of their names.
         self.path = folder / f"events.out.tfevents.{time.time_ns()}"
-        self._step, self._scalars = 1, dict[str, float]()
+        self._step, self._scalars = 1, dict[str, float]()  # the settings have step 0, and are never dropped
         self._add(Event(file_version="brain.Event:2"))
         if resumed is not None:
             self._step = resumed["step"]

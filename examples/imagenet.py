@@ -23,6 +23,11 @@ to exchange gradients and to validate was not measured either, and comes on top.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself is not installed
+
 from feather_param.utils import signals
 
 if __name__ == "__main__":
@@ -32,16 +37,12 @@ import argparse
 import difflib
 import math
 import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself is not installed
 
 from examples import resumable, script
 from examples.imagenet_data import ImageNet

@@ -22,11 +22,12 @@ class BusyError(ValueError):
 def locked(checkpoint: Path) -> Iterator[None]:
     """Hold the lock of a run, which is that of the path of its checkpoint, for the length of a block.
 
-    It is a lock of the operating system (``lockf``) on the file ``.NAME.lock`` beside the checkpoint, which is removed
-    at the end. The lock ends with the process, also at a ``kill -9``. The file then stays until the run is resumed.
-    Forked processes do not have the lock, so that a worker of a `DataLoader` which outlives its killed process does not
-    keep it. Other machines see it through most network file systems. Where there are no such locks (Windows, some
-    network file systems), the block runs without. The lock does not keep the threads of one process apart.
+    It is a lock of the operating system (``lockf``) on the file ``.NAME.lock`` beside the checkpoint (beside the target
+    of a symbolic link), which is removed at the end. The lock ends with the process, also at a ``kill -9``. The file
+    then stays until the run is resumed. Forked processes do not have the lock, so that a worker of a `DataLoader` which
+    outlives its killed process does not keep it. Other machines see it through most network file systems. Where there
+    are no such locks (Windows, some network file systems), the block runs without. The lock does not keep the threads
+    of one process apart.
 
     Raises:
         BusyError: another process holds the lock.
@@ -39,7 +40,8 @@ def locked(checkpoint: Path) -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    path = checkpoint.with_name(f".{checkpoint.name}.lock")
+    target = Path(os.path.realpath(checkpoint))
+    path = target.with_name(f".{target.name}.lock")
     while True:
         with FileIO(path, "a+") as file:
             _lock(file, checkpoint.parent)

@@ -33,8 +33,9 @@ class Signalled(KeyboardInterrupt):
 class EndOnSignal:
     """Raise `Signalled` when a signal comes inside a ``with`` block, so that the program removes temporary files.
 
-    The exception leaves the block even if other code has replaced it, as ``torch.save`` does. Further signals do not
-    disturb the code that cleans up; one that comes after 5 seconds of it ends the process. A signal that was ignored
+    The exception leaves the block even if other code has replaced it, as ``torch.save`` does. Further signals of the
+    next 5 seconds do not disturb the code that cleans up. A later one ends the process, or raises again if other code
+    has lost the exception. A signal that was ignored
     before stays ignored (nohup). Outside the main thread, where Python allows no handlers, the block changes nothing.
     """
 
@@ -60,13 +61,15 @@ class EndOnSignal:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal."""
-        earlier = _in_flight()
-        if earlier is None:
-            self._error = Signalled(number)
-            if self._inside:
-                raise self._error
-        elif time.monotonic() - earlier.time > _PATIENCE:
+        in_flight = _in_flight()
+        earlier = in_flight or self._error  # a destructor that cleans up does not see what is in flight
+        if earlier is not None and time.monotonic() - earlier.time <= _PATIENCE:
+            return
+        if in_flight is not None:
             os._exit(128 + number)
+        self._error = Signalled(number)
+        if self._inside:
+            raise self._error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

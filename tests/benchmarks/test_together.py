@@ -181,6 +181,12 @@ def test_a_stopped_group_and_another_one_keep_their_checkpoints(data, tmp_path):
     assert sorted(together.unfinished(tmp_path), key=str) == groups
 
 
+def test_finished_runs_are_not_made_again(data, tmp_path):
+    runs = [a_run("dense", epochs=1)]
+    assert together.execute(runs, data, CPU, tmp_path)
+    assert together.execute(runs, data, CPU, tmp_path, advance=pytest.fail)
+
+
 def test_stopped_runs_are_evaluated_as_they_are(data, tmp_path, capsys):
     runs = [a_run("dense"), a_run("feather")]
     assert not together.execute(runs, data, CPU, tmp_path, stopped=lambda: True)

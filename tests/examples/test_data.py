@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from examples.data import TrainBatches, crop_and_flip, load_data
+from examples.data import TrainBatches, batch_loader, crop_and_flip, load_data
 from examples.images import ImageData, Split, balanced_subset
 from examples.resumable import UserError
 
@@ -211,6 +213,18 @@ def test_batches_are_the_same_for_any_number_of_workers(coloured: ImageData, wor
         expected = TrainBatches(coloured, batch_size=16, epochs=2, seed=1)[step]
         assert torch.equal(images, expected[0])
         assert torch.equal(labels, expected[1])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_worker_leaves_signals_to_the_program(coloured: ImageData) -> None:
+    batches = TrainBatches(coloured, batch_size=16, epochs=2, seed=1)
+    loading = iter(batch_loader(batches, 0, 1, torch.device("cpu")))
+    next(loading)
+    (worker,) = loading._workers  # type: ignore[attr-defined]
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # a terminal or a batch system sends it to all
+        os.kill(worker.pid, number)
+    assert len(list(loading)) == len(batches) - 1
 
 
 def test_an_epoch_visits_every_image_once_and_differs_from_the_next(coloured: ImageData) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from examples import cifar100, events, run_log
+from examples.script import reason
 from tests.examples.runs import TINY, Picture, content, equal, only, tiny
 
 FILES = {"checkpoint.pt", "config.json", "models", "results.json", "summary.png"}
@@ -74,17 +75,17 @@ class Disk:
         patch.setattr(os, "replace", replace)
         patch.setattr(os, "mkdir", mkdir)
 
-    def fail(self, kind: str = "", number: int = 0, error: int = errno.ENOSPC) -> None:
+    def fail(self, kind: str = "", number: int = 0) -> None:
         """Count from 0, and let the operations of this kind fail from this number on."""
         self.counts: Counter[str] = Counter()
-        self._kind, self._number, self._error = kind, number, error
+        self._kind, self._number = kind, number
 
     def use(self, kind: str, name: str | None = None, torn: Callable[[], object] = lambda: None) -> None:
         """Count an operation. If it is to fail, write a part of the content and raise the error."""
         self.counts[kind] += 1
         if kind == self._kind and self.counts[kind] >= self._number:
             torn()
-            raise OSError(self._error, os.strerror(self._error), name)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
 
 
 def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -104,20 +105,14 @@ def fails(script: ModuleType, arguments: Sequence[str], capsys: pytest.CaptureFi
     return name, rest
 
 
-@pytest.mark.parametrize(
-    ("kind", "error", "reason"),
-    [
-        *((kind, errno.ENOSPC, "No space left on device; free some space") for kind in NAMES),
-        ("open", errno.EROFS, "Read-only file system"),
-    ],
-)
+def test_only_a_full_disk_asks_for_space() -> None:
+    assert reason(OSError(errno.EROFS, "Read-only file system", "a.pt")) == "a.pt: Read-only file system"
+    assert reason(OSError(errno.EDQUOT, "Quota exceeded", "a.pt")) == "a.pt: Quota exceeded; free some space"
+
+
+@pytest.mark.parametrize("kind", NAMES)
 def test_an_operation_that_fails_is_one_sentence_and_the_run_goes_on(
-    kind: str,
-    error: int,
-    reason: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_log, "draw", Picture)
     monkeypatch.setitem(cifar100.NETWORKS, "tiny", tiny)
@@ -130,12 +125,12 @@ def test_an_operation_that_fails_is_one_sentence_and_the_run_goes_on(
     names = set()
     for number in range(1, count + 1, 10 if kind == "event" else 1):
         folder = inside(tmp_path / str(number), monkeypatch)
-        disk.fail(kind, number, error)
+        disk.fail(kind, number)
         name, rest = fails(script, arguments, capsys)
         names.add(re.sub(r"^runs/[^/]*/|(?<=models)/.*|(?<=runs)/[^/]*$|\.out.*", "", Path(name).as_posix()))
         saved = list(Path("runs").glob("*/checkpoint.pt"))
         to_go_on = [f"; to go on: python {sys.argv[0]} --resume '{path}'" for path in saved]
-        assert rest == "".join([reason, *to_go_on])
+        assert rest == "".join(["No space left on device; free some space", *to_go_on])
         assert not list(Path().glob("**/.*"))  # no temporary file, and no lock
         disk.fail()
         assert script.main(["--resume", str(saved[0])] if saved else [*arguments, "--sname", "again"]) == 0

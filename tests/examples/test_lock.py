@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("fcntl")
 
 from examples import cifar100, run_log, script
-from examples.lock import locked
+from examples.lock import BusyError, locked
 from examples.processes import Processes
 from examples.resumable import UserError
 from examples.stop import StopRequest
@@ -84,6 +84,14 @@ def test_only_one_process_at_a_time_holds_the_lock(tmp_path: Path) -> None:
         process.communicate()
     assert path.read_text() == "150"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_has_the_lock_of_its_checkpoint(tmp_path: Path) -> None:
+    path, link = tmp_path / "checkpoint.pt", tmp_path / "link.pt"
+    path.touch()
+    link.symlink_to(path)
+    with held(path), pytest.raises(BusyError), locked(link):
+        pass
 
 
 def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,29 @@ def test_further_signals_do_not_disturb_a_clean_up():
     assert done == [*STATUS, *STATUS]
 
 
-def test_a_signal_after_a_lost_one_raises_again():
+def test_further_signals_do_not_disturb_a_destructor():
+    done = []
+
+    class Loader(Iterator[None]):
+        def __next__(self) -> None: ...
+
+        def __del__(self) -> None:  # runs when the exception leaves the loop
+            for name in STATUS:
+                send(name)
+                done.append(name)
+
+    def loop() -> None:
+        for _ in Loader():
+            send()
+
+    with pytest.raises(Signalled, match="terminated"), EndOnSignal():
+        loop()
+    assert done == [*STATUS]
+
+
+def test_a_signal_after_a_lost_one_raises_again(monkeypatch):
+    monkeypatch.setattr(signals, "_PATIENCE", 0.0)
+
     def lost() -> None:
         with contextlib.suppress(BaseException):
             send("SIGTERM")
