@@ -35,8 +35,8 @@ class EndOnSignal:
 
     The exception leaves the block even if other code has replaced it, as ``torch.save`` does. Further signals of the
     next 5 seconds do not disturb the code that cleans up. A later one ends the process, or raises again if other code
-    has lost the exception. A signal that was ignored
-    before stays ignored (nohup). Outside the main thread, where Python allows no handlers, the block changes nothing.
+    has lost the exception. A signal that was ignored before stays ignored (nohup). Outside the main thread, where
+    Python allows no handlers, the block changes nothing.
     """
 
     def __init__(self) -> None:
