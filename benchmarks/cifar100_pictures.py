@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.cifar100_results import Cells, Result, cells, full_title, mine, networks, spread
 from benchmarks.methods import DENSE
+from examples.resumable import save_picture
 
 __all__ = ["write"]
 
@@ -39,12 +40,12 @@ def write(results: Sequence[Result], methods: Sequence[str], folder: Path, title
     """
     title = full_title(results, title)
     path = folder.with_suffix(".png")
-    _accuracies(results, methods, title).savefig(path)
+    save_picture(_accuracies(results, methods, title), path)
     written = {path.name: "accuracy against rate"}
     shown = [result for result in results if _has_survivors(result)]
     if shown:
         path = folder.with_name(f"{folder.name}_layers.png")
-        _layers(shown, title).savefig(path)
+        save_picture(_layers(shown, title), path)
         written[path.name] = "survivors per output of each layer"
     return written
 

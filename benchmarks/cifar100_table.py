@@ -169,18 +169,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                     jobs = arguments.jobs or ((os.cpu_count() or 1) if device.type == "cpu" else 4)
                     status = _work(missing, source, device, folder, jobs)
         found = cifar100_results.read(folder)
+        if found:
+            about = {DENSE: "the same recipe without zeros", **{name: method.about for name, method in METHODS.items()}}
+            pictures = cifar100_pictures.write(found, chosen.drawn or list(about), folder, chosen.title)
+            print(cifar100_results.write(found, about, folder, chosen.title, pictures))
+        elif arguments.only_table:
+            print(f"cifar100_table: no results in {folder}", file=sys.stderr)
+            return 1
     except (UserError, ValueError) as error:
         print(f"cifar100_table: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"cifar100_table: failed: {reason(error)}", file=sys.stderr)
-        return 1
-    if found:
-        about = {DENSE: "the same recipe without zeros", **{name: method.about for name, method in METHODS.items()}}
-        pictures = cifar100_pictures.write(found, chosen.drawn or list(about), folder, chosen.title)
-        print(cifar100_results.write(found, about, folder, chosen.title, pictures))
-    elif arguments.only_table:
-        print(f"cifar100_table: no results in {folder}", file=sys.stderr)
         return 1
     return status
 

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import signal
 
 from examples.cifar100 import TrainingFailed, parse, train
+from examples.resumable import save_picture
 from examples.run_log import RunLog
 from examples.script import reason
 from examples.stop import Stopped, StopRequest
@@ -40,18 +41,18 @@ def main(epochs: int = EPOCHS) -> int:
             log = train(parse(options.split()), FOLDER, stop)
             assert log is not None  # this is the only process
             logs[name] = log
+        print(table({name: log.results for name, log in logs.items()}))
+        accuracy = {name: log.curve("accuracy") for name, log in logs.items()}
+        sparse = logs["sparse"]
+        title = f"resnet20 on handwritten digits: dense, and with {sparse.results['rate']:.0%} zeros"
+        save_picture(draw(sparse.report, history=sparse.history, accuracy=accuracy, title=title), FOLDER / "demo.png")
+        print(f"picture: {FOLDER / 'demo.png'}")
     except Stopped:
         print("stopped")
         return 128 + (stop.signal or signal.SIGINT)
     except (TrainingFailed, OSError) as error:
         print(f"demo.py: failed: {reason(error)}", file=sys.stderr)
         return 1
-    print(table({name: log.results for name, log in logs.items()}))
-    accuracy = {name: log.curve("accuracy") for name, log in logs.items()}
-    sparse = logs["sparse"]
-    title = f"resnet20 on handwritten digits: dense, and with {sparse.results['rate']:.0%} zeros"
-    draw(sparse.report, history=sparse.history, accuracy=accuracy, title=title).savefig(FOLDER / "demo.png")
-    print(f"picture: {FOLDER / 'demo.png'}")
     return 0
 
 

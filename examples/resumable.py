@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from matplotlib.figure import Figure
 
 from feather_param.files.atomic import atomic_write
 
@@ -27,6 +28,12 @@ def save(content: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         torch.save(content, file)
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file. The path holds either the old picture or the new, never a part of it."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
 
 
 def save_checkpoint(path: Path, program: str, content: Mapping[str, Any]) -> None:

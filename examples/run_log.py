@@ -17,7 +17,7 @@ from torch.utils.tensorboard.summary import hparams
 
 import feather_param
 from examples.events import EventFile
-from examples.resumable import save_checkpoint, settings
+from examples.resumable import save_checkpoint, save_picture, settings
 from feather_param import Controller
 from feather_param.files.atomic import atomic_write, remove_leftovers
 from feather_param.reports.figures import draw
@@ -139,8 +139,7 @@ class RunLog:
         names = {"test": "accuracy", "moving average": "ema_accuracy"}
         accuracy = {label: self.curve(name) for label, name in names.items() if name in last}
         figure = draw(report, history=self.history, accuracy=accuracy, title=title)
-        with atomic_write(self.folder / "summary.png") as file:
-            figure.savefig(file, format="png")
+        save_picture(figure, self.folder / "summary.png")
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """Return the optimizer step and one number, for example ``"accuracy"``, of each finished epoch."""

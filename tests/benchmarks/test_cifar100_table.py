@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -85,6 +86,17 @@ def test_only_missing_runs_are_made(tmp_path, monkeypatch, capsys):
     assert cifar100_table.main(command) == 2
     assert "expected the settings" in capsys.readouterr().err
     assert cifar100_table.main([*command, "--only-table"]) == 0
+    written = {path: path.read_bytes() for path in tmp_path.glob("ten.*")}
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    capsys.readouterr()
+    assert cifar100_table.main([*command, "--only-table"]) == 1
+    full_disk = f"{tmp_path / 'ten.png'}: {os.strerror(errno.ENOSPC)}; free some space"
+    assert capsys.readouterr().err == f"cifar100_table: failed: {full_disk}\n"
+    assert {path: path.read_bytes() for path in tmp_path.glob("ten.*")} == written
 
 
 def test_another_number_of_epochs_has_another_folder(tmp_path, monkeypatch, capsys):
