@@ -1,8 +1,9 @@
-"""How the time of a function grows."""
+"""Whether the time of a function is linear."""
 
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -11,24 +12,20 @@ from collections.abc import Callable
 _clock = time.perf_counter if sys.platform == "win32" else time.process_time
 
 
-def times_as_long(function: Callable[[int], object], n: int) -> float:
-    """Return how many times as long a function takes for 4n as for n: about 4 if it is linear, 16 if it is quadratic.
+def is_linear(function: Callable[[int], object], n: int) -> bool:
+    """Return whether a function takes nearer to 8 than to 64 times as long for 8n as for n (64 if it is quadratic).
 
     It is the CPU time of this process without garbage collection, the least of three runs: other processes and tests
     hardly matter.
     """
-
-    def seconds(size: int) -> float:
-        measured = []
-        for _ in range(3):
-            start = _clock()
-            function(size)
-            measured.append(_clock() - start)
-        return min(measured)
-
+    least = {n: math.inf, 8 * n: math.inf}
     gc.collect()
     gc.disable()
     try:
-        return seconds(4 * n) / max(seconds(n), 1e-4)
+        for size in 3 * [*least]:
+            start = _clock()
+            function(size)
+            least[size] = min(least[size], _clock() - start)
     finally:
         gc.enable()
+    return least[8 * n] < math.sqrt(8 * 64) * max(least[n], 1e-4)
