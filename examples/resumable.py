@@ -7,12 +7,14 @@ import operator
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from matplotlib.figure import Figure
 
 from feather_param.files.atomic import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _VERSION = 3
 _KEYS = {"settings", "training", "log"}

@@ -29,7 +29,7 @@ from feather_param.ops.operator_units import shrink_units
 from feather_param.ops.unit_magnitudes import root_mean_square, smallest
 from feather_param.utils.checks import integer
 from feather_param.utils.split import split
-from feather_param.utils.text import listed, name_of, printable
+from feather_param.utils.text import LONGEST_MESSAGE, listed, name_of, printable
 
 __all__ = ["Pattern", "blocks", "elements", "n_m"]
 
@@ -72,7 +72,7 @@ class Pattern:
         found = {name: misfit for name, weight in weights.items() if (misfit := self.misfit(weight.shape))}
         if found:
             names = listed([f"{name} ({misfit})" for name, misfit in found.items()])
-            hint = f"leave them dense with exclude={printable(list(found), 2000)} (add your other globs)"
+            hint = f"leave them dense with exclude={printable(list(found), LONGEST_MESSAGE)} (add your other globs)"
             raise ValueError(f"expected weights that {self} divides without a remainder, got {names}; {hint}")
 
     def allocate(

@@ -31,12 +31,11 @@ from feather_param.files.tied import first_names, untied
 from feather_param.reports import page
 from feather_param.utils.extras import extra
 from feather_param.utils.signals import EndOnSignal, Signalled, discard_unwritten, last_words
-from feather_param.utils.text import listed, percent, printable
+from feather_param.utils.text import LONGEST_MESSAGE, listed, percent, printable
 
 _PROGRAM = "feather-param"
 _TORCH = (".pt", ".pth", ".bin")
 _SAFETENSORS = ".safetensors"
-_LONGEST = 2000  # characters of a message
 _EPILOG = """\
 exit status: 0 done, 1 a file cannot be processed, 2 wrong usage, 129 hung up, 130 interrupted, 141 nobody reads the
 output, 143 terminated.
@@ -98,12 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: object, status: int) -> int:
-    last_words(f"{_PROGRAM}: error: {printable(message, _LONGEST)}")
+    last_words(f"{_PROGRAM}: error: {printable(message, LONGEST_MESSAGE)}")
     return status
 
 
 def _note(message: str) -> None:
-    last_words(f"{_PROGRAM}: note: {printable(message, _LONGEST)}")
+    last_words(f"{_PROGRAM}: note: {printable(message, LONGEST_MESSAGE)}")
 
 
 def _parser() -> argparse.ArgumentParser:

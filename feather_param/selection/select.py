@@ -13,7 +13,7 @@ from feather_param.ops.values import why_without_values
 from feather_param.selection.globs import Filter, Rule
 from feather_param.selection.weights import Place, Weight, is_matrix, places_of
 from feather_param.utils.checks import integer
-from feather_param.utils.text import grouped, listed, printable
+from feather_param.utils.text import LONGEST_MESSAGE, grouped, listed, printable
 
 _ORDER = "the order is: sparsify(model), then DDP or fully_shard, then the optimizer"
 
@@ -219,7 +219,8 @@ def _group_tied(
             both = [user.name for user in users[key]]
             raise ValueError(
                 f"expected include to name all the places of a tied weight, got {printable(places[0].name)} without "
-                f"{tied}; include both, as include={printable(both, 2000)} does (add your other globs), or neither"
+                f"{tied}; include both, as include={printable(both, LONGEST_MESSAGE)} does (add your other globs), "
+                "or neither"
             )
         for place in places:
             dense[place.name] = f"tied to {tied}, which is not selected"

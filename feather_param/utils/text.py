@@ -1,4 +1,4 @@
-"""Text for tables: columns, numbers, and groups of names."""
+"""Text for tables and messages: columns, numbers, names that are safe to show, and groups of names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+LONGEST_MESSAGE = 2000  # characters of an error or a warning, and of a list of names to copy from it
 
 
 def printable(value: object, most: int = 400) -> str:

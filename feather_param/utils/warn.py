@@ -5,9 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-from feather_param.utils.text import printable
-
-_LONGEST = 2000  # characters of a message
+from feather_param.utils.text import LONGEST_MESSAGE, printable
 
 
 def warn(message: str) -> None:
@@ -18,4 +16,4 @@ def warn(message: str) -> None:
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("feather_param", "torch"):
         level, frame = level + 1, frame.f_back
-    warnings.warn(printable(message, _LONGEST), stacklevel=level)
+    warnings.warn(printable(message, LONGEST_MESSAGE), stacklevel=level)
