@@ -1,92 +1,520 @@
-"""Direct sparse convolution on a CPU: a sum of slices of the input, compiled by numba.
+"""Machine code for sparse convolutions and products on a CPU.
 
 Note [A convolution is a sum of shifted rows]
 
-Store the padded input in flat memory, one channel after the other. If the window moves by one pixel, the index of each
-element that it reads moves by one. All outputs of a channel are therefore one sum of slices of equal length,
-``weight * x[start : start + n]``. The start of a slice depends only on the weight's input channel and its offset in the
-window. Weights that are zero are left out of the sum. No window is copied (im2col) and nothing is gathered, so vector
-instructions make the inner loop fast. Some outputs lie across the border between two rows or two images. They are
-computed with the others and ignored.
+Store the padded input in flat memory, one channel after the other (the grid, see `feather_param.inference.layout`). If
+the window moves by one pixel, the index of each element that it reads moves by one. 16 outputs of a channel that lie
+side by side are therefore a sum of vectors, ``weight * grid[position + offset : position + offset + 16]``. The position
+depends only on the outputs, and the offset only on the weight: its input channel and its place in the window. Weights
+that are zero are left out of the sum. No window is copied (im2col) and nothing is gathered. Park et al. describe the
+method in https://arxiv.org/abs/1608.01409.
 
-Park et al. describe the method in https://arxiv.org/abs/1608.01409.
+The sums of a tile (four vectors) stay in registers while all weights of an output channel are added. The inputs of a
+tile stay in the cache while all output channels are computed. Where blocks of four output channels have the same zeros,
+each vector of inputs is loaded once for the four.
 """
 
 from __future__ import annotations
 
+import ctypes
+import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-from feather_param.utils.extras import extra
+import torch
+from llvmlite import binding, ir
 
-_BLOCK = 1024  # elements of an output row that are summed at once, so that they stay in the L1 cache
+from feather_param.inference.machine_code import (
+    F32,
+    I1,
+    I32,
+    I64,
+    LANES,
+    POINTER,
+    VECTOR,
+    VOID,
+    MachineCode,
+    Value,
+    Writer,
+    integer,
+    vector,
+)
+
+TILE = {1: 4, 4: 2}
+"""Vectors in a tile, for blocks of 1 and of 4 rows. The sums, 4 or 8 vectors, fit in registers."""
 
 
-def sum_of_slices(crow: Any, col: Any, values: Any, starts: Any, x: Any, bias: Any, out: Any, width: int) -> None:
-    """Set ``out[i, :width]`` to ``bias[i] + sum(values[p] * x[starts[col[p]] :][:width])``, with p over the i-th row.
+class Activation(enum.IntEnum):
+    """What is applied to the sums."""
 
-    The matrix is in CSR format. This function is plain Python; `compiled` returns it as machine code. It runs on one
-    thread.
+    IDENTITY = 0
+    RELU = 1
+    RELU6 = 2
+    SILU = 3
+    HARDSWISH = 4
 
-    Args:
-        crow: start of each row in ``col`` and ``values``, int32 [rows + 1].
-        col: columns of the elements that are not zero, int32 [n].
-        values: these elements, float32 [n].
-        starts: start of each column's slice in ``x``, int64 [columns].
-        x: the input, float32 [m].
-        bias: float32 [rows].
-        out: the output, float32 [rows, at least width]. It is written in place.
-        width: length of the slices. The largest start + width is at most m.
 
-    Example:
-        >>> import numpy as np
-        >>> x, out = np.arange(6, dtype=np.float32), np.zeros((1, 3), np.float32)
-        >>> sum_of_slices([0, 2], [0, 1], [10, 1], [0, 3], x, [100], out, 3)  # 100 + 10 * x[:3] + x[3:]
-        >>> out
-        array([[103., 114., 125.]], dtype=float32)
+class Slot(enum.IntEnum):
+    """The fields of a job, which is an array of int64: the pointers and numbers that a call of the kernel needs."""
+
+    threads = 0
+    input = enum.auto()
+    output = enum.auto()
+    residual = enum.auto()  # 0 if there is none
+    scratch = enum.auto()  # memory for the grids
+    images = enum.auto()
+    input_image = enum.auto()  # floats from an image to the next
+    output_image = enum.auto()
+    output_row = enum.auto()  # floats from an output channel to the next
+    groups = enum.auto()
+    input_group = enum.auto()  # floats from a group's input to the next group's
+    group_blocks = enum.auto()  # blocks of rows in a group
+    block_rows = enum.auto()  # 1 or 4; 0: the maximum of the elements in the window (max pooling)
+    block_start = enum.auto()  # int32 [blocks + 1]: first offset of each block
+    offsets = enum.auto()  # int32: of each weight (or each column of a block) that is not zero, from the position
+    values = enum.auto()  # float32 [offsets, block_rows]
+    bias = enum.auto()  # float32 [rows]
+    activation = enum.auto()
+    shares = enum.auto()  # parts into which the blocks are divided; each takes about the same time
+    share_start = enum.auto()  # int32 [shares + 1]: first block of each share
+    vectors = enum.auto()  # number of vectors of outputs
+    position = enum.auto()  # int32 [vectors]
+    segment_start = enum.auto()  # int32 [vectors + 1]: first segment of each vector
+    segment_output = enum.auto()  # int32: index of the output that lane 0 would have
+    segment_lanes = enum.auto()  # int32: bits of the lanes that are outputs
+    plain = (
+        enum.auto()
+    )  # int32 [tiles]: index of the first output if all lanes of the tile are contiguous outputs, or -1
+    copies = enum.auto()  # 0: the input is the grid. Otherwise planes (channels) of a group's grid to fill
+    plane_images = enum.auto()  # images in a grid
+    plane_image = enum.auto()  # floats from an image of the input to the next that is in the same grid
+    input_plane = enum.auto()  # floats from a channel of the input to the next
+    grid_plane = enum.auto()  # floats from a channel of the grid to the next
+    grid_image = enum.auto()  # floats from an image of the grid to the next
+    grid_width = enum.auto()  # floats in a row of the grid
+    grid_floats = enum.auto()  # floats of a grid
+    grid_rows = enum.auto()  # rows of an image of the grid, of all phases
+    row_target = enum.auto()  # int32 [grid rows]: index of the row's first element in its image
+    row_source = (
+        enum.auto()
+    )  # int32 [grid rows]: index of the row's first element in the input's plane, or -1: all padding
+    row_begin = enum.auto()  # int32 [grid rows]: elements of padding before
+    row_count = enum.auto()  # int32 [grid rows]: elements of the input; padding follows
+    stride = enum.auto()  # between the elements of the input in a row
+    fill = enum.auto()  # bits of the float that pads
+
+
+class _Job:
+    """Reads the fields of a job."""
+
+    def __init__(self, w: Writer, pointer: Value) -> None:
+        self._w, self._pointer = w, pointer
+
+    def __getattr__(self, name: str) -> Value:
+        return self._w.load(self._w.at(self._pointer, integer(Slot[name]), I64), typ=I64)
+
+    def pointer(self, name: str) -> Value:
+        return self._w.inttoptr(getattr(self, name), POINTER)
+
+
+def _activated(w: Writer, x: Value, activation: Activation) -> Value:
+    """Return the activation of a vector. NaN stays NaN."""
+
+    def clamp(x: Value, low: float, high: float | None = None) -> Value:
+        x = w.select(w.fcmp_ordered("<", x, vector(low)), vector(low), x)
+        return x if high is None else w.select(w.fcmp_ordered(">", x, vector(high)), vector(high), x)
+
+    if activation == Activation.RELU:
+        return clamp(x, 0.0)
+    if activation == Activation.RELU6:
+        return clamp(x, 0.0, 6.0)
+    if activation == Activation.HARDSWISH:
+        return w.fmul(x, w.fdiv(clamp(w.fadd(x, vector(3.0)), 0.0, 6.0), vector(6.0)))
+    if activation == Activation.SILU:
+        return w.fdiv(x, w.fadd(vector(1.0), _exponential(w, w.fneg(x))))
+    return x
+
+
+def _exponential(w: Writer, x: Value) -> Value:
+    """Return exp(x), to about one rounding, for a vector; infinity above 88.7 and 0 below -87.3.
+
+    x = n log(2) + r with an integer n and |r| <= log(2) / 2. exp(r) is a polynomial, and 2**n a float of these bits.
     """
-    for begin in range(0, width, _BLOCK):
-        n = min(_BLOCK, width - begin)
-        for i in range(len(crow) - 1):
-            total = out[i, begin : begin + n]
-            total[:] = bias[i]
-            p = crow[i]
-            while p + 4 <= crow[i + 1]:  # four at once, to read and write the sum a quarter as often
-                a, b, c, d = values[p], values[p + 1], values[p + 2], values[p + 3]
-                at = begin + starts[col[p]]
-                x_a = x[at : at + n]
-                at = begin + starts[col[p + 1]]
-                x_b = x[at : at + n]
-                at = begin + starts[col[p + 2]]
-                x_c = x[at : at + n]
-                at = begin + starts[col[p + 3]]
-                x_d = x[at : at + n]
-                for j in range(n):
-                    total[j] += a * x_a[j] + b * x_b[j] + c * x_c[j] + d * x_d[j]
-                p += 4
-            while p < crow[i + 1]:
-                a = values[p]
-                at = begin + starts[col[p]]
-                x_a = x[at : at + n]
-                for j in range(n):
-                    total[j] += a * x_a[j]
-                p += 1
+    wide = ir.VectorType(I32, LANES)
+
+    def number(value: int) -> Value:
+        return ir.Constant(wide, [value] * LANES)
+
+    low, high = w.fcmp_ordered("<", x, vector(-87.33)), w.fcmp_ordered(">", x, vector(88.72))
+    bounded = w.select(low, vector(-87.33), w.select(high, vector(88.72), x))
+    n = w.intrinsic("llvm.rint", w.fmul(bounded, vector(1.4426950408889634)))
+    r = w.multiply_add(n, vector(-0.693359375), bounded)
+    r = w.multiply_add(n, vector(2.12194440e-4), r)  # the rest of log(2), so that r is exact
+    sum_ = vector(1 / 5040)
+    for term in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        sum_ = w.multiply_add(sum_, r, vector(term))
+    power = w.fptosi(n, wide)
+    half = w.ashr(power, number(1))
+    for part in (half, w.sub(power, half)):  # 2**n in two steps: n may be 128
+        sum_ = w.fmul(sum_, w.bitcast(w.shl(w.add(part, number(127)), number(23)), VECTOR))
+    return w.select(low, vector(0.0), w.select(high, vector(float("inf")), sum_))
+
+
+def _by_activation(w: Writer, job: _Job, write: Any) -> None:
+    """Write code for each activation, and choose between them when it runs."""
+    after = w.append_basic_block("activated")
+    choice = w.switch(job.activation, after)
+    for activation in Activation:
+        block = w.append_basic_block(activation.name)
+        choice.add_case(ir.Constant(I64, int(activation)), block)
+        w.position_at_end(block)
+        write(activation)
+        w.branch(after)
+    w.position_at_end(after)
+
+
+def _write_tile(module: ir.Module, rows: int, width: int) -> ir.Function:
+    """Write a function that computes blocks of output channels for a tile of some vectors.
+
+    Its parameters: the job, the grid, the offset of the output, the first vector, the index of the first contiguous
+    output (or -1), the first block and the last.
+    """
+    w = Writer(module, f"tile_{rows}_{width}", [POINTER, POINTER, I64, I64, I64, I64, I64])
+    w.function_.attributes.add("noinline")
+    pointer, grid, output_at, first, plain, begin, end = w.arguments
+    job = _Job(w, pointer)
+    maximum = rows == 0
+    height = max(1, rows)
+    positions = [w.at(grid, w.index(job.pointer("position"), w.add(first, integer(t)))) for t in range(width)]
+    offsets, values, starts, bias = (job.pointer(name) for name in ("offsets", "values", "block_start", "bias"))
+    output, row_size, residual = job.pointer("output"), job.output_row, job.pointer("residual")
+    has_residual = w.icmp_signed("!=", job.residual, integer(0))
+
+    def block(i: Value) -> None:
+        row = w.mul(i, integer(height))
+        if maximum:
+            sums = [vector(float("-inf"))] * width
+        else:
+            sums = [w.spread(w.float_(bias, w.add(row, integer(r)))) for r in range(height) for _ in range(width)]
+
+        def add(p: Value, *sums: Value) -> list[Value]:
+            offset = w.index(offsets, p)
+            x = [w.floats(position, offset) for position in positions]
+            if maximum:
+                return [_largest(w, a, b) for a, b in zip(x, sums, strict=True)]
+            at = w.mul(p, integer(height))
+            weights = [w.spread(w.float_(values, w.add(at, integer(r)))) for r in range(height)]
+            return [w.multiply_add(weights[j // width], x[j % width], s) for j, s in enumerate(sums)]
+
+        sums = w.loop(w.index(starts, i), w.index(starts, w.add(i, integer(1))), add, sums)
+        for r in range(height):
+            at = w.add(output_at, w.mul(w.add(row, integer(r)), row_size))
+            store(at, sums[r * width : (r + 1) * width])
+
+    def store(at: Value, sums: Sequence[Value]) -> None:
+        with w.if_else(w.icmp_signed(">=", plain, integer(0))) as (contiguous, scattered):
+            with contiguous:
+                store_contiguous(w.add(at, plain), sums)
+            with scattered:
+                for t, value in enumerate(sums):
+                    store_segments(at, w.add(first, integer(t)), value)
+
+    def store_contiguous(at: Value, sums: Sequence[Value]) -> None:
+        places = [w.add(at, integer(LANES * t)) for t in range(width)]
+        before = w.block
+        with w.if_then(has_residual):
+            added = [w.fadd(value, w.floats(residual, place)) for value, place in zip(sums, places, strict=True)]
+            inside = w.block
+        values = []
+        for value, sum_ in zip(sums, added, strict=True):
+            phi = w.phi(VECTOR)
+            phi.add_incoming(value, before)
+            phi.add_incoming(sum_, inside)
+            values.append(phi)
+
+        def write(activation: Activation) -> None:
+            for value, place in zip(values, places, strict=True):
+                w.put(_activated(w, value, activation), output, place)
+
+        _by_activation(w, job, write)
+
+    def store_segments(at: Value, which: Value, value: Value) -> None:
+        start, lanes, outputs = (job.pointer(name) for name in ("segment_start", "segment_lanes", "segment_output"))
+
+        def segment(s: Value) -> None:
+            place = w.add(at, w.index(outputs, s))
+            bits = w.trunc(w.load(w.at(lanes, s, I32), typ=I32), ir.IntType(LANES))
+            mask = w.bitcast(bits, ir.VectorType(I1, LANES))
+            before = w.block
+            with w.if_then(has_residual):
+                other = w.call_intrinsic(
+                    f"llvm.masked.load.v{LANES}f32.p0",
+                    [w.at(residual, place), *_ALIGNMENT, mask, vector(0.0)],
+                    VECTOR,
+                    [POINTER, *_ALIGNMENT_KIND, mask.type, VECTOR],
+                )
+                added = w.fadd(value, other)
+                inside = w.block
+            total = w.phi(VECTOR)
+            total.add_incoming(value, before)
+            total.add_incoming(added, inside)
+
+            def write(activation: Activation) -> None:
+                w.call_intrinsic(
+                    f"llvm.masked.store.v{LANES}f32.p0",
+                    [_activated(w, total, activation), w.at(output, place), *_ALIGNMENT, mask],
+                    ir.VoidType(),
+                    [VECTOR, POINTER, *_ALIGNMENT_KIND, mask.type],
+                )
+
+            _by_activation(w, job, write)
+
+        w.loop(w.index(start, which), w.index(start, w.add(which, integer(1))), segment)
+
+    w.loop(begin, end, block)
+    w.ret_void()
+    return w.function_
+
+
+_ALIGNMENT = (ir.Constant(I32, 4),)
+_ALIGNMENT_KIND = (I32,)
+
+
+def _largest(w: Writer, a: Value, b: Value) -> Value:
+    """Return the larger of each pair, or NaN if one is."""
+    keep = w.or_(w.fcmp_ordered(">", a, b), w.fcmp_unordered("!=", a, a))
+    return w.select(keep, a, b)
+
+
+def _write_copy(module: ir.Module) -> ir.Function:
+    """Write a function that copies a channel of the input into the grid, with its padding.
+
+    Its parameters: the job, the channel in the input, and the channel in the grid.
+    """
+    w = Writer(module, "copy_plane", [POINTER, POINTER, POINTER])
+    w.function_.attributes.add("noinline")
+    pointer, source, target = w.arguments
+    job = _Job(w, pointer)
+    targets, sources, begins, counts = (
+        job.pointer(name) for name in ("row_target", "row_source", "row_begin", "row_count")
+    )
+    width, stride = job.grid_width, job.stride
+    fill = w.bitcast(w.trunc(job.fill, I32), F32)
+    fills = w.spread(fill)
+
+    def pad(at: Value, begin: Value, end: Value) -> None:
+        w.loop(begin, end, lambda i: w.put(fill, at, i))
+
+    def image(b: Value) -> None:
+        x, y = w.at(source, w.mul(b, job.plane_image)), w.at(target, w.mul(b, job.grid_image))
+
+        def row(r: Value) -> None:
+            at = w.at(y, w.index(targets, r))
+            begin, count, place = w.index(begins, r), w.index(counts, r), w.index(sources, r)
+            pad(at, integer(0), begin)
+            whole = w.sub(count, w.urem(count, integer(LANES)))
+            inner = w.at(at, begin)
+            from_ = w.at(x, place)
+            with w.if_else(w.icmp_signed("==", stride, integer(1))) as (dense, strided):
+                with dense:
+                    w.loop(integer(0), whole, lambda i: w.put(w.floats(from_, i), inner, i), step=LANES)
+                    w.loop(whole, count, lambda i: w.put(w.float_(from_, i), inner, i))
+                with strided:
+                    w.loop(integer(0), count, lambda i: w.put(w.float_(from_, w.mul(i, stride)), inner, i))
+            pad(at, w.add(begin, count), width)
+
+        w.loop(integer(0), job.grid_rows, row)
+
+    w.loop(integer(0), job.plane_images, image)
+    w.ret_void()
+    return w.function_
+
+
+def _write_worker(
+    module: ir.Module,
+    tiles: dict[tuple[int, int], ir.Function],
+    copy: ir.Function,
+    products: ir.Function,
+    openmp: dict[str, ir.Function],
+) -> ir.Function:
+    """Write the function that each thread runs."""
+    w = Writer(module, "worker", [POINTER])
+    (pointer,) = w.arguments
+    job = _Job(w, pointer)
+    threaded = w.icmp_signed(">", job.threads, integer(1))
+    before = w.block
+    with w.if_then(threaded):
+        mine = w.sext(w.call(openmp["omp_get_thread_num"], []), I64)
+        all_ = w.sext(w.call(openmp["omp_get_num_threads"], []), I64)
+        inside = w.block
+    me, team = w.phi(I64), w.phi(I64)
+    for phi, value, alone in ((me, mine, 0), (team, all_, 1)):
+        phi.add_incoming(integer(alone), before)
+        phi.add_incoming(value, inside)
+    shares = job.shares
+    starts = job.pointer("share_start")
+    single_vector = w.icmp_signed("==", job.vectors, integer(0))
+    with w.if_then(single_vector):
+        begin = w.index(starts, w.sdiv(w.mul(shares, me), team))
+        end = w.index(starts, w.sdiv(w.mul(shares, w.add(me, integer(1))), team))
+        w.call(products, [pointer, begin, end])
+        w.ret_void()
+    pairs = w.mul(job.images, job.groups)
+    apart = w.icmp_signed(">=", pairs, team)  # each thread has images or groups of its own
+    scratch = w.at(job.pointer("scratch"), w.select(apart, w.mul(me, job.grid_floats), integer(0)))
+    number = w.select(apart, integer(0), me)
+    count = w.select(apart, integer(1), team)
+    first = w.select(apart, w.sdiv(w.mul(pairs, me), team), integer(0))
+    last = w.select(apart, w.sdiv(w.mul(pairs, w.add(me, integer(1))), team), pairs)
+    together = w.icmp_signed(">", count, integer(1))
+    copies, groups = job.copies, job.groups
+    copied = w.icmp_signed(">", copies, integer(0))
+
+    def wait() -> None:
+        with w.if_then(together):
+            w.call(openmp["GOMP_barrier"], [])
+
+    def pair(i: Value) -> None:
+        image, group = w.sdiv(i, groups), w.srem(i, groups)
+        x_at = w.add(w.mul(image, job.input_image), w.mul(group, job.input_group))
+        x = w.at(job.pointer("input"), x_at)
+        with w.if_then(copied):
+
+            def plane(c: Value) -> None:
+                source = w.at(x, w.mul(c, job.input_plane))
+                w.call(copy, [pointer, source, w.at(scratch, w.mul(c, job.grid_plane))])
+
+            w.loop(w.sdiv(w.mul(copies, number), count), w.sdiv(w.mul(copies, w.add(number, integer(1))), count), plane)
+            wait()
+        grid = w.select(copied, scratch, x)
+        base = w.mul(group, job.group_blocks)
+        output_at = w.mul(image, job.output_image)
+        with w.if_else(w.icmp_signed("==", job.block_rows, integer(1))) as (single, other):
+            with single:
+                items(1, grid, output_at, base)
+            with other, w.if_else(w.icmp_signed("==", job.block_rows, integer(0))) as (maximum, blocks):
+                with maximum:
+                    items(0, grid, output_at, base)
+                with blocks:
+                    items(4, grid, output_at, base)
+        with w.if_then(copied):
+            wait()  # before the grid is filled again
+
+    def items(rows: int, grid: Value, output_at: Value, base: Value) -> None:
+        size = TILE[max(1, rows)]
+        tiles_ = w.sdiv(w.add(job.vectors, integer(size - 1)), integer(size))
+        all_items = w.mul(tiles_, shares)
+
+        def item(j: Value) -> None:
+            share, tile = w.sdiv(j, tiles_), w.srem(j, tiles_)
+            first = w.mul(tile, integer(size))
+            begin = w.add(base, w.index(starts, share))
+            end = w.add(base, w.index(starts, w.add(share, integer(1))))
+            plain = w.index(job.pointer("plain"), tile)
+            width = w.smaller(integer(size), w.sub(job.vectors, first))
+            after = w.append_basic_block("after")
+            choice = w.switch(width, after)
+            for n in range(1, size + 1):
+                block = w.append_basic_block("width")
+                choice.add_case(ir.Constant(I64, n), block)
+                w.position_at_end(block)
+                w.call(tiles[rows, n], [pointer, grid, output_at, first, plain, begin, end])
+                w.branch(after)
+            w.position_at_end(after)
+
+        begin = w.sdiv(w.mul(all_items, number), count)
+        w.loop(begin, w.sdiv(w.mul(all_items, w.add(number, integer(1))), count), item)
+
+    w.loop(first, last, pair)
+    w.ret_void()
+    return w.function_
+
+
+def _write_products(module: ir.Module) -> ir.Function:
+    """Write a function that multiplies the matrix by one vector: each output is one position.
+
+    Its parameters: the job, the first row and the last.
+    """
+    w = Writer(module, "products", [POINTER, I64, I64])
+    pointer, begin, end = w.arguments
+    job = _Job(w, pointer)
+    x, y = job.pointer("input"), job.pointer("output")
+    offsets, values, starts, bias = (job.pointer(name) for name in ("offsets", "values", "block_start", "bias"))
+    zero = ir.Constant(F32, 0.0)
+    parallel = 8  # sums at once, because a sum waits for the one before
+
+    def row(i: Value) -> None:
+        first, last = w.index(starts, i), w.index(starts, w.add(i, integer(1)))
+        whole = w.sub(last, w.srem(w.sub(last, first), integer(parallel)))
+
+        def product(p: Value, sum_: Value) -> Value:
+            return w.multiply_add(w.float_(values, p), w.float_(x, w.index(offsets, p)), sum_)
+
+        sums = w.loop(
+            first,
+            whole,
+            lambda p, *sums: [product(w.add(p, integer(k)), s) for k, s in enumerate(sums)],
+            [zero] * parallel,
+            step=parallel,
+        )
+        while len(sums) > 1:
+            sums = [w.fadd(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
+        (total,) = w.loop(whole, last, lambda p, s: [product(p, s)], sums)
+        total = w.fadd(total, w.float_(bias, i))
+
+        def write(activation: Activation) -> None:
+            w.put(w.extract_element(_activated(w, w.spread(total), activation), ir.Constant(I32, 0)), y, i)
+
+        _by_activation(w, job, write)
+
+    w.loop(begin, end, row)
+    w.ret_void()
+    return w.function_
+
+
+OPENMP = {
+    "omp_get_thread_num": ir.FunctionType(I32, []),
+    "omp_get_num_threads": ir.FunctionType(I32, []),
+    "GOMP_barrier": ir.FunctionType(VOID, []),
+    "GOMP_parallel": ir.FunctionType(VOID, [POINTER, POINTER, I32, I32]),
+}
+
+
+def module() -> ir.Module:
+    """Return the kernel in LLVM's intermediate representation."""
+    module = ir.Module("feather_param")
+    openmp = {name: ir.Function(module, kind, name) for name, kind in OPENMP.items()}
+    tiles = {
+        (rows, width): _write_tile(module, rows, width)
+        for rows in (0, 1, 4)
+        for width in range(1, TILE[max(1, rows)] + 1)
+    }
+    worker = _write_worker(module, tiles, _write_copy(module), _write_products(module), openmp)
+    for function in module.functions:
+        if not function.is_declaration and function.name != "run":
+            function.linkage = "internal"
+    w = Writer(module, "run", [POINTER])
+    (pointer,) = w.arguments
+    threads = _Job(w, pointer).threads
+    with w.if_else(w.icmp_signed(">", threads, integer(1))) as (several, one):
+        with several:
+            w.call(openmp["GOMP_parallel"], [worker, pointer, w.trunc(threads, I32), ir.Constant(I32, 0)])
+        with one:
+            w.call(worker, [pointer])
+    w.ret_void()
+    return module
+
+
+class Kernel:
+    def __init__(self) -> None:
+        library = ctypes.CDLL(torch._C.__file__)
+        for name in OPENMP:
+            binding.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+        self.code = MachineCode(module())
+        self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.code.address("run"))
 
 
 @functools.cache
-def compiled() -> Callable[..., None] | None:
-    """Return `sum_of_slices` as machine code, or None if numba is not installed. The code releases the GIL.
-
-    The first call compiles it, in about a second. Nothing is cached on the disk.
-
-    Example:
-        >>> compiled() is None or callable(compiled())
-        True
-    """
-    try:
-        njit = extra("numba").njit
-    except ImportError:
-        return None
-    signature = "void(i4[::1], i4[::1], f4[::1], i8[::1], f4[::1], f4[::1], f4[:, ::1], i8)"
-    return njit(signature, nogil=True, fastmath={"contract"})(sum_of_slices)  # "contract": fused multiply-add
+def compiled() -> Kernel:
+    return Kernel()

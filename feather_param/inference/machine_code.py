@@ -1,0 +1,170 @@
+"""Write a function in LLVM's intermediate representation, and compile it for this processor.
+
+`Writer` adds what the kernels need to llvmlite's `IRBuilder`: loops, loads and vectors of 16 floats. LLVM splits such a
+vector into as many registers as the processor needs for it (one with AVX-512, two with AVX2, four with NEON).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import binding, ir
+
+LANES = 16  # floats in a vector
+
+I1, I32, I64, F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
+VECTOR = ir.VectorType(F32, LANES)
+POINTER = ir.PointerType()
+VOID = ir.VoidType()
+_LOOSE_ALIGNMENT = 4  # bytes: vectors are loaded from the address of any float
+
+Value = Any  # of llvmlite.ir, which is not annotated
+
+
+def integer(value: int) -> Value:
+    """Return a constant of 64 bits."""
+    return ir.Constant(I64, value)
+
+
+def vector(value: float) -> Value:
+    """Return a constant vector of 16 equal floats."""
+    return ir.Constant(VECTOR, [ir.Constant(F32, value)] * LANES)
+
+
+class Writer(ir.IRBuilder):
+    """The body of a function that is being written, from the first statement to the last.
+
+    Args:
+        module: the function is added to it.
+        name: of the function.
+        parameters: their types.
+        result: the type of the result.
+    """
+
+    def __init__(self, module: ir.Module, name: str, parameters: Sequence[Any], result: Any = VOID) -> None:
+        self.function_ = ir.Function(module, ir.FunctionType(result, parameters), name)
+        self.function_.attributes.add("nounwind")
+        super().__init__(self.function_.append_basic_block("entry"))
+
+    @property
+    def arguments(self) -> Sequence[Value]:
+        """The values of the parameters."""
+        return self.function_.args
+
+    def at(self, pointer: Value, index: Value, kind: Any = F32) -> Value:
+        """Return the address of the element with an index."""
+        return self.gep(pointer, [index], source_etype=kind)
+
+    def floats(self, pointer: Value, index: Value) -> Value:
+        """Load 16 floats from an index."""
+        return self.load(self.at(pointer, index), align=_LOOSE_ALIGNMENT, typ=VECTOR)
+
+    def float_(self, pointer: Value, index: Value) -> Value:
+        """Load the float at an index."""
+        return self.load(self.at(pointer, index), typ=F32)
+
+    def index(self, pointer: Value, index: Value) -> Value:
+        """Load the int32 at an index, as 64 bits."""
+        return self.sext(self.load(self.at(pointer, index, I32), typ=I32), I64)
+
+    def put(self, value: Value, pointer: Value, index: Value) -> None:
+        """Store a float or 16 floats at an index."""
+        self.store(value, self.at(pointer, index), align=_LOOSE_ALIGNMENT)
+
+    def spread(self, value: Value) -> Value:
+        """Return a vector of 16 times a float."""
+        one = self.insert_element(ir.Constant(VECTOR, ir.Undefined), value, ir.Constant(I32, 0))
+        return self.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
+
+    def call_intrinsic(self, name: str, arguments: Sequence[Value], result: Any, kinds: Sequence[Any]) -> Value:
+        """Call a function of LLVM."""
+        module = self.function_.module
+        known = module.globals.get(name)
+        intrinsic = known or ir.Function(module, ir.FunctionType(result, list(kinds)), name)
+        return self.call(intrinsic, arguments)
+
+    def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
+        """Return ``a * b + c``, rounded once where the processor can."""
+        return self.intrinsic("llvm.fmuladd", a, b, c)
+
+    def intrinsic(self, name: str, *arguments: Value) -> Value:
+        """Call a function of LLVM whose arguments and result are of one type, floats or vectors."""
+        kind = arguments[0].type
+        suffix = f"v{LANES}f32" if kind == VECTOR else "f32"
+        return self.call_intrinsic(f"{name}.{suffix}", arguments, kind, [kind] * len(arguments))
+
+    def smaller(self, a: Value, b: Value) -> Value:
+        """Return the smaller integer."""
+        return self.select(self.icmp_signed("<", a, b), a, b)
+
+    def larger(self, a: Value, b: Value) -> Value:
+        """Return the larger integer."""
+        return self.select(self.icmp_signed("<", a, b), b, a)
+
+    def loop(
+        self,
+        begin: Value,
+        end: Value,
+        body: Callable[..., Sequence[Value] | None],
+        carried: Sequence[Value] = (),
+        step: int = 1,
+    ) -> list[Value]:
+        """Write a loop over the indices from begin to end, and return the carried values after it.
+
+        Args:
+            begin: the first index.
+            end: the indices are smaller.
+            body: is called once with the index and the carried values. It writes the loop's body and returns the
+                carried values for the next round.
+            carried: the values before the first round.
+            step: between two indices.
+        """
+        before = self.block
+        head, inside, after = (self.append_basic_block(name) for name in ("head", "body", "end"))
+        self.branch(head)
+        self.position_at_end(head)
+        index = self.phi(I64)
+        index.add_incoming(begin, before)
+        values = [self.phi(value.type) for value in carried]
+        for phi, value in zip(values, carried, strict=True):
+            phi.add_incoming(value, before)
+        self.cbranch(self.icmp_signed("<", index, end), inside, after)
+        self.position_at_end(inside)
+        new = body(index, *values) or ()
+        following = self.add(index, integer(step))
+        index.add_incoming(following, self.block)
+        for phi, value in zip(values, new, strict=True):
+            phi.add_incoming(value, self.block)
+        self.branch(head)
+        self.position_at_end(after)
+        return values
+
+
+class MachineCode:
+    """A module that was compiled for this processor.
+
+    Args:
+        module: its functions can be called by their addresses while this object lives.
+    """
+
+    def __init__(self, module: ir.Module) -> None:
+        binding.initialize_native_target()
+        binding.initialize_native_asmprinter()
+        cpu, features = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
+        machine = binding.Target.from_default_triple().create_target_machine(
+            cpu=cpu, features=features, opt=3, jit=True
+        )
+        module.triple = binding.get_process_triple()
+        compiled = binding.parse_assembly(str(module))
+        compiled.verify()
+        self.assembly = lambda: machine.emit_assembly(compiled)
+        options = binding.create_pipeline_tuning_options(speed_level=3)
+        passes = binding.create_pass_builder(machine, options)
+        passes.getModulePassManager().run(compiled, passes)
+        self._engine = binding.create_mcjit_compiler(compiled, machine)
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        """Return the address of a function."""
+        return self._engine.get_function_address(name)
