@@ -76,6 +76,12 @@ class Slot(enum.IntEnum):
     values = enum.auto()  # float32 [offsets, block_rows]
     bias = enum.auto()  # float32 [rows]
     activation = enum.auto()
+    low = enum.auto()  # bits of the floats that limit the output
+    high = enum.auto()
+    tokens = enum.auto()  # 0, or vectors in an image of a product: rows of the input and the output, to be transposed
+    channels = enum.auto()  # of such a row of the input
+    output_rows = enum.auto()  # output channels
+    scratch_floats = enum.auto()  # of a thread
     shares = enum.auto()  # parts into which the blocks are divided; each takes about the same time
     share_start = enum.auto()  # int32 [shares + 1]: first block of each share
     vectors = enum.auto()  # number of vectors of outputs
@@ -92,15 +98,11 @@ class Slot(enum.IntEnum):
     input_plane = enum.auto()  # floats from a channel of the input to the next
     grid_plane = enum.auto()  # floats from a channel of the grid to the next
     grid_image = enum.auto()  # floats from an image of the grid to the next
-    grid_width = enum.auto()  # floats in a row of the grid
     grid_floats = enum.auto()  # floats of a grid
     grid_rows = enum.auto()  # rows of an image of the grid, of all phases
     row_target = enum.auto()  # int32 [grid rows]: index of the row's first element in its image
-    row_source = (
-        enum.auto()
-    )  # int32 [grid rows]: index of the row's first element in the input's plane, or -1: all padding
-    row_begin = enum.auto()  # int32 [grid rows]: elements of padding before
-    row_count = enum.auto()  # int32 [grid rows]: elements of the input; padding follows
+    row_source = enum.auto()  # int32 [grid rows]: index of the row's first element in the input's plane
+    row_count = enum.auto()  # int32 [grid rows]: elements of the row
     stride = enum.auto()  # between the elements of the input in a row
     fill = enum.auto()  # bits of the float that pads
 
@@ -118,22 +120,41 @@ class _Job:
         return self._w.inttoptr(getattr(self, name), POINTER)
 
 
-def _activated(w: Writer, x: Value, activation: Activation) -> Value:
-    """Return the activation of a vector. NaN stays NaN."""
+def _write_smooth(module: ir.Module) -> ir.Function:
+    """Write a function that returns SiLU or Hardswish of a vector. Its parameters: the vector and the activation."""
+    w = Writer(module, "smooth", [VECTOR, I64], VECTOR)
+    w.function_.attributes.add("noinline")
+    x, activation = w.arguments
+    with w.if_then(w.icmp_signed("==", activation, integer(Activation.HARDSWISH))):
+        shifted = _clamped(w, w.fadd(x, vector(3.0)), vector(0.0), vector(6.0))
+        w.ret(w.fmul(x, w.fdiv(shifted, vector(6.0))))
+    w.ret(w.fdiv(x, w.fadd(vector(1.0), _exponential(w, w.fneg(x)))))
+    return w.function_
 
-    def clamp(x: Value, low: float, high: float | None = None) -> Value:
-        x = w.select(w.fcmp_ordered("<", x, vector(low)), vector(low), x)
-        return x if high is None else w.select(w.fcmp_ordered(">", x, vector(high)), vector(high), x)
 
-    if activation == Activation.RELU:
-        return clamp(x, 0.0)
-    if activation == Activation.RELU6:
-        return clamp(x, 0.0, 6.0)
-    if activation == Activation.HARDSWISH:
-        return w.fmul(x, w.fdiv(clamp(w.fadd(x, vector(3.0)), 0.0, 6.0), vector(6.0)))
-    if activation == Activation.SILU:
-        return w.fdiv(x, w.fadd(vector(1.0), _exponential(w, w.fneg(x))))
-    return x
+def _clamped(w: Writer, x: Value, low: Value, high: Value) -> Value:
+    """Return a vector with its elements limited. NaN stays NaN."""
+    x = w.select(w.fcmp_ordered("<", x, low), low, x)
+    return w.select(w.fcmp_ordered(">", x, high), high, x)
+
+
+class _Epilogue:
+    """Writes what follows the sums: the activation."""
+
+    def __init__(self, w: Writer, job: _Job) -> None:
+        self._w = w
+        self._activation = job.activation
+        self._low, self._high = (w.spread(w.bitcast(w.trunc(getattr(job, n), I32), F32)) for n in ("low", "high"))
+        self._smooth = w.icmp_signed("<", integer(Activation.RELU6), self._activation)
+
+    def __call__(self, sums: Sequence[Value]) -> list[Value]:
+        w = self._w
+        clamped = [_clamped(w, x, self._low, self._high) for x in sums]
+        before = w.block
+        with w.if_then(self._smooth):
+            smooth = [w.call(w.function_.module.get_global("smooth"), [x, self._activation]) for x in sums]
+            inside = w.block
+        return [w.either(VECTOR, (x, before), (y, inside)) for x, y in zip(clamped, smooth, strict=True)]
 
 
 def _exponential(w: Writer, x: Value) -> Value:
@@ -161,35 +182,24 @@ def _exponential(w: Writer, x: Value) -> Value:
     return w.select(low, vector(0.0), w.select(high, vector(float("inf")), sum_))
 
 
-def _by_activation(w: Writer, job: _Job, write: Any) -> None:
-    """Write code for each activation, and choose between them when it runs."""
-    after = w.append_basic_block("activated")
-    choice = w.switch(job.activation, after)
-    for activation in Activation:
-        block = w.append_basic_block(activation.name)
-        choice.add_case(ir.Constant(I64, int(activation)), block)
-        w.position_at_end(block)
-        write(activation)
-        w.branch(after)
-    w.position_at_end(after)
-
-
 def _write_tile(module: ir.Module, rows: int, width: int) -> ir.Function:
     """Write a function that computes blocks of output channels for a tile of some vectors.
 
-    Its parameters: the job, the grid, the offset of the output, the first vector, the index of the first contiguous
-    output (or -1), the first block and the last.
+    Its parameters: the job, the grid, the output and the residual of the image, the first vector, the index of the first
+    contiguous output (or -1), the first block and the last.
     """
-    w = Writer(module, f"tile_{rows}_{width}", [POINTER, POINTER, I64, I64, I64, I64, I64])
+    w = Writer(module, f"tile_{rows}_{width}", [POINTER, POINTER, POINTER, POINTER, I64, I64, I64, I64])
     w.function_.attributes.add("noinline")
-    pointer, grid, output_at, first, plain, begin, end = w.arguments
+    pointer, grid, output, residual, first, plain, begin, end = w.arguments
     job = _Job(w, pointer)
     maximum = rows == 0
     height = max(1, rows)
     positions = [w.at(grid, w.index(job.pointer("position"), w.add(first, integer(t)))) for t in range(width)]
     offsets, values, starts, bias = (job.pointer(name) for name in ("offsets", "values", "block_start", "bias"))
-    output, row_size, residual = job.pointer("output"), job.output_row, job.pointer("residual")
+    segments, lanes, outputs = (job.pointer(name) for name in ("segment_start", "segment_lanes", "segment_output"))
+    row_size = job.output_row
     has_residual = w.icmp_signed("!=", job.residual, integer(0))
+    epilogue = _Epilogue(w, job)
 
     def block(i: Value) -> None:
         row = w.mul(i, integer(height))
@@ -209,7 +219,7 @@ def _write_tile(module: ir.Module, rows: int, width: int) -> ir.Function:
 
         sums = w.loop(w.index(starts, i), w.index(starts, w.add(i, integer(1))), add, sums)
         for r in range(height):
-            at = w.add(output_at, w.mul(w.add(row, integer(r)), row_size))
+            at = w.mul(w.add(row, integer(r)), row_size)
             store(at, sums[r * width : (r + 1) * width])
 
     def store(at: Value, sums: Sequence[Value]) -> None:
@@ -226,59 +236,26 @@ def _write_tile(module: ir.Module, rows: int, width: int) -> ir.Function:
         with w.if_then(has_residual):
             added = [w.fadd(value, w.floats(residual, place)) for value, place in zip(sums, places, strict=True)]
             inside = w.block
-        values = []
-        for value, sum_ in zip(sums, added, strict=True):
-            phi = w.phi(VECTOR)
-            phi.add_incoming(value, before)
-            phi.add_incoming(sum_, inside)
-            values.append(phi)
-
-        def write(activation: Activation) -> None:
-            for value, place in zip(values, places, strict=True):
-                w.put(_activated(w, value, activation), output, place)
-
-        _by_activation(w, job, write)
+        totals = [w.either(VECTOR, (a, before), (b, inside)) for a, b in zip(sums, added, strict=True)]
+        for value, place in zip(epilogue(totals), places, strict=True):
+            w.put(value, output, place)
 
     def store_segments(at: Value, which: Value, value: Value) -> None:
-        start, lanes, outputs = (job.pointer(name) for name in ("segment_start", "segment_lanes", "segment_output"))
-
         def segment(s: Value) -> None:
             place = w.add(at, w.index(outputs, s))
-            bits = w.trunc(w.load(w.at(lanes, s, I32), typ=I32), ir.IntType(LANES))
-            mask = w.bitcast(bits, ir.VectorType(I1, LANES))
+            mask = w.mask(w.load(w.at(lanes, s, I32), typ=I32))
             before = w.block
             with w.if_then(has_residual):
-                other = w.call_intrinsic(
-                    f"llvm.masked.load.v{LANES}f32.p0",
-                    [w.at(residual, place), *_ALIGNMENT, mask, vector(0.0)],
-                    VECTOR,
-                    [POINTER, *_ALIGNMENT_KIND, mask.type, VECTOR],
-                )
-                added = w.fadd(value, other)
+                added = w.fadd(value, w.some_floats(residual, place, mask))
                 inside = w.block
-            total = w.phi(VECTOR)
-            total.add_incoming(value, before)
-            total.add_incoming(added, inside)
+            (total,) = epilogue([w.either(VECTOR, (value, before), (added, inside))])
+            w.put_some(total, output, place, mask)
 
-            def write(activation: Activation) -> None:
-                w.call_intrinsic(
-                    f"llvm.masked.store.v{LANES}f32.p0",
-                    [_activated(w, total, activation), w.at(output, place), *_ALIGNMENT, mask],
-                    ir.VoidType(),
-                    [VECTOR, POINTER, *_ALIGNMENT_KIND, mask.type],
-                )
-
-            _by_activation(w, job, write)
-
-        w.loop(w.index(start, which), w.index(start, w.add(which, integer(1))), segment)
+        w.loop(w.index(segments, which), w.index(segments, w.add(which, integer(1))), segment)
 
     w.loop(begin, end, block)
     w.ret_void()
     return w.function_
-
-
-_ALIGNMENT = (ir.Constant(I32, 4),)
-_ALIGNMENT_KIND = (I32,)
 
 
 def _largest(w: Writer, a: Value, b: Value) -> Value:
@@ -296,37 +273,96 @@ def _write_copy(module: ir.Module) -> ir.Function:
     w.function_.attributes.add("noinline")
     pointer, source, target = w.arguments
     job = _Job(w, pointer)
-    targets, sources, begins, counts = (
-        job.pointer(name) for name in ("row_target", "row_source", "row_begin", "row_count")
-    )
-    width, stride = job.grid_width, job.stride
+    targets, sources, counts = (job.pointer(name) for name in ("row_target", "row_source", "row_count"))
+    stride, size, rows = job.stride, job.grid_plane, job.grid_rows
+    input_image, grid_image = job.plane_image, job.grid_image
     fill = w.bitcast(w.trunc(job.fill, I32), F32)
-    fills = w.spread(fill)
+    evens = [2 * lane for lane in range(LANES // 2)] + [2 * lane + 1 for lane in range(LANES // 2, LANES)]
 
-    def pad(at: Value, begin: Value, end: Value) -> None:
-        w.loop(begin, end, lambda i: w.put(fill, at, i))
+    def padding() -> None:
+        fills, whole = w.spread(fill), w.sub(size, w.srem(size, integer(LANES)))
+        w.loop(integer(0), whole, lambda i: w.put(fills, target, i), step=LANES)
+        w.loop(whole, size, lambda i: w.put(fill, target, i))
 
     def image(b: Value) -> None:
-        x, y = w.at(source, w.mul(b, job.plane_image)), w.at(target, w.mul(b, job.grid_image))
+        x, y = w.at(source, w.mul(b, input_image)), w.at(target, w.mul(b, grid_image))
 
         def row(r: Value) -> None:
-            at = w.at(y, w.index(targets, r))
-            begin, count, place = w.index(begins, r), w.index(counts, r), w.index(sources, r)
-            pad(at, integer(0), begin)
-            whole = w.sub(count, w.urem(count, integer(LANES)))
-            inner = w.at(at, begin)
-            from_ = w.at(x, place)
-            with w.if_else(w.icmp_signed("==", stride, integer(1))) as (dense, strided):
-                with dense:
-                    w.loop(integer(0), whole, lambda i: w.put(w.floats(from_, i), inner, i), step=LANES)
-                    w.loop(whole, count, lambda i: w.put(w.float_(from_, i), inner, i))
-                with strided:
-                    w.loop(integer(0), count, lambda i: w.put(w.float_(from_, w.mul(i, stride)), inner, i))
-            pad(at, w.add(begin, count), width)
+            from_, to, count = w.at(x, w.index(sources, r)), w.at(y, w.index(targets, r)), w.index(counts, r)
+            rest = w.srem(count, integer(LANES))
+            whole = w.sub(count, rest)
+            lanes = w.lanes(rest)
 
-        w.loop(integer(0), job.grid_rows, row)
+            def next_to_each_other() -> None:
+                w.loop(integer(0), whole, lambda i: w.put(w.floats(from_, i), to, i), step=LANES)
+                with w.if_then(w.icmp_signed("<", integer(0), rest)):
+                    w.put_some(w.some_floats(from_, whole, w.mask(lanes)), to, whole, w.mask(lanes))
 
+            def every_second() -> None:
+                def sixteen(i: Value) -> None:
+                    first = w.mul(i, integer(2))
+                    low, high = w.floats(from_, first), w.floats(from_, w.add(first, integer(LANES - 1)))
+                    w.put(w.shuffled(low, high, evens), to, i)
+
+                w.loop(integer(0), whole, sixteen, step=LANES)
+                with w.if_then(w.icmp_signed("<", integer(0), rest)):
+                    read = w.lanes(w.sub(w.mul(rest, integer(2)), integer(1)))
+                    first = w.mul(whole, integer(2))
+                    low = w.some_floats(from_, first, w.mask(read))
+                    high = w.some_floats(
+                        from_, w.add(first, integer(LANES - 1)), w.mask(w.lshr(read, ir.Constant(I32, LANES - 1)))
+                    )
+                    w.put_some(w.shuffled(low, high, evens), to, whole, w.mask(lanes))
+
+            def apart() -> None:
+                w.loop(integer(0), count, lambda i: w.put(w.float_(from_, w.mul(i, stride)), to, i))
+
+            w.choose(stride, {1: next_to_each_other, 2: every_second}, apart)
+
+        w.loop(integer(0), rows, row)
+
+    padding()
     w.loop(integer(0), job.plane_images, image)
+    w.ret_void()
+    return w.function_
+
+
+def _write_transpose(module: ir.Module) -> ir.Function:
+    """Write a function that transposes a matrix.
+
+    Its parameters: the matrix, floats from a row to the next, the result, floats from a row to the next, the rows of the
+    matrix and its columns.
+    """
+    w = Writer(module, "transpose", [POINTER, I64, POINTER, I64, I64, I64])
+    w.function_.attributes.add("noinline")
+    source, source_row, target, target_row, rows, columns = w.arguments
+    whole_rows = w.sub(rows, w.srem(rows, integer(LANES)))
+    whole_columns = w.sub(columns, w.srem(columns, integer(LANES)))
+
+    def block(i: Value, j: Value) -> None:
+        x = [w.floats(source, w.add(w.mul(w.add(i, integer(k)), source_row), j)) for k in range(LANES)]
+        for step in (8, 4, 2, 1):  # swap the blocks of this size beside the diagonal
+            low = [lane if not lane & step else lane - step + LANES for lane in range(LANES)]
+            high = [lane + step if not lane & step else lane + LANES for lane in range(LANES)]
+            y = list(x)
+            for k in range(LANES):
+                if not k & step:
+                    y[k], y[k + step] = w.shuffled(x[k], x[k + step], low), w.shuffled(x[k], x[k + step], high)
+            x = y
+        for k in range(LANES):
+            w.put(x[k], target, w.add(w.mul(w.add(j, integer(k)), target_row), i))
+
+    def one(i: Value, j: Value) -> None:
+        w.put(w.float_(source, w.add(w.mul(i, source_row), j)), target, w.add(w.mul(j, target_row), i))
+
+    w.loop(
+        integer(0),
+        whole_columns,
+        lambda j: w.loop(integer(0), whole_rows, lambda i: block(i, j), step=LANES) and None,
+        step=LANES,
+    )
+    w.loop(whole_columns, columns, lambda j: w.loop(integer(0), whole_rows, lambda i: one(i, j)) and None)
+    w.loop(integer(0), columns, lambda j: w.loop(whole_rows, rows, lambda i: one(i, j)) and None)
     w.ret_void()
     return w.function_
 
@@ -335,6 +371,7 @@ def _write_worker(
     module: ir.Module,
     tiles: dict[tuple[int, int], ir.Function],
     copy: ir.Function,
+    transpose: ir.Function,
     products: ir.Function,
     openmp: dict[str, ir.Function],
 ) -> ir.Function:
@@ -362,49 +399,61 @@ def _write_worker(
         w.ret_void()
     pairs = w.mul(job.images, job.groups)
     apart = w.icmp_signed(">=", pairs, team)  # each thread has images or groups of its own
-    scratch = w.at(job.pointer("scratch"), w.select(apart, w.mul(me, job.grid_floats), integer(0)))
+    scratch = w.at(job.pointer("scratch"), w.select(apart, w.mul(me, job.scratch_floats), integer(0)))
     number = w.select(apart, integer(0), me)
     count = w.select(apart, integer(1), team)
     first = w.select(apart, w.sdiv(w.mul(pairs, me), team), integer(0))
     last = w.select(apart, w.sdiv(w.mul(pairs, w.add(me, integer(1))), team), pairs)
     together = w.icmp_signed(">", count, integer(1))
     copies, groups = job.copies, job.groups
-    copied = w.icmp_signed(">", copies, integer(0))
+    channels, tokens = job.channels, job.tokens
+    copied, of_tokens = (w.icmp_signed(">", value, integer(0)) for value in (copies, tokens))
+    direct = w.not_(w.or_(copied, of_tokens))
 
     def wait() -> None:
         with w.if_then(together):
             w.call(openmp["GOMP_barrier"], [])
 
+    def mine_of(n: Value) -> tuple[Value, Value]:
+        return w.sdiv(w.mul(n, number), count), w.sdiv(w.mul(n, w.add(number, integer(1))), count)
+
     def pair(i: Value) -> None:
         image, group = w.sdiv(i, groups), w.srem(i, groups)
-        x_at = w.add(w.mul(image, job.input_image), w.mul(group, job.input_group))
-        x = w.at(job.pointer("input"), x_at)
+        x = w.at(job.pointer("input"), w.add(w.mul(image, job.input_image), w.mul(group, job.input_group)))
+        output_at = w.mul(image, job.output_image)
+        y, residual = (w.at(job.pointer(name), output_at) for name in ("output", "residual"))
         with w.if_then(copied):
 
             def plane(c: Value) -> None:
                 source = w.at(x, w.mul(c, job.input_plane))
                 w.call(copy, [pointer, source, w.at(scratch, w.mul(c, job.grid_plane))])
 
-            w.loop(w.sdiv(w.mul(copies, number), count), w.sdiv(w.mul(copies, w.add(number, integer(1))), count), plane)
+            w.loop(*mine_of(copies), plane)
             wait()
-        grid = w.select(copied, scratch, x)
+        with w.if_then(of_tokens):
+            begin, end = mine_of(w.sdiv(w.add(channels, integer(LANES - 1)), integer(LANES)))
+            begin, end = w.mul(begin, integer(LANES)), w.smaller(w.mul(end, integer(LANES)), channels)
+            width = job.output_row
+            source, target = w.at(x, begin), w.at(scratch, w.mul(begin, width))
+            w.call(transpose, [source, channels, target, width, tokens, w.sub(end, begin)])
+            wait()
+        grid = w.select(direct, x, scratch)
+        y = w.select(of_tokens, w.at(scratch, job.grid_floats), y)
         base = w.mul(group, job.group_blocks)
-        output_at = w.mul(image, job.output_image)
-        with w.if_else(w.icmp_signed("==", job.block_rows, integer(1))) as (single, other):
-            with single:
-                items(1, grid, output_at, base)
-            with other, w.if_else(w.icmp_signed("==", job.block_rows, integer(0))) as (maximum, blocks):
-                with maximum:
-                    items(0, grid, output_at, base)
-                with blocks:
-                    items(4, grid, output_at, base)
-        with w.if_then(copied):
+        w.choose(job.block_rows, {rows: functools.partial(items, rows, grid, y, residual, base) for rows in (0, 1, 4)})
+        with w.if_then(of_tokens):
+            wait()
+            begin, end = mine_of(w.sdiv(w.add(job.output_rows, integer(LANES - 1)), integer(LANES)))
+            begin, end = w.mul(begin, integer(LANES)), w.smaller(w.mul(end, integer(LANES)), job.output_rows)
+            source = w.at(y, w.mul(begin, job.output_row))
+            target = w.at(w.at(job.pointer("output"), output_at), begin)
+            w.call(transpose, [source, job.output_row, target, job.output_rows, w.sub(end, begin), tokens])
+        with w.if_then(w.not_(direct)):
             wait()  # before the grid is filled again
 
-    def items(rows: int, grid: Value, output_at: Value, base: Value) -> None:
+    def items(rows: int, grid: Value, y: Value, residual: Value, base: Value) -> None:
         size = TILE[max(1, rows)]
         tiles_ = w.sdiv(w.add(job.vectors, integer(size - 1)), integer(size))
-        all_items = w.mul(tiles_, shares)
 
         def item(j: Value) -> None:
             share, tile = w.sdiv(j, tiles_), w.srem(j, tiles_)
@@ -413,18 +462,10 @@ def _write_worker(
             end = w.add(base, w.index(starts, w.add(share, integer(1))))
             plain = w.index(job.pointer("plain"), tile)
             width = w.smaller(integer(size), w.sub(job.vectors, first))
-            after = w.append_basic_block("after")
-            choice = w.switch(width, after)
-            for n in range(1, size + 1):
-                block = w.append_basic_block("width")
-                choice.add_case(ir.Constant(I64, n), block)
-                w.position_at_end(block)
-                w.call(tiles[rows, n], [pointer, grid, output_at, first, plain, begin, end])
-                w.branch(after)
-            w.position_at_end(after)
+            arguments = [pointer, grid, y, residual, first, plain, begin, end]
+            w.choose(width, {n: functools.partial(w.call, tiles[rows, n], arguments) for n in range(1, size + 1)})
 
-        begin = w.sdiv(w.mul(all_items, number), count)
-        w.loop(begin, w.sdiv(w.mul(all_items, w.add(number, integer(1))), count), item)
+        w.loop(*mine_of(w.mul(tiles_, shares)), item)
 
     w.loop(first, last, pair)
     w.ret_void()
@@ -442,6 +483,7 @@ def _write_products(module: ir.Module) -> ir.Function:
     x, y = job.pointer("input"), job.pointer("output")
     offsets, values, starts, bias = (job.pointer(name) for name in ("offsets", "values", "block_start", "bias"))
     zero = ir.Constant(F32, 0.0)
+    epilogue = _Epilogue(w, job)
     parallel = 8  # sums at once, because a sum waits for the one before
 
     def row(i: Value) -> None:
@@ -461,12 +503,8 @@ def _write_products(module: ir.Module) -> ir.Function:
         while len(sums) > 1:
             sums = [w.fadd(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
         (total,) = w.loop(whole, last, lambda p, s: [product(p, s)], sums)
-        total = w.fadd(total, w.float_(bias, i))
-
-        def write(activation: Activation) -> None:
-            w.put(w.extract_element(_activated(w, w.spread(total), activation), ir.Constant(I32, 0)), y, i)
-
-        _by_activation(w, job, write)
+        (result,) = epilogue([w.spread(w.fadd(total, w.float_(bias, i)))])
+        w.put(w.extract_element(result, ir.Constant(I32, 0)), y, i)
 
     w.loop(begin, end, row)
     w.ret_void()
@@ -485,12 +523,15 @@ def module() -> ir.Module:
     """Return the kernel in LLVM's intermediate representation."""
     module = ir.Module("feather_param")
     openmp = {name: ir.Function(module, kind, name) for name, kind in OPENMP.items()}
+    _write_smooth(module)
     tiles = {
         (rows, width): _write_tile(module, rows, width)
         for rows in (0, 1, 4)
         for width in range(1, TILE[max(1, rows)] + 1)
     }
-    worker = _write_worker(module, tiles, _write_copy(module), _write_products(module), openmp)
+    worker = _write_worker(
+        module, tiles, _write_copy(module), _write_transpose(module), _write_products(module), openmp
+    )
     for function in module.functions:
         if not function.is_declaration and function.name != "run":
             function.linkage = "internal"

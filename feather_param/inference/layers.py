@@ -22,7 +22,12 @@ class SparseLayer(nn.Module):
     values: Tensor
     bias: Tensor
 
-    def __init__(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, activation: str = "identity", rows: int | None = None) -> None:
+    def __init__(
+        self,
+        layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d,
+        activation: str = "identity",
+        rows: int | None = None,
+    ) -> None:
         super().__init__()
         self.activation = activation
         weight = layer.weight.detach()
@@ -37,7 +42,14 @@ class SparseLayer(nn.Module):
                 self.padding, padding = padding, (0,) * len(padding)
             before, after = padding[-2::-2], padding[-1::-2]
             self.geometry = Geometry(
-                weight.shape[1], weight.shape[0], layer.groups, layer.kernel_size, layer.stride, layer.dilation, before, after
+                weight.shape[1],
+                weight.shape[0],
+                layer.groups,
+                layer.kernel_size,
+                layer.stride,
+                layer.dilation,
+                before,
+                after,
             )
             self.dims = len(layer.kernel_size)
         matrix = weight.reshape(weight.shape[0], -1)
@@ -49,7 +61,9 @@ class SparseLayer(nn.Module):
         self.register_buffer("crow", F.pad(counts.cumsum(0), (1, 0)).int())
         self.register_buffer("col", col.int())
         self.register_buffer("values", blocks[block, :, col].contiguous() if self.rows > 1 else matrix[block, col])
-        self.register_buffer("bias", weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone())
+        self.register_buffer(
+            "bias", weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
+        )
         self._plans: dict[Any, Plan] = {}
 
     def extra_repr(self) -> str:

@@ -56,12 +56,10 @@ class Grid:
 
     phases: int
     image: int  # floats in a phase of an image
-    width: int  # of a row
-    # Of each row of an image: its place in the grid, the place of its first element in the image, the number of padding
-    # zeros before it, and the number of elements. Zeros fill the rest.
+    # Of each row of an image that is not padding: the place of its first element in the grid and in the image, and the
+    # number of elements.
     target: _Int32
     source: _Int32
-    begin: _Int32
     count: _Int32
 
 
@@ -139,16 +137,14 @@ def _grid(
             at = [j * s + low - pad for j, s, low, pad in outer]
             target = i * size * images + _dot(index, steps)
             if count and all(0 <= a < n for a, n in zip(at, sizes[:-1], strict=True)):
-                table.append((target, _dot(at, inner) + first, begin, count))
-            else:
-                table.append((target, 0, 0, 0))
+                table.append((target + begin, _dot(at, inner) + first, count))
     window = [
         phases[tuple(tap % s for tap, s in zip(place, g.stride, strict=True))] * size * images
         + _dot([tap // s for tap, s in zip(place, g.stride, strict=True)], steps)
         for place in itertools.product(*taps)
     ]
     rows = [i * size + _dot(index, steps) for i in range(images) for index in itertools.product(*map(range, out[:-1]))]
-    grid = Grid(len(phases), size, extents[-1], *np.array(table, np.int32).T.copy())
+    grid = Grid(len(phases), size, *np.array(table, np.int32).reshape(-1, 3).T.copy())
     return grid, np.array(window), np.array(rows)
 
 

@@ -6,7 +6,7 @@ vector into as many registers as the processor needs for it (one with AVX-512, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llvmlite import binding, ir
@@ -15,6 +15,7 @@ LANES = 16  # floats in a vector
 
 I1, I32, I64, F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR = ir.VectorType(F32, LANES)
+MASK = ir.VectorType(I1, LANES)
 POINTER = ir.PointerType()
 VOID = ir.VoidType()
 _LOOSE_ALIGNMENT = 4  # bytes: vectors are loaded from the address of any float
@@ -76,6 +77,53 @@ class Writer(ir.IRBuilder):
         """Return a vector of 16 times a float."""
         one = self.insert_element(ir.Constant(VECTOR, ir.Undefined), value, ir.Constant(I32, 0))
         return self.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
+
+    def shuffled(self, a: Value, b: Value, lanes: Sequence[int]) -> Value:
+        """Return lanes of two vectors; those of the second are counted from 16."""
+        return self.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, LANES), list(lanes)))
+
+    def either(self, kind: Any, *values: tuple[Value, Any]) -> Value:
+        """Return the value of the block that ran before this one, given as (value, block)."""
+        phi = self.phi(kind)
+        for value, block in values:
+            phi.add_incoming(value, block)
+        return phi
+
+    def lanes(self, n: Value) -> Value:
+        """Return an integer of 32 bits whose n lowest bits are 1, for n < 32."""
+        one = ir.Constant(I32, 1)
+        return self.sub(self.shl(one, self.trunc(n, I32)), one)
+
+    def choose(
+        self, value: Value, cases: Mapping[int, Callable[[], object]], otherwise: Callable[[], object] = lambda: None
+    ) -> None:
+        """Write code for each value of an integer, and for all others."""
+        other, after = (self.append_basic_block(name) for name in ("otherwise", "after"))
+        choice = self.switch(value, other)
+        for number, write in cases.items():
+            block = self.append_basic_block("case")
+            choice.add_case(integer(number), block)
+            self.position_at_end(block)
+            write()
+            self.branch(after)
+        self.position_at_end(other)
+        otherwise()
+        self.branch(after)
+        self.position_at_end(after)
+
+    def mask(self, bits: Value) -> Value:
+        """Return the low bits of an integer as a mask of lanes."""
+        return self.bitcast(self.trunc(bits, ir.IntType(LANES)), MASK)
+
+    def some_floats(self, pointer: Value, index: Value, mask: Value) -> Value:
+        """Load the floats of a mask from an index; the others are zero, and their memory is not read."""
+        arguments = [self.at(pointer, index), ir.Constant(I32, _LOOSE_ALIGNMENT), mask, vector(0.0)]
+        return self.call_intrinsic(f"llvm.masked.load.v{LANES}f32.p0", arguments, VECTOR, [POINTER, I32, MASK, VECTOR])
+
+    def put_some(self, value: Value, pointer: Value, index: Value, mask: Value) -> None:
+        """Store the floats of a mask at an index."""
+        arguments = [value, self.at(pointer, index), ir.Constant(I32, _LOOSE_ALIGNMENT), mask]
+        self.call_intrinsic(f"llvm.masked.store.v{LANES}f32.p0", arguments, VOID, [VECTOR, POINTER, I32, MASK])
 
     def call_intrinsic(self, name: str, arguments: Sequence[Value], result: Any, kinds: Sequence[Any]) -> Value:
         """Call a function of LLVM."""

@@ -21,14 +21,13 @@ _Fields = ctypes.c_int64 * len(Slot)
 class Plan:
     def __init__(self) -> None:
         self.out: Sizes = ()
-        self.calls: list[tuple[Any, int, int, int, Any]] = []  # template, input offset, output offset, scratch floats, keep
+        self.calls: list[
+            tuple[Any, int, int, int, Any]
+        ] = []  # template, input offset, output offset, scratch floats, keep
 
     def run(self, x: Tensor, y: Tensor, residual: Tensor | None) -> None:
         run = kernel.compiled().run
         a, b = x.data_ptr(), y.data_ptr()
-        if self.transposed is not None:
-            self._run_linear(x, y, run)
-            return
         for fields, i, o, floats, _ in self.calls:
             job = _Fields.from_buffer_copy(fields)
             job[Slot.input], job[Slot.output] = a + i, b + o
@@ -39,30 +38,11 @@ class Plan:
                 job[Slot.scratch] = scratch.data_ptr()
             run(job)
 
-    def _run_linear(self, x: Tensor, y: Tensor, run: Any) -> None:
-        batch = self.transposed
-        x, y = x.view(batch, -1), y.view(batch, -1)
-        n = 0
-        for fields, images, pixels, _, _ in self.calls:
-            m = min(images * pixels, batch - n)
-            t = x.new_zeros(images, x.shape[1], pixels) if m < images * pixels else x.new_empty(images, x.shape[1], pixels)
-            if m < images * pixels:
-                t[0, :, :m] = x[n:].t()
-            else:
-                t.copy_(x[n : n + m].view(images, pixels, -1).transpose(1, 2))
-            u = x.new_empty(images, y.shape[1], pixels)
-            job = _Fields.from_buffer_copy(fields)
-            job[Slot.input], job[Slot.output] = t.data_ptr(), u.data_ptr()
-            run(job)
-            y[n : n + m].copy_(u.transpose(1, 2).reshape(images * pixels, -1)[:m]) if m < images * pixels else y[n : n + m].view(images, pixels, -1).copy_(u.transpose(1, 2))
-            n += m
-
 
 def plan(layer: Any, batch: int, sizes: Sizes | None) -> Plan:
     g = layer.geometry
     threads = torch.get_num_threads()
     p = Plan()
-    p.transposed = None
     if sizes is None:
         if batch == 1 and layer.rows == 1:
             fields, keep = _fields(layer, threads)
@@ -71,13 +51,28 @@ def plan(layer: Any, batch: int, sizes: Sizes | None) -> Plan:
             _set(fields, keep, offsets=offsets.numpy(), vectors=0, shares=threads, share_start=shares)
             p.calls.append((bytes(fields), 0, 0, 0, keep))
             return p
-        p.transposed = batch
         tokens = _TOKENS if g.channels <= 2048 else 32
         full, rest = divmod(batch, tokens)
-        for images, pixels in ((full, tokens), (1, -(-rest // 16) * 16)):
-            if images and pixels:
-                fields, keep, l = _call(layer, images, (pixels,), threads)
-                p.calls.append((bytes(fields), images, pixels, 0, keep))
+        for images, rows, start in ((full, tokens, 0), (1, rest, full * tokens)):
+            if images and rows:
+                pixels = -(-rows // 16) * 16
+                fields, keep, _ = _call(layer, images, (pixels,), threads)
+                size = (g.channels + g.out_channels) * pixels
+                _set(
+                    fields,
+                    keep,
+                    tokens=rows,
+                    channels=g.channels,
+                    output_rows=g.out_channels,
+                    scratch_floats=size,
+                    grid_floats=g.channels * pixels,
+                    input_image=rows * g.channels,
+                    output_image=rows * g.out_channels,
+                    output_row=pixels,
+                )
+                p.calls.append(
+                    (bytes(fields), start * g.channels * 4, start * g.out_channels * 4, threads * size, keep)
+                )
         return p
     l = layout(g, batch, sizes)
     p.out = l.out
@@ -107,30 +102,61 @@ def _call(layer: Any, batch: int, sizes: Sizes, threads: int) -> tuple[Any, list
     shares = threads if not apart and threads > 1 and tiles < 8 * threads else 1
     start = _shares(layer.crow.numpy(), shares) if shares > 1 else np.array([0, blocks], np.int32)
     _set(
-        fields, keep,
+        fields,
+        keep,
         offsets=l.offsets.astype(np.int32)[layer.col.numpy()],
-        images=images, input_image=g.channels * g.groups * pixels * l.images, output_image=g.out_channels * outputs * l.images,
-        output_row=outputs, groups=g.groups, input_group=g.channels * pixels, group_blocks=blocks, block_rows=layer.rows,
-        shares=shares, share_start=start, vectors=len(l.position), position=l.position,
-        segment_start=l.segment_start, segment_output=l.segment_output, segment_lanes=l.segment_lanes, plain=l.plain(tile),
+        images=images,
+        input_image=g.channels * g.groups * pixels * l.images,
+        output_image=g.out_channels * outputs * l.images,
+        output_row=outputs,
+        groups=g.groups,
+        input_group=g.channels * pixels,
+        group_blocks=blocks,
+        block_rows=layer.rows,
+        shares=shares,
+        share_start=start,
+        vectors=len(l.position),
+        position=l.position,
+        segment_start=l.segment_start,
+        segment_output=l.segment_output,
+        segment_lanes=l.segment_lanes,
+        plain=l.plain(tile),
     )
     if l.grid is not None:
         grid = l.grid
         _set(
-            fields, keep,
-            copies=g.channels, plane_images=l.images, plane_image=g.channels * g.groups * pixels, input_plane=pixels,
-            grid_plane=grid.phases * grid.image * l.images, grid_image=grid.image, grid_width=grid.width,
-            grid_floats=g.channels * grid.phases * grid.image * l.images, grid_rows=len(grid.target),
-            row_target=grid.target, row_source=grid.source, row_begin=grid.begin, row_count=grid.count,
-            stride=g.stride[-1], fill=0,
+            fields,
+            keep,
+            copies=g.channels,
+            plane_images=l.images,
+            plane_image=g.channels * g.groups * pixels,
+            input_plane=pixels,
+            grid_plane=grid.phases * grid.image * l.images,
+            grid_image=grid.image,
+            scratch_floats=g.channels * grid.phases * grid.image * l.images,
+            grid_rows=len(grid.target),
+            row_target=grid.target,
+            row_source=grid.source,
+            row_count=grid.count,
+            stride=g.stride[-1],
+            fill=0,
         )
     return fields, keep, l
 
 
 def _fields(layer: Any, threads: int) -> tuple[Any, list[Any]]:
     fields, keep = _Fields(), []
-    _set(fields, keep, threads=threads, block_start=layer.crow.numpy(), values=layer.values.numpy(), bias=layer.bias.numpy(),
-         activation=int(Activation[layer.activation.upper()]))
+    _set(
+        fields,
+        keep,
+        threads=threads,
+        block_start=layer.crow.numpy(),
+        values=layer.values.numpy(),
+        bias=layer.bias.numpy(),
+        activation=int(Activation[layer.activation.upper()]),
+        low=_bits(LIMITS.get(layer.activation, _NONE)[0]),
+        high=_bits(LIMITS.get(layer.activation, _NONE)[1]),
+    )
     return fields, keep
 
 
@@ -146,3 +172,11 @@ def _shares(crow: Any, shares: int) -> Any:
     """Divide blocks such that each share has about as many nonzeros."""
     work = crow + np.arange(len(crow)) * 3
     return np.searchsorted(work, np.linspace(0, work[-1], shares + 1)).astype(np.int32)
+
+
+_NONE = (-math.inf, math.inf)
+LIMITS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+
+
+def _bits(x: float) -> int:
+    return int(np.float32(x).view(np.int32))
