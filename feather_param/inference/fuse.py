@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils.parametrize import is_parametrized
 
+from feather_param.inference import nodes
 from feather_param.inference.fit import unfit
 from feather_param.inference.folding import Norm, folded
 from feather_param.inference.tracing import Recorder, Untraceable, require_agreement, traced
@@ -31,18 +31,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
 }
 """The activations by name. They may change their input in place. ``"gelu"`` is the exact one, with erf."""
-
-_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.GELU: "gelu"}
-_FUNCTIONS: dict[Any, str] = {
-    **dict.fromkeys([F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"], "relu"),
-    F.relu6: "relu6",
-    F.silu: "silu",
-    F.hardswish: "hardswish",
-    F.gelu: "gelu",
-}
-_ADDITIONS = {operator.add: False, torch.add: False, "add": False, operator.iadd: True, "add_": True}  # in place?
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_DROPOUT_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 class FusedLayer(nn.Module):
@@ -97,9 +85,14 @@ class _Chain:
 
     nodes: list[fx.Node]
     norms: list[Norm] = field(default_factory=list)
+    checks: list[fx.Node] = field(default_factory=list)  # of the number of dimensions, which FusedLayer checks
     addition: fx.Node | None = None
     residual: fx.Node | None = None
     activation: str = "identity"
+
+    def add(self, node: fx.Node) -> fx.Node:
+        self.nodes.append(node)
+        return node
 
 
 def fused(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[fx.GraphModule | None, str]:
@@ -135,8 +128,9 @@ class _Fuser:
 
     def fuse(self, name: str) -> fx.GraphModule:
         for node in self.graph.nodes:
-            if self._is_identity(node):
-                node.replace_all_uses_with(_input(node, only=False))  # pyright: ignore[reportArgumentType]
+            same = nodes.unchanged(node, self.modules)
+            if same is not None:
+                node.replace_all_uses_with(same)
                 self.graph.erase_node(node)
         targets = self._layers()
         calls = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
@@ -150,7 +144,10 @@ class _Fuser:
                 self.graph.erase_node(node)
             elif node.op in ("get_attr", "call_module") and node.target not in members:
                 members[node.target] = operator.attrgetter(node.target)(self.root)
-        return fx.GraphModule(members, self.graph, class_name=name).eval()
+        try:
+            return fx.GraphModule(members, self.graph, class_name=name).eval()
+        except Exception as error:  # for example, it has a module of the name of an attribute of GraphModule
+            raise Untraceable(f"its graph cannot be made a module: {error}") from error
 
     def _layers(self) -> set[str]:
         """Return the names of the layers to replace: those that nothing but their own calls uses."""
@@ -159,7 +156,7 @@ class _Fuser:
         used = {self.modules[name.rpartition(".")[0]] for name in read}  # by a tensor of theirs
         for name in {str(node.target) for node in calls} | (read & self.modules.keys()):
             used.update(itertools.islice(self.modules[name].modules(), name not in read, None))
-        odd = {node.target for node in calls if _input(node) is None}
+        odd = {node.target for node in calls if nodes.only_input(node) is None}
         layers = {str(node.target): self.modules[node.target] for node in calls if node.target not in odd}
         return {
             name
@@ -172,23 +169,28 @@ class _Fuser:
         chain = _Chain([node])
         layer: Any = self.modules[str(node.target)]
         dims = 2 if isinstance(layer, nn.Linear) else 2 + len(layer.kernel_size)
-        after = _only_user(node)
+        checks = nodes.dims_checks(node, dims)
+        after = nodes.only_user(node, checks)
         while after is not None and len(self.values[node][0]) == dims:
             norm = self._norm(after)
             if norm is None or folded(layer, [*chain.norms, norm]) is None:
                 break
             chain.norms.append(norm)
-            chain.nodes.append(after)
-            after = _only_user(after)
+            chain.add(after)
+            after = nodes.only_user(after)
+        if chain.norms:
+            chain.checks = checks
+        else:
+            after = nodes.only_user(node)
         residual = after and self._residual(after, chain)
-        if residual and after:
-            chain.addition, chain.residual = after, residual
-            chain.nodes.append(after)
-            after = _only_user(after)
-        activation = after and self._activation(after, chain.nodes[-1])
-        if activation and after:
+        if after and residual:
+            chain.residual = residual
+            chain.addition = chain.add(after)
+            after = nodes.only_user(after)
+        activation = after and nodes.activation(after, self.modules)
+        if after and activation:
             chain.activation = activation
-            chain.nodes.append(after)
+            chain.add(after)
         return chain
 
     def _joined(self, node: fx.Node, chain: _Chain) -> FusedLayer:
@@ -197,19 +199,19 @@ class _Fuser:
         dims = len(self.values[node][0]) if chain.norms else None
         # Without an addition, the call stays where it was. With one, no node between changes its input (_residual).
         with self.graph.inserting_before(chain.addition or node):
-            args = (_input(node),) if chain.residual is None else (_input(node), chain.residual)
+            args = (nodes.only_input(node),) if chain.residual is None else (nodes.only_input(node), chain.residual)
             call = self.graph.call_module(str(node.target), args)
         chain.nodes[-1].replace_all_uses_with(call)
         self.values[call] = self.values[chain.nodes[-1]]
-        for old in reversed(chain.nodes):
+        for old in [*chain.checks, *reversed(chain.nodes)]:
             self.graph.erase_node(old)
         return FusedLayer(folded(layer, chain.norms) if chain.norms else layer, chain.activation, dims)
 
     def _norm(self, node: fx.Node) -> Norm | None:
         """Return a batch norm that can be folded."""
-        if node.op == "call_module" and _input(node) is not None:
+        if node.op == "call_module" and nodes.only_input(node) is not None:
             module = self.modules[str(node.target)]
-            return Norm.of(module) if _plain(module) else None
+            return Norm.of(module) if nodes.plain(module) else None
         if node.op != "call_function" or node.target is not F.batch_norm:
             return None
         given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
@@ -219,19 +221,15 @@ class _Fuser:
 
     def _value(self, argument: Any) -> Any:
         """Return a constant argument: a number, or a tensor of the model."""
-        return operator.attrgetter(argument.target)(self.root) if _is_attribute(argument) else argument
+        if isinstance(argument, fx.Node) and argument.op == "get_attr":
+            return operator.attrgetter(str(argument.target))(self.root)
+        return argument
 
     def _residual(self, node: fx.Node, chain: _Chain) -> fx.Node | None:
         """Return the other operand of an addition that the chain can do."""
-        in_place = _ADDITIONS.get(node.target) if node.op in ("call_function", "call_method") else None
-        tail, alpha = chain.nodes[-1], node.kwargs.get("alpha", 1)
-        if in_place is None or len(node.args) != 2 or node.kwargs.keys() - {"alpha"} or type(alpha) is not int:
-            return None
-        first, second = node.args
-        other = second if first is tail else first
-        if alpha != 1 or not isinstance(other, fx.Node) or other is tail or (in_place and first is not tail):
-            return None
-        if self.values.get(other) != self.values[tail] or self.values[tail][1] != torch.float32:
+        other = nodes.addend(node, chain.nodes[-1])
+        value = self.values[chain.nodes[-1]]
+        if other is None or self.values.get(other) != value or value[1] != torch.float32:
             return None
         between = chain.nodes[0].next
         while between is not node:
@@ -239,50 +237,3 @@ class _Fuser:
                 return None
             between = between.next
         return other
-
-    def _activation(self, node: fx.Node, tail: fx.Node) -> str | None:
-        if node.op == "call_module":
-            module: Any = self.modules[str(node.target)]
-            name = _MODULES.get(type(module)) if _plain(module) and _input(node) is tail else None
-            return None if name == "gelu" and module.approximate != "none" else name
-        if node.op not in ("call_function", "call_method") or _input(node, only=False) is not tail:
-            return None
-        approximate = node.kwargs.get("approximate", "none")
-        return _FUNCTIONS.get(node.target) if len(node.all_input_nodes) == 1 and approximate == "none" else None
-
-    def _is_identity(self, node: fx.Node) -> bool:
-        """Return whether a node gives back its input in eval mode."""
-        if node.op == "call_module":
-            module = self.modules[str(node.target)]
-            dropout = type(module) in _DROPOUTS or type(module).__name__ == "StochasticDepth"
-            identity = type(module) is nn.Identity or (dropout and not module.training)
-            return identity and _plain(module) and _input(node) is not None
-        if node.op != "call_function" or not isinstance(_input(node, only=False), fx.Node):
-            return False
-        if node.target in _DROPOUT_FUNCTIONS or getattr(node.target, "__name__", "") == "stochastic_depth":
-            given = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # pyright: ignore[reportArgumentType]
-            given.apply_defaults()
-            return given.arguments.get("training") is False
-        return False
-
-
-def _plain(module: nn.Module) -> bool:
-    """Return whether calling a module calls its class's forward, and nothing else."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return not hooks and "forward" not in vars(module) and not is_parametrized(module)
-
-
-def _input(node: fx.Node, only: bool = True) -> fx.Node | None:
-    """Return the first argument of a call, or None if it has others."""
-    values = [*node.args, *node.kwargs.values()]
-    if not values or (only and len(values) != 1) or not isinstance(values[0], fx.Node):
-        return None
-    return values[0] if node.args or next(iter(node.kwargs)) == "input" else None
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _is_attribute(value: Any) -> bool:
-    return isinstance(value, fx.Node) and value.op == "get_attr"
