@@ -1,0 +1,284 @@
+"""Trace a model in eval mode with torch.fx, so that the graph computes what the model computes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import operator
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Attribute
+from torch.utils import _pytree as pytree
+
+from feather_param.selection.weights import LINEAR_AND_CONV
+
+_TRACED, _FUSED = 1e-5, 1e-3  # of the largest output: the rounding of equal steps, and of folded ones in a deep network
+_SEED = 7340033  # a random number that was recorded as a constant differs from those of this seed
+_FIXED = (type(None), bool, str, torch.dtype, torch.device)  # values on which a forward usually branches
+_NUMBERS = (int, float)
+
+
+class Untraceable(Exception):
+    """The reason why a model has no graph."""
+
+
+class Recorder(fx.Interpreter):
+    """Run a graph and remember the outputs' shapes and types, and which nodes change one of their inputs in place.
+
+    Attributes:
+        values: the shape and dtype of each node whose output is a tensor.
+        writes: the nodes that change a tensor in place.
+    """
+
+    graph: fx.Graph
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(root, graph=graph)
+        self.values: dict[fx.Node, tuple[torch.Size, torch.dtype]] = {}
+        self.writes: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        inputs = [value for value in map(self.env.get, n.all_input_nodes) if value is not None]
+        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        versions = [tensor._version for tensor in tensors]
+        output = super().run_node(n)
+        if [tensor._version for tensor in tensors] != versions:
+            self.writes.add(n)
+        if isinstance(output, Tensor):
+            self.values[n] = output.shape, output.dtype
+        return output
+
+
+def traced(model: nn.Module, arguments: tuple[Any, ...], leaf: tuple[type, ...] = ()) -> tuple[nn.Module, Recorder]:
+    """Trace a model and run the graph once.
+
+    Arguments that the example does not give keep their defaults, and None, bools and strings keep their values. The
+    graph raises a ValueError for other values. All other control flow that depends on the inputs is refused.
+
+    Args:
+        model: a model in eval mode. It is not changed.
+        arguments: the positional arguments of a call.
+        leaf: further classes of modules that are called, not traced.
+
+    Returns:
+        A copy of the model that shares its Parameters and buffers, and the record of a run of its graph.
+
+    Raises:
+        Untraceable: there is no such graph, or it does not give the model's outputs.
+    """
+    if _hooked(model):
+        raise Untraceable("the model has hooks")
+    if any(getattr(nn.modules.module, f"_global_forward{kind}hooks") for kind in ("_", "_pre_")):
+        raise Untraceable("there are hooks for all modules")
+    if "forward" in vars(model) or type(model).__call__ is not nn.Module.__call__:
+        raise Untraceable("its forward or __call__ was replaced")
+    tracer = Tracer(_named(model, arguments), leaf)
+    if tracer.is_leaf_module(model, ""):
+        raise Untraceable("the model is a single layer")
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # tracing may set attributes
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            recorder = Recorder(twin, tracer.trace(twin))
+        versions = [tensor._version for tensor in tensors]
+        outputs = _outputs(recorder.run, arguments)
+    except Exception as error:
+        raise Untraceable(f"it cannot be traced: {_line(error)}") from error
+    if [tensor._version for tensor in tensors] != versions:
+        raise Untraceable("its forward changes its Parameters or buffers")
+    _require_equal(outputs, _outputs(model, arguments), _TRACED)
+    return twin, recorder
+
+
+def require_agreement(graph: nn.Module, model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Raise Untraceable unless a graph gives the model's outputs, up to rounding, also for a batch twice as large."""
+    _require_equal(_outputs(graph, arguments), _outputs(model, arguments), _FUSED)
+    double = _doubled(arguments)
+    try:
+        expected = _outputs(model, double)
+    except Exception:
+        return  # the model takes no other batch
+    try:
+        outputs = _outputs(graph, double)
+    except Exception as error:
+        raise Untraceable(f"its graph holds for one batch size only: {_line(error)}") from error
+    _require_equal(outputs, expected, _FUSED)
+
+
+def require_fixed(value: Any, name: str, expected: Any) -> None:
+    """Raise a ValueError unless an argument has the value for which the model was traced."""
+    if type(value) is not type(expected) or value != expected:
+        raise ValueError(
+            f"expected {name}={expected!r}, as in the example, got {type(value).__name__}; "
+            f"convert the model again, with {name} in the example"
+        )
+
+
+def require_tensor(value: Any, name: str) -> None:
+    """Raise a TypeError unless an argument is a tensor, as in the example for which the model was traced."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"expected {name} to be a tensor, as in the example, got {type(value).__name__}; "
+            "convert the model again, with such an example"
+        )
+
+
+def _outputs(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Return the outputs of a call on copies of tensors, which it may change in place, with fixed random numbers."""
+    copies = [value.detach().clone() if isinstance(value, Tensor) else value for value in arguments]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        return call(*copies)
+
+
+def _require_equal(outputs: Any, expected: Any, tolerance: float) -> None:
+    """Raise Untraceable unless all outputs are equal, up to a fraction of each tensor's largest value."""
+    (got, form), (wanted, same_form) = pytree.tree_flatten(outputs), pytree.tree_flatten(expected)
+    try:
+        equal = form == same_form and all(map(_close, got, wanted, itertools.repeat(tolerance)))
+    except Exception as error:
+        raise Untraceable(f"its outputs cannot be compared: {_line(error)}") from error
+    if not equal:
+        raise Untraceable("its graph gives other outputs; part of its forward is not recorded")
+
+
+def _close(got: Any, wanted: Any, tolerance: float) -> bool:
+    if not isinstance(got, Tensor) or not isinstance(wanted, Tensor):
+        return type(got) is type(wanted) and bool(got == wanted)
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return False
+    if not wanted.dtype.is_floating_point and not wanted.dtype.is_complex:
+        return tolerance == _FUSED or torch.equal(got, wanted)  # rounding may change an argmax
+    finite = wanted.isfinite()
+    largest = float(wanted[finite].abs().max()) if bool(finite.any()) else 0.0
+    return torch.allclose(got, wanted, rtol=0.0, atol=tolerance * largest, equal_nan=True)
+
+
+def _doubled(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments with two batches in one, where the first dimension is that of the first tensor."""
+    batch = next((len(value) for value in arguments if isinstance(value, Tensor) and value.dim()), 0)
+
+    def double(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != batch:
+            return value
+        return torch.cat([value, value / 2 if value.is_floating_point() else value])
+
+    return tuple(map(double, arguments))
+
+
+def _named(model: nn.Module, arguments: tuple[Any, ...]) -> Mapping[str, Any]:
+    """Return the example's arguments by name."""
+    signature = inspect.signature(type(model).forward)
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
+        raise Untraceable("its forward takes *args or **kwargs")
+    try:
+        named = signature.bind(model, *arguments).arguments
+    except TypeError as error:
+        raise Untraceable(_line(error)) from error
+    return dict(itertools.islice(named.items(), 1, None))
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, None) for name in hooks)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class Tracer(fx.Tracer):
+    """The tracer of torch.fx, with in-place operators, and with the arguments of an example.
+
+    torch pickles the class with a graph, and makes a tracer without arguments to read the graph again.
+    """
+
+    trace_asserts = True
+    proxy_buffer_attributes = True
+
+    def __init__(self, named: Mapping[str, Any] | None = None, leaf: tuple[type, ...] = ()) -> None:
+        super().__init__()
+        self._named = named
+        self._leaf = (*LINEAR_AND_CONV, torch.jit.ScriptModule, *leaf)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        own_forward = type(m).forward is nn.BatchNorm2d.forward  # a subclass with torch's forward
+        hooked = _hooked(m)  # a traced hook would see no values
+        return isinstance(m, self._leaf) or hooked or own_forward or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        inputs = {}
+        for parameter in itertools.islice(inspect.signature(root_fn).parameters.values(), 1, None):
+            inputs[parameter.name] = self._input(parameter)
+        return lambda root: root_fn(root, **inputs), [self.root]
+
+    def _input(self, parameter: inspect.Parameter) -> Any:
+        name, default = parameter.name, parameter.default
+        absent = self._named is not None and name not in self._named
+        if self._named is None or absent:
+            node = self.create_proxy("placeholder", name, () if default is parameter.empty else (default,), {})
+        else:
+            node = self.create_proxy("placeholder", name, (), {})
+        if self._named is None:
+            return node
+        value = default if absent else self._named[name]
+        if isinstance(value, _FIXED) or (absent and isinstance(value, _NUMBERS)):
+            self._require(require_fixed, node, name, value)
+            return value
+        if isinstance(value, Tensor):
+            self._require(require_tensor, node, name)
+        elif not isinstance(value, _NUMBERS):
+            raise Untraceable(f"its argument {name} is a {type(value).__name__}")
+        return node
+
+    def _require(self, function: Callable[..., None], *args: Any) -> None:
+        self.create_proxy("call_function", function, args, {}).node.meta["is_wrapped"] = True
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def apply(self: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return apply
+
+
+_OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+    "matmul",
+)
+_IN_PLACE = {f"__i{name}__": _in_place(getattr(operator, f"__i{name}__")) for name in _OPERATORS}
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that records ``a += b`` as in place. fx.Proxy records ``a + b``, so that other names of `a` differ."""
+
+    vars().update(_IN_PLACE)
+
+    def __getattr__(self, k: str) -> Attribute:
+        return _Attribute(self, k)
+
+
+class _Attribute(Attribute):
+    vars().update(_IN_PLACE)
