@@ -20,7 +20,7 @@ _Fields = ctypes.c_int64 * len(Slot)
 
 class Plan:
     def __init__(self) -> None:
-        self.out: Sizes = ()
+        self.shape: Sizes = ()
         self.calls: list[
             tuple[Any, int, int, int, Any]
         ] = []  # template, input offset, output offset, scratch floats, keep
@@ -39,15 +39,19 @@ class Plan:
             run(job)
 
 
-def plan(layer: Any, batch: int, sizes: Sizes | None) -> Plan:
+def plan(layer: Any, leading: Sizes, sizes: Sizes, threads: int) -> Plan:
     g = layer.geometry
-    threads = torch.get_num_threads()
     p = Plan()
-    if sizes is None:
+    batch = math.prod(leading)
+    if batch == 0:
+        p.shape = (*leading, g.out_channels, *(g.output_sizes(sizes) if layer.dims else ()))
+        return p
+    if not layer.dims:
+        p.shape = (*leading, g.out_channels)
         if batch == 1 and layer.rows == 1:
             fields, keep = _fields(layer, threads)
-            offsets = layer.col
-            shares = _shares(layer.crow.numpy(), threads)
+            offsets = layer.columns
+            shares = _shares(layer.block_start.numpy(), threads)
             _set(fields, keep, offsets=offsets.numpy(), vectors=0, shares=threads, share_start=shares)
             p.calls.append((bytes(fields), 0, 0, 0, keep))
             return p
@@ -75,7 +79,7 @@ def plan(layer: Any, batch: int, sizes: Sizes | None) -> Plan:
                 )
         return p
     l = layout(g, batch, sizes)
-    p.out = l.out
+    p.shape = (*leading, g.out_channels, *l.out)
     full, rest = divmod(batch, l.images)
     ins, outs = 4 * math.prod(sizes) * g.channels * g.groups, 4 * math.prod(l.out) * g.out_channels
     for n, start in ((full * l.images, 0), (rest, full * l.images)):
@@ -100,11 +104,11 @@ def _call(layer: Any, batch: int, sizes: Sizes, threads: int) -> tuple[Any, list
     apart = images * g.groups >= threads
     blocks = g.out_channels // g.groups // layer.rows
     shares = threads if not apart and threads > 1 and tiles < 8 * threads else 1
-    start = _shares(layer.crow.numpy(), shares) if shares > 1 else np.array([0, blocks], np.int32)
+    start = _shares(layer.block_start.numpy(), shares) if shares > 1 else np.array([0, blocks], np.int32)
     _set(
         fields,
         keep,
-        offsets=l.offsets.astype(np.int32)[layer.col.numpy()],
+        offsets=l.offsets.astype(np.int32)[layer.columns.numpy()],
         images=images,
         input_image=g.channels * g.groups * pixels * l.images,
         output_image=g.out_channels * outputs * l.images,
@@ -150,10 +154,10 @@ def _fields(layer: Any, threads: int) -> tuple[Any, list[Any]]:
         fields,
         keep,
         threads=threads,
-        block_start=layer.crow.numpy(),
+        block_start=layer.block_start.numpy(),
         values=layer.values.numpy(),
         bias=layer.bias.numpy(),
-        activation=int(Activation[layer.activation.upper()]),
+        activation=int(Activation[layer.activation.upper()]) if layer.activation in NATIVE_ACTIVATIONS else 0,
         low=_bits(LIMITS.get(layer.activation, _NONE)[0]),
         high=_bits(LIMITS.get(layer.activation, _NONE)[1]),
     )
@@ -175,6 +179,7 @@ def _shares(crow: Any, shares: int) -> Any:
 
 
 _NONE = (-math.inf, math.inf)
+NATIVE_ACTIVATIONS = frozenset(a.name.lower() for a in Activation)
 LIMITS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
