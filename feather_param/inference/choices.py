@@ -8,13 +8,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-import feather_param
-
 from feather_param.files.safetensors import open_container, parse_json
 from feather_param.utils.extras import extra
 from feather_param.utils.text import printable
 
-METADATA = "feather_param inference"  # key of a sparse file's metadata
+_KEY = "feather_param inference"  # of a sparse file's metadata
 _NETWORKS = ("dense", "fused", "sparse")
 
 
@@ -32,9 +30,10 @@ class Choices:
     network: str  # "dense": the model as it is; "fused": with folded batch norms; "sparse": with sparse layers too
     sparse: tuple[str, ...]  # names of the sparse layers
 
-    def to_json(self) -> str:
-        """Return the choices as text."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The choices as metadata of a safetensors file."""
+        return {_KEY: json.dumps(asdict(self), separators=(",", ":"))}
 
     @property
     def hold_here(self) -> bool:
@@ -68,7 +67,7 @@ def load_choices(path: str | os.PathLike[str]) -> Choices | None:
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"expected a path, got {type(path).__name__}")
-    text = (open_container(path).metadata() or {}).get(METADATA)
+    text = (open_container(path).metadata() or {}).get(_KEY)
     if text is None:
         return None
     try:

@@ -178,9 +178,7 @@ def _put(slots: list[_Slot], sparse: bool) -> None:
         modules[key] = pair[sparse]
 
 
-def _timed(
-    model: nn.Module, body: nn.ModuleList, slots: list[_Slot], arguments: tuple[Any, ...]
-) -> dict[str, float]:
+def _timed(model: nn.Module, body: nn.ModuleList, slots: list[_Slot], arguments: tuple[Any, ...]) -> dict[str, float]:
     """Return the milliseconds of the model, of the fused one, and of that with sparse layers."""
 
     def run(sparse: bool) -> None:

@@ -78,9 +78,7 @@ class SparseLayer(nn.Module):
         g = self.geometry
         window = f", window={g.kernel_size}" if self.dims else ""
         nonzeros = int(self.values.count_nonzero())
-        return (
-            f"{g.channels * g.groups}, {g.out_channels}{window}, nonzeros={nonzeros}, activation={self.activation!r}"
-        )
+        return f"{g.channels * g.groups}, {g.out_channels}{window}, nonzeros={nonzeros}, activation={self.activation!r}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": {}}

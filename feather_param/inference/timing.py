@@ -68,14 +68,14 @@ def seconds_of(calls: Mapping[str, Callable[[], object]], budget: float = _NETWO
 
     Args:
         calls: functions by name.
-        budget: seconds after which no further round begins. There are at least 5 rounds and at most 50.
+        budget: seconds after which no further round begins. There are at least 3 rounds and at most 50.
     """
     shortest = dict.fromkeys(calls, float("inf"))
     for call in calls.values():
         call()  # the first call takes longer
     end = time.perf_counter() + budget
     for i in range(50):
-        if i >= 5 and time.perf_counter() > end:
+        if i >= 3 and time.perf_counter() > end:
             break
         for name, call in calls.items():
             start = time.perf_counter()
