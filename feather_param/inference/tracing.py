@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import operator
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -67,7 +68,9 @@ def traced(model: nn.Module, arguments: tuple[Any, ...], leaf: tuple[type, ...] 
         raise Untraceable("the model has hooks")
     if any(getattr(nn.modules.module, f"_global_forward{kind}hooks") for kind in ("_", "_pre_")):
         raise Untraceable("there are hooks for all modules")
-    if "forward" in vars(model) or type(model).__call__ is not nn.Module.__call__:
+    if "forward" in vars(model) or (
+        type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule)
+    ):
         raise Untraceable("its forward or __call__ was replaced")
     tracer = Tracer(_named(model, arguments), leaf)
     if tracer.is_leaf_module(model, ""):
@@ -78,8 +81,13 @@ def traced(model: nn.Module, arguments: tuple[Any, ...], leaf: tuple[type, ...] 
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             recorder = Recorder(twin, tracer.trace(twin))
+        for node in recorder.graph.nodes:
+            if node.op == "get_attr" and isinstance(operator.attrgetter(node.target)(twin), fx.Proxy):
+                raise Untraceable(f"its forward changes {node.target}")
         versions = [tensor._version for tensor in tensors]
         outputs = _outputs(recorder.run, arguments)
+    except Untraceable:
+        raise
     except Exception as error:
         raise Untraceable(f"it cannot be traced: {_line(error)}") from error
     if [tensor._version for tensor in tensors] != versions:
@@ -115,7 +123,8 @@ def _require_equal(outputs: Any, expected: Any, tolerance: float) -> None:
     """Raise Untraceable unless all outputs are equal, up to a fraction of each tensor's largest value."""
     (got, form), (wanted, same_form) = pytree.tree_flatten(outputs), pytree.tree_flatten(expected)
     try:
-        equal = form == same_form and all(map(_close, got, wanted, itertools.repeat(tolerance)))
+        same = form == same_form or tolerance == _TRACED  # a Recorder's lists and dicts are those of torch.fx
+        equal = same and len(got) == len(wanted) and all(map(_close, got, wanted, itertools.repeat(tolerance)))
     except Exception as error:
         raise Untraceable(f"its outputs cannot be compared: {_line(error)}") from error
     if not equal:
