@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from feather_param.inference import nodes
 from feather_param.inference.fit import unfit
 from feather_param.inference.folding import Norm, folded
-from feather_param.inference.tracing import Recorder, Untraceable, require_agreement, traced
+from feather_param.inference.tracer import Untraceable
+from feather_param.inference.tracing import Recorder, require_agreement, traced
 from feather_param.selection.weights import LINEAR_AND_CONV
 
 __all__ = ["ACTIVATIONS", "FusedLayer", "fused"]

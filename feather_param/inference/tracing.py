@@ -12,19 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
-from feather_param.selection.weights import LINEAR_AND_CONV
+from feather_param.inference.tracer import Tracer, Untraceable, hooked
 
 _TRACED, _FUSED = 1e-5, 1e-3  # of the largest output: the rounding of equal steps, and of folded ones in a deep network
 _SEED = 7340033  # a random number that was recorded as a constant differs from those of this seed
-_FIXED = (type(None), bool, str, torch.dtype, torch.device)  # values on which a forward usually branches
-_NUMBERS = (int, float)
-
-
-class Untraceable(Exception):
-    """The reason why a model has no graph."""
 
 
 class Recorder(fx.Interpreter):
@@ -71,11 +64,13 @@ def traced(model: nn.Module, arguments: tuple[Any, ...], leaf: tuple[type, ...] 
     Raises:
         Untraceable: there is no such graph, or it does not give the model's outputs.
     """
-    if _hooked(model):
+    if hooked(model):
         raise Untraceable("the model has hooks")
     if any(getattr(nn.modules.module, f"_global_forward{kind}hooks") for kind in ("_", "_pre_")):
         raise Untraceable("there are hooks for all modules")
-    if "forward" in vars(model) or type(model).__call__ is not nn.Module.__call__:
+    if "forward" in vars(model) or (
+        type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule)
+    ):
         raise Untraceable("its forward or __call__ was replaced")
     tracer = Tracer(_named(model, arguments), leaf)
     if tracer.is_leaf_module(model, ""):
@@ -86,8 +81,13 @@ def traced(model: nn.Module, arguments: tuple[Any, ...], leaf: tuple[type, ...] 
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             recorder = Recorder(twin, tracer.trace(twin))
+        for node in recorder.graph.nodes:
+            if node.op == "get_attr" and isinstance(operator.attrgetter(node.target)(twin), fx.Proxy):
+                raise Untraceable(f"its forward changes {node.target}")
         versions = [tensor._version for tensor in tensors]
         outputs = _outputs(recorder.run, arguments)
+    except Untraceable:
+        raise
     except Exception as error:
         raise Untraceable(f"it cannot be traced: {_line(error)}") from error
     if [tensor._version for tensor in tensors] != versions:
@@ -111,24 +111,6 @@ def require_agreement(graph: nn.Module, model: nn.Module, arguments: tuple[Any, 
     _require_equal(outputs, expected, _FUSED)
 
 
-def require_fixed(value: Any, name: str, expected: Any) -> None:
-    """Raise a ValueError unless an argument has the value for which the model was traced."""
-    if type(value) is not type(expected) or value != expected:
-        raise ValueError(
-            f"expected {name}={expected!r}, as in the example, got {type(value).__name__}; "
-            f"convert the model again, with {name} in the example"
-        )
-
-
-def require_tensor(value: Any, name: str) -> None:
-    """Raise a TypeError unless an argument is a tensor, as in the example for which the model was traced."""
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"expected {name} to be a tensor, as in the example, got {type(value).__name__}; "
-            "convert the model again, with such an example"
-        )
-
-
 def _outputs(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Return the outputs of a call on copies of tensors, which it may change in place, with fixed random numbers."""
     copies = [value.detach().clone() if isinstance(value, Tensor) else value for value in arguments]
@@ -141,7 +123,8 @@ def _require_equal(outputs: Any, expected: Any, tolerance: float) -> None:
     """Raise Untraceable unless all outputs are equal, up to a fraction of each tensor's largest value."""
     (got, form), (wanted, same_form) = pytree.tree_flatten(outputs), pytree.tree_flatten(expected)
     try:
-        equal = form == same_form and all(map(_close, got, wanted, itertools.repeat(tolerance)))
+        same = form == same_form or tolerance == _TRACED  # a Recorder's lists and dicts are those of torch.fx
+        equal = same and len(got) == len(wanted) and all(map(_close, got, wanted, itertools.repeat(tolerance)))
     except Exception as error:
         raise Untraceable(f"its outputs cannot be compared: {_line(error)}") from error
     if not equal:
@@ -184,101 +167,5 @@ def _named(model: nn.Module, arguments: tuple[Any, ...]) -> Mapping[str, Any]:
     return dict(itertools.islice(named.items(), 1, None))
 
 
-def _hooked(module: nn.Module) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name, None) for name in hooks)
-
-
 def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class Tracer(fx.Tracer):
-    """The tracer of torch.fx, with in-place operators, and with the arguments of an example.
-
-    torch pickles the class with a graph, and makes a tracer without arguments to read the graph again.
-    """
-
-    trace_asserts = True
-    proxy_buffer_attributes = True
-
-    def __init__(self, named: Mapping[str, Any] | None = None, leaf: tuple[type, ...] = ()) -> None:
-        super().__init__()
-        self._named = named
-        self._leaf = (*LINEAR_AND_CONV, torch.jit.ScriptModule, *leaf)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own_forward = type(m).forward is nn.BatchNorm2d.forward  # a subclass with torch's forward
-        hooked = _hooked(m)  # a traced hook would see no values
-        return isinstance(m, self._leaf) or hooked or own_forward or super().is_leaf_module(m, module_qualified_name)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        inputs = {}
-        for parameter in itertools.islice(inspect.signature(root_fn).parameters.values(), 1, None):
-            inputs[parameter.name] = self._input(parameter)
-        return lambda root: root_fn(root, **inputs), [self.root]
-
-    def _input(self, parameter: inspect.Parameter) -> Any:
-        name, default = parameter.name, parameter.default
-        absent = self._named is not None and name not in self._named
-        if self._named is None or absent:
-            node = self.create_proxy("placeholder", name, () if default is parameter.empty else (default,), {})
-        else:
-            node = self.create_proxy("placeholder", name, (), {})
-        if self._named is None:
-            return node
-        value = default if absent else self._named[name]
-        if isinstance(value, _FIXED) or (absent and isinstance(value, _NUMBERS)):
-            self._require(require_fixed, node, name, value)
-            return value
-        if isinstance(value, Tensor):
-            self._require(require_tensor, node, name)
-        elif not isinstance(value, _NUMBERS):
-            raise Untraceable(f"its argument {name} is a {type(value).__name__}")
-        return node
-
-    def _require(self, function: Callable[..., None], *args: Any) -> None:
-        self.create_proxy("call_function", function, args, {}).node.meta["is_wrapped"] = True
-
-
-def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    def apply(self: Any, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return apply
-
-
-_OPERATORS = (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-    "matmul",
-)
-_IN_PLACE = {f"__i{name}__": _in_place(getattr(operator, f"__i{name}__")) for name in _OPERATORS}
-
-
-class _Proxy(fx.Proxy):
-    """A proxy that records ``a += b`` as in place. fx.Proxy records ``a + b``, so that other names of `a` differ."""
-
-    vars().update(_IN_PLACE)
-
-    def __getattr__(self, k: str) -> Attribute:
-        return _Attribute(self, k)
-
-
-class _Attribute(Attribute):
-    vars().update(_IN_PLACE)
