@@ -54,7 +54,7 @@ def to_sparse_inference(
             machine with the same number of threads. Otherwise they are ignored.
 
     Returns:
-        The copy, and a report whose ``str()`` is a table. If the model was traced, the copy is a `torch.fx.GraphModule`.
+        The copy, and a report whose ``str()`` is a table. A model that was traced becomes a `torch.fx.GraphModule`.
 
     Raises:
         TypeError: ``model`` is no `nn.Module` or a scripted one, ``example_input`` is no tensor or tuple, or
@@ -85,10 +85,10 @@ def to_sparse_inference(
     if choices is not None and not choices.hold_here:
         notes.append(f"timed again: the choices are for {printable(choices.machine)}, {choices.threads} threads")
         choices = None
-    plain = copy.deepcopy(model).requires_grad_(False)
     with torch.no_grad():
-        graph, untraced = fused(plain, arguments)
-        body = nn.ModuleList([plain if graph is None else graph])  # a parent for a model that is itself a layer
+        graph, untraced = fused(model, arguments, verify=choices is None)
+        twin = _sharing_tensors(model) if graph is None else graph
+        body = nn.ModuleList([twin])  # a parent for a model that is itself a layer
         if graph is None:
             notes.append(f"not fused: {untraced}")
         found = {name: layer for name, layer in _candidates(body[0]).items() if not reasons.get(name)}
@@ -105,7 +105,8 @@ def to_sparse_inference(
             best = _best(milliseconds)
             choices = Choices(machine(), torch.get_num_threads(), best, tuple(swaps) if best == "sparse" else ())
         _put(slots, choices.network == "sparse")
-    network = plain if choices.network == "dense" else body[0]
+    kept: dict[int, Any] = {id(new): new for new in swaps.values()}
+    network = copy.deepcopy(model if choices.network == "dense" else body[0], kept).requires_grad_(False)
     rows = tuple(
         _row(name, layer, trials.get(name), reasons[name], swaps.get(name), choices) for name, layer in layers.items()
     )
@@ -139,6 +140,11 @@ def _checked(model: Any, example_input: Any) -> tuple[Any, ...]:
             got = f"{printable(name or 'the model')} in training mode"
             raise ValueError(f"expected a model in eval mode, got {got}; call model.eval() first")
     return example_input if isinstance(example_input, tuple) else (example_input,)
+
+
+def _sharing_tensors(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that shares its Parameters and buffers."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _candidates(body: nn.Module) -> dict[str, nn.Module]:
