@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from feather_param.inference.fuse import ACTIVATIONS, FusedLayer
 from feather_param.inference.layout import Geometry, Sizes
-from feather_param.inference.plan import NATIVE_ACTIVATIONS, Plan, plan
+from feather_param.inference.plan import NATIVE_ACTIVATIONS, Plan
 
 __all__ = ["SparseLayer"]
 
@@ -129,7 +129,7 @@ class SparseLayer(nn.Module):
         threads = torch.get_num_threads()
         found = self._plans.get((x.shape, threads))
         if found is None:
-            found = self._plans[x.shape, threads] = self._plan(x.shape, threads)
+            found = self._plans[x.shape, threads] = self._plan(x.shape)
         output = x.new_empty(found.shape)
         if residual is not None and (not self.dims or residual.shape != output.shape):
             return self._added(input, residual)
@@ -140,13 +140,13 @@ class SparseLayer(nn.Module):
     # second.
     forward._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
 
-    def _plan(self, shape: torch.Size, threads: int) -> Plan:
+    def _plan(self, shape: torch.Size) -> Plan:
         """Return the plan for a shape of the input."""
         leading = shape[: len(shape) - 1 - self.dims]
         channels = self.geometry.channels * self.geometry.groups
         if shape[len(leading) : len(leading) + 1] != (channels,) or (self.dims and len(leading) > 1):
             raise ValueError(f"expected {channels} input channels, got a tensor of shape {tuple(shape)}")
-        return plan(self, leading, shape[len(leading) + 1 :], threads)
+        return Plan(self, leading, shape[len(leading) + 1 :])
 
     def _added(self, input: Tensor, residual: Tensor) -> Tensor:
         """Return the output where the kernel cannot do the addition."""

@@ -1,6 +1,7 @@
 """Where the kernel finds the inputs of a convolution and puts the outputs, for one shape of the input.
 
-See Note [A convolution is a sum of shifted rows] in `feather_param.inference.kernel`.
+See Note [A convolution is a sum of shifted rows] in `feather_param.inference.kernel`. Indices are int32 in the kernel,
+so that the grid of a group, and the output of the images that share it, have at most 2**31 floats.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-LANES = 16  # outputs that are computed together, in a vector
+from feather_param.inference.job import LANES
 
 Sizes = tuple[int, ...]
 _Int32 = NDArray[np.int32]
@@ -48,16 +49,15 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Grid:
-    """The memory into which a channel of some images is copied: [phases, images, *sizes of a phase].
+    """The memory into which a channel of some images is copied: [phases, images, *sizes of a phase], and a gap.
 
     A window of stride s moves by s pixels. The pixels are therefore grouped into phases: those of equal index modulo s,
     in each dimension. In a phase, the window moves by one pixel.
     """
 
-    phases: int
-    image: int  # floats in a phase of an image
-    # Of each row of an image that is not padding: the place of its first element in the grid and in the image, and the
-    # number of elements.
+    plane: int  # floats of a channel, with the gap
+    # Of each row of an image: the index of its first element in the grid and in the input, and the number of elements.
+    # What follows a row in the grid is padding. The last target is the end of the channel.
     target: _Int32
     source: _Int32
     count: _Int32
@@ -70,7 +70,7 @@ class Layout:
     out: Sizes  # sizes of the output
     images: int  # in a grid
     grid: Grid | None  # None: the input itself is used
-    offsets: NDArray[np.int64]  # of each column of the matrix, from the position
+    offsets: _Int32  # of each column of the matrix, from the position
     position: _Int32  # of each vector: of lane 0
     segment_start: _Int32
     segment_output: _Int32
@@ -80,15 +80,12 @@ class Layout:
         """Return, for each tile, the index of its first output if all its lanes are contiguous outputs, or else -1."""
         vectors = len(self.position)
         tiles = -(-vectors // tile)
-        found = np.full(tiles, -1, np.int32)
-        single = np.diff(self.segment_start) == 1
         first = self.segment_output[self.segment_start[:-1]]
-        whole = single & (self.segment_lanes[self.segment_start[:-1]] == 2**LANES - 1)
-        for i in range(tiles):
-            part = slice(i * tile, min(vectors, (i + 1) * tile))
-            if whole[part].all() and (np.diff(first[part]) == LANES).all():
-                found[i] = first[i * tile]
-        return found
+        whole = (np.diff(self.segment_start) == 1) & (self.segment_lanes[self.segment_start[:-1]] == 2**LANES - 1)
+        joined = np.append(False, np.diff(first) == LANES)  # with the vector before
+        joined[::tile] = True
+        good = np.append(whole & joined, np.ones(tiles * tile - vectors, bool)).reshape(tiles, tile).all(1)
+        return np.where(good, first[::tile], -1).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -97,21 +94,32 @@ def layout(geometry: Geometry, batch: int, sizes: Sizes) -> Layout:
 
     Args:
         geometry: of the convolution.
-        batch: images; a grid has at most so many.
+        batch: images, at least one; a grid has at most so many.
         sizes: of an image.
+
+    Raises:
+        ValueError: the padded input is smaller than the window, or an image is too large for the kernel.
     """
     out = geometry.output_sizes(sizes)
     channels, pixels, outputs = geometry.channels, math.prod(sizes), math.prod(out)
+    per_image = -(-outputs // LANES)
+    images = min(batch, 1 if per_image >= 4 else -(-8 // per_image))
+    _require_small(max(channels * geometry.groups * pixels, geometry.out_channels * outputs) * images, sizes)
     moves = {*geometry.kernel_size, *geometry.stride} != {1} or any(geometry.before + geometry.after)
     if not moves and pixels >= LANES:
         position = np.append(np.arange(0, pixels - LANES, LANES), pixels - LANES).astype(np.int32)
-        return Layout(out, 1, None, np.arange(channels) * pixels, position, *_contiguous(position, pixels))
-    per_image = -(-outputs // LANES)
-    images = min(batch, 1 if per_image >= 4 else -(-8 // per_image))
+        offsets = (np.arange(channels) * pixels).astype(np.int32)
+        return Layout(out, 1, None, offsets, position, *_contiguous(position))
     grid, window, rows = _grid(geometry, sizes, out, images)
-    offsets = np.arange(channels)[:, None] * (grid.image * images * grid.phases) + window
+    _require_small(channels * grid.plane, sizes)
+    offsets = (np.arange(channels)[:, None] * grid.plane + window).reshape(-1).astype(np.int32)
     first = np.arange(images)[:, None] * (geometry.out_channels * outputs) + np.arange(0, outputs, out[-1])
-    return Layout(out, images, grid, offsets.reshape(-1), *_vectors(rows, first.reshape(-1), out[-1]))
+    return Layout(out, images, grid, offsets, *_vectors(rows, first.reshape(-1), out[-1]))
+
+
+def _require_small(floats: int, sizes: Sizes) -> None:
+    if floats >= 2**31:
+        raise ValueError(f"expected an image of fewer than 2**31 floats, got one of size {sizes}; use smaller images")
 
 
 def _grid(
@@ -126,7 +134,10 @@ def _grid(
     remainders = [sorted({tap % s for tap in some}) for some, s in zip(taps, g.stride, strict=True)]
     phases = {phase: i for i, phase in enumerate(itertools.product(*remainders))}
     size = math.prod(extents)
-    table = []
+    end = len(phases) * images * size
+    plane = -(-end // LANES) * LANES + LANES  # the gap takes what vectors read and write beyond the end
+    _require_small(plane, sizes)
+    table = []  # targets, sources and counts of the rows of an image, in each phase
     for phase, i in phases.items():
         low, pad, s = phase[-1], g.before[-1], g.stride[-1]
         begin = max(0, -((low - pad) // s))  # first element of the row that is not padding
@@ -135,17 +146,24 @@ def _grid(
         for index in itertools.product(*map(range, extents[:-1])):
             outer = zip(index, g.stride[:-1], phase[:-1], g.before[:-1], strict=True)
             at = [j * s + low - pad for j, s, low, pad in outer]
-            target = i * size * images + _dot(index, steps)
             if count and all(0 <= a < n for a, n in zip(at, sizes[:-1], strict=True)):
-                table.append((target + begin, _dot(at, inner) + first, count))
+                table.append((i * size * images + _dot(index, steps) + begin, _dot(at, inner) + first, count))
+    one = np.array(table, np.int64).reshape(-1, 3)
+    number = np.arange(images)[:, None]
+    target = (one[:, 0] + number * size).reshape(-1)
+    source = (one[:, 1] + number * (g.channels * g.groups * math.prod(sizes))).reshape(-1)
+    order = np.argsort(target)
+    # A row without elements comes first, for the padding before the others.
+    rows = [np.append(0, numbers.reshape(-1)[order]) for numbers in (target, source, np.tile(one[:, 2], images))]
+    rows[0] = np.append(rows[0], end)
     window = [
         phases[tuple(tap % s for tap, s in zip(place, g.stride, strict=True))] * size * images
         + _dot([tap // s for tap, s in zip(place, g.stride, strict=True)], steps)
         for place in itertools.product(*taps)
     ]
-    rows = [i * size + _dot(index, steps) for i in range(images) for index in itertools.product(*map(range, out[:-1]))]
-    grid = Grid(len(phases), size, *np.array(table, np.int32).reshape(-1, 3).T.copy())
-    return grid, np.array(window), np.array(rows)
+    positions = number * size + [_dot(index, steps) for index in itertools.product(*map(range, out[:-1]))]
+    grid = Grid(plane, *(numbers.astype(np.int32) for numbers in rows))
+    return grid, np.array(window), positions.reshape(-1)
 
 
 def _dot(index: Sequence[int], steps: Sequence[int]) -> int:
@@ -153,7 +171,7 @@ def _dot(index: Sequence[int], steps: Sequence[int]) -> int:
     return sum(i * step for i, step in zip(index, steps, strict=False))
 
 
-def _contiguous(position: _Int32, pixels: int) -> tuple[_Int32, _Int32, _Int32]:
+def _contiguous(position: _Int32) -> tuple[_Int32, _Int32, _Int32]:
     """Return the segments of outputs that lie like the positions. The last vector repeats outputs of the one before."""
     n = len(position)
     return np.arange(n + 1, dtype=np.int32), position, np.full(n, 2**LANES - 1, np.int32)

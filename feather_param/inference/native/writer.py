@@ -1,6 +1,6 @@
-"""Write a function in LLVM's intermediate representation, and compile it for this processor.
+"""Write a function in LLVM's intermediate representation.
 
-`Writer` adds what the kernels need to llvmlite's `IRBuilder`: loops, loads and vectors of 16 floats. LLVM splits such a
+`Writer` adds what the kernel needs to llvmlite's `IRBuilder`: loops, loads and vectors of 16 floats. LLVM splits such a
 vector into as many registers as the processor needs for it (one with AVX-512, two with AVX2, four with NEON).
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 
-LANES = 16  # floats in a vector
+from feather_param.inference.job import LANES, Slot
 
 I1, I32, I64, F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR = ir.VectorType(F32, LANES)
@@ -82,6 +82,11 @@ class Writer(ir.IRBuilder):
         """Return lanes of two vectors; those of the second are counted from 16."""
         return self.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, LANES), list(lanes)))
 
+    def limited(self, x: Value, low: Value, high: Value) -> Value:
+        """Return a vector with its elements limited. NaN stays NaN."""
+        x = self.select(self.fcmp_ordered("<", x, low), low, x)
+        return self.select(self.fcmp_ordered(">", x, high), high, x)
+
     def either(self, kind: Any, *values: tuple[Value, Any]) -> Value:
         """Return the value of the block that ran before this one, given as (value, block)."""
         phi = self.phi(kind)
@@ -115,9 +120,9 @@ class Writer(ir.IRBuilder):
         """Return the low bits of an integer as a mask of lanes."""
         return self.bitcast(self.trunc(bits, ir.IntType(LANES)), MASK)
 
-    def some_floats(self, pointer: Value, index: Value, mask: Value) -> Value:
-        """Load the floats of a mask from an index; the others are zero, and their memory is not read."""
-        arguments = [self.at(pointer, index), ir.Constant(I32, _LOOSE_ALIGNMENT), mask, vector(0.0)]
+    def some_floats(self, pointer: Value, index: Value, mask: Value, others: Value) -> Value:
+        """Load the floats of a mask from an index. The other lanes are those of a vector; their memory is not read."""
+        arguments = [self.at(pointer, index), ir.Constant(I32, _LOOSE_ALIGNMENT), mask, others]
         return self.call_intrinsic(f"llvm.masked.load.v{LANES}f32.p0", arguments, VECTOR, [POINTER, I32, MASK, VECTOR])
 
     def put_some(self, value: Value, pointer: Value, index: Value, mask: Value) -> None:
@@ -189,30 +194,15 @@ class Writer(ir.IRBuilder):
         return values
 
 
-class MachineCode:
-    """A module that was compiled for this processor.
+class Job:
+    """Reads the fields of the job whose address is the first argument of a function."""
 
-    Args:
-        module: its functions can be called by their addresses while this object lives.
-    """
+    def __init__(self, writer: Writer) -> None:
+        self._writer, self.address = writer, writer.arguments[0]
 
-    def __init__(self, module: ir.Module) -> None:
-        binding.initialize_native_target()
-        binding.initialize_native_asmprinter()
-        cpu, features = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
-        machine = binding.Target.from_default_triple().create_target_machine(
-            cpu=cpu, features=features, opt=3, jit=True
-        )
-        module.triple = binding.get_process_triple()
-        compiled = binding.parse_assembly(str(module))
-        compiled.verify()
-        self.assembly = lambda: machine.emit_assembly(compiled)
-        options = binding.create_pipeline_tuning_options(speed_level=3)
-        passes = binding.create_pass_builder(machine, options)
-        passes.getModulePassManager().run(compiled, passes)
-        self._engine = binding.create_mcjit_compiler(compiled, machine)
-        self._engine.finalize_object()
+    def __getattr__(self, name: str) -> Value:
+        return self._writer.load(self._writer.at(self.address, integer(Slot[name]), I64), typ=I64)
 
-    def address(self, name: str) -> int:
-        """Return the address of a function."""
-        return self._engine.get_function_address(name)
+    def pointer(self, name: str) -> Value:
+        """Return a field that is an address."""
+        return self._writer.inttoptr(getattr(self, name), POINTER)
