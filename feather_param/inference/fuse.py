@@ -111,9 +111,9 @@ def fused(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[fx.GraphModule 
         The graph, or None if the model cannot be traced; and the reason for None.
     """
     try:
-        twin, record = traced(model, arguments, (FusedLayer,))
+        twin, record, expected = traced(model, arguments, (FusedLayer,))
         graph = _Fuser(twin, record).fuse(type(model).__name__)
-        require_agreement(graph, model, arguments)
+        require_agreement(graph, model, arguments, expected)
     except Untraceable as reason:
         return None, str(reason)
     return graph, ""
@@ -154,7 +154,7 @@ class _Fuser:
         """Return the names of the layers to replace: those that nothing but their own calls uses."""
         calls = [node for node in self.graph.nodes if node.op == "call_module"]
         read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr" and node.users}
-        used = {self.modules[name.rpartition(".")[0]] for name in read}  # by a tensor of theirs
+        used = {self.root.get_submodule(name.rpartition(".")[0]) for name in read}  # by a tensor of theirs
         for name in {str(node.target) for node in calls} | (read & self.modules.keys()):
             used.update(itertools.islice(self.modules[name].modules(), name not in read, None))
         odd = {node.target for node in calls if nodes.only_input(node) is None}

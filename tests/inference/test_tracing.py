@@ -184,7 +184,7 @@ REFUSED = {
     "a counter with +=": (Net(counts_again, a=conv()), "its forward changes seen|cannot assign"),
     "a running sum": (with_sum(Net(adds_up, a=conv())), "its forward changes sum"),
     "a weight that changes": (Net(changes_weight, a=conv()), "gives other outputs"),
-    "*args": (Arguments(None, a=conv()), r"takes \*args or \*\*kwargs"),
+    "*args": (Arguments(None, a=conv()), r"takes \*args"),
     "its own __call__": (Called(lambda m, x: m.a(x), a=conv()), "forward or __call__ was replaced"),
     "its own forward": (replaced(Net(None, a=conv())), "forward or __call__ was replaced"),
     "a size from before": (remembering(), "gives other outputs"),
@@ -251,6 +251,27 @@ def test_random_numbers_of_the_model_and_of_the_caller():
     graph = graph_of(model, X)
     assert torch.equal(torch.rand(2), expected)
     assert not torch.equal(graph(X), graph(X))
+
+
+def test_a_tensor_of_a_module_with_two_names():
+    table = Net(lambda m, x: x + m.table)
+    table.table = torch.ones(1)
+    model = Net(lambda m, x: m.one.inner(m.a(x)) + m.two.inner(x), a=conv())
+    model.one, model.two = Net(None, inner=table), Net(None, inner=table)
+    graph = graph_of(model.eval(), X)
+    torch.testing.assert_close(graph(X), model(X))
+
+
+class Options(Net):
+    def forward(self, x, *args, **options):
+        return self.a(x) if not options else x
+
+
+def test_further_arguments_are_refused():
+    graph = graph_of(Options(None, a=conv()).eval(), X)
+    for call in (lambda: graph(X, 1), lambda: graph(X, option=1)):
+        with pytest.raises(TypeError, match=r"takes 2 positional arguments|unexpected keyword argument 'option'"):
+            call()
 
 
 def test_one_output_for_one_image_is_no_reason():
