@@ -96,7 +96,7 @@ class _Chain:
         return node
 
 
-def fused(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[fx.GraphModule | None, str]:
+def fused(model: nn.Module, arguments: tuple[Any, ...], *, verify: bool = True) -> tuple[fx.GraphModule | None, str]:
     """Trace a model, fold its batch norms, and make every Linear and Conv layer a `FusedLayer`.
 
     A layer takes in what follows it and is computed from its output alone: batch norms, an addition of a tensor of the
@@ -106,14 +106,16 @@ def fused(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[fx.GraphModule 
     Args:
         model: a model in eval mode. It is not changed, but the result may share tensors with it.
         arguments: the positional arguments of a typical call.
+        verify: whether to compare the graph's outputs with the model's. It takes some forward passes.
 
     Returns:
         The graph, or None if the model cannot be traced; and the reason for None.
     """
     try:
-        twin, record, expected = traced(model, arguments, (FusedLayer,))
-        graph = _Fuser(twin, record).fuse(type(model).__name__)
-        require_agreement(graph, model, arguments, expected)
+        record = traced(model, arguments, (FusedLayer,))
+        graph = _Fuser(record).fuse(type(model).__name__)
+        if verify:
+            require_agreement(graph, model, arguments, record.outputs)
     except Untraceable as reason:
         return None, str(reason)
     return graph, ""
@@ -122,10 +124,10 @@ def fused(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[fx.GraphModule 
 class _Fuser:
     """Rewrite the graph of a model."""
 
-    def __init__(self, root: nn.Module, record: Recorder) -> None:
+    def __init__(self, record: Recorder) -> None:
         self.graph, self.values, self.writes = record.graph, record.values, record.writes
-        self.root = root
-        self.modules = dict(root.named_modules())
+        self.root = record.root
+        self.modules = dict(self.root.named_modules())
 
     def fuse(self, name: str) -> fx.GraphModule:
         for node in self.graph.nodes:

@@ -1,92 +1,135 @@
-"""Direct sparse convolution on a CPU: a sum of slices of the input, compiled by numba.
+"""Machine code for sparse convolutions and products on a CPU.
 
 Note [A convolution is a sum of shifted rows]
 
-Store the padded input in flat memory, one channel after the other. If the window moves by one pixel, the index of each
-element that it reads moves by one. All outputs of a channel are therefore one sum of slices of equal length,
-``weight * x[start : start + n]``. The start of a slice depends only on the weight's input channel and its offset in the
-window. Weights that are zero are left out of the sum. No window is copied (im2col) and nothing is gathered, so vector
-instructions make the inner loop fast. Some outputs lie across the border between two rows or two images. They are
-computed with the others and ignored.
+Store the padded input in flat memory, one channel after the other (the grid, see `feather_param.inference.layout`). If
+the window moves by one pixel, the index of each element that it reads moves by one. 16 outputs of a channel that lie
+side by side are therefore a sum of vectors, ``weight * grid[position + offset : position + offset + 16]``. The position
+depends only on the outputs, and the offset only on the weight: its input channel and its place in the window. Weights
+that are zero are left out of the sum. No window is copied (im2col) and nothing is gathered. Park et al. describe the
+method in https://arxiv.org/abs/1608.01409.
 
-Park et al. describe the method in https://arxiv.org/abs/1608.01409.
+The sums of a tile (four vectors) stay in registers while all weights of an output channel are added. The inputs of a
+tile stay in the cache while all output channels are computed. Where blocks of four output channels have the same zeros,
+each vector of inputs is loaded once for the four.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from feather_param.inference.job import Activation
 from feather_param.utils.extras import extra
 
-_BLOCK = 1024  # elements of an output row that are summed at once, so that they stay in the L1 cache
+if TYPE_CHECKING:
+    from feather_param.inference.native.machine_code import MachineCode
+
+_OPENMP = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier", "GOMP_parallel")
+_lock = threading.RLock()
+_forked = False
 
 
-def sum_of_slices(crow: Any, col: Any, values: Any, starts: Any, x: Any, bias: Any, out: Any, width: int) -> None:
-    """Set ``out[i, :width]`` to ``bias[i] + sum(values[p] * x[starts[col[p]] :][:width])``, with p over the i-th row.
+def available_threads() -> int:
+    """Return how many threads the kernel uses: those of torch, through its library for OpenMP (libgomp).
 
-    The matrix is in CSR format. This function is plain Python; `compiled` returns it as machine code. It runs on one
-    thread.
+    It is one where torch uses another library, and in a forked process, where libgomp would wait for threads that do
+    not exist.
+    """
+    return torch.get_num_threads() if not _forked and _openmp() else 1
+
+
+def worker(kind: str, threads: int, activation: Activation = Activation.IDENTITY) -> Callable[[Any], object]:
+    """Return a function that runs a job, compiled when it is first needed.
 
     Args:
-        crow: start of each row in ``col`` and ``values``, int32 [rows + 1].
-        col: columns of the elements that are not zero, int32 [n].
-        values: these elements, float32 [n].
-        starts: start of each column's slice in ``x``, int64 [columns].
-        x: the input, float32 [m].
-        bias: float32 [rows].
-        out: the output, float32 [rows, at least width]. It is written in place.
-        width: length of the slices. The largest start + width is at most m.
+        kind: "convolution", "tokens" or "product".
+        threads: that run it.
+        activation: of a product.
 
-    Example:
-        >>> import numpy as np
-        >>> x, out = np.arange(6, dtype=np.float32), np.zeros((1, 3), np.float32)
-        >>> sum_of_slices([0, 2], [0, 1], [10, 1], [0, 3], x, [100], out, 3)  # 100 + 10 * x[:3] + x[3:]
-        >>> out
-        array([[103., 114., 125.]], dtype=float32)
+    Raises:
+        ImportError: llvmlite is not installed.
     """
-    for begin in range(0, width, _BLOCK):
-        n = min(_BLOCK, width - begin)
-        for i in range(len(crow) - 1):
-            total = out[i, begin : begin + n]
-            total[:] = bias[i]
-            p = crow[i]
-            while p + 4 <= crow[i + 1]:  # four at once, to read and write the sum a quarter as often
-                a, b, c, d = values[p], values[p + 1], values[p + 2], values[p + 3]
-                at = begin + starts[col[p]]
-                x_a = x[at : at + n]
-                at = begin + starts[col[p + 1]]
-                x_b = x[at : at + n]
-                at = begin + starts[col[p + 2]]
-                x_c = x[at : at + n]
-                at = begin + starts[col[p + 3]]
-                x_d = x[at : at + n]
-                for j in range(n):
-                    total[j] += a * x_a[j] + b * x_b[j] + c * x_c[j] + d * x_d[j]
-                p += 4
-            while p < crow[i + 1]:
-                a = values[p]
-                at = begin + starts[col[p]]
-                x_a = x[at : at + n]
-                for j in range(n):
-                    total[j] += a * x_a[j]
-                p += 1
+    address = _worker(kind, threads > 1, activation)
+    if threads == 1:
+        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+    types = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel = ctypes.CFUNCTYPE(None, *types)(_openmp()["GOMP_parallel"])
+    return lambda job: parallel(address, job, threads, 0)
+
+
+def tile(rows: int, width: int, activation: Activation, residual: bool) -> int:
+    """Return the address of the code of a tile, compiled when it is first needed.
+
+    Args:
+        rows: output channels in a block; 0 for the largest of the elements in the window.
+        width: vectors.
+        activation: of the sums.
+        residual: whether a tensor is added to the sums.
+
+    Raises:
+        ImportError: llvmlite is not installed.
+    """
+    with _lock:
+        return _tile(rows, width, activation, residual)
+
+
+_code: list[MachineCode] = []  # keeps it alive
 
 
 @functools.cache
-def compiled() -> Callable[..., None] | None:
-    """Return `sum_of_slices` as machine code, or None if numba is not installed. The code releases the GIL.
+def _tile(rows: int, width: int, activation: Activation, residual: bool) -> int:
+    extra("llvmlite")
+    from feather_param.inference.native.tile import Tile
 
-    The first call compiles it, in about a second. Nothing is cached on the disk.
+    return _compiled(Tile(rows, width, activation, residual).module(), "tile")
 
-    Example:
-        >>> compiled() is None or callable(compiled())
-        True
-    """
+
+def _worker(kind: str, threads: bool, activation: Activation) -> int:
+    with _lock:
+        return _compiled_worker(kind, threads, activation)
+
+
+@functools.cache
+def _compiled_worker(kind: str, threads: bool, activation: Activation) -> int:
+    extra("llvmlite")
+    from llvmlite import binding
+
+    from feather_param.inference.native.workers import Worker
+
+    for name, address in _openmp().items():
+        binding.add_symbol(name, address)
+    return _compiled(Worker(kind, threads, activation).module(), "worker")
+
+
+def _compiled(module: Any, name: str) -> int:
+    from feather_param.inference.native.machine_code import MachineCode
+
+    code = MachineCode(module)
+    _code.append(code)
+    return code.address(name)
+
+
+@functools.cache
+def _openmp() -> dict[str, int]:
+    """Return the addresses of the functions of torch's own library for OpenMP, or nothing if it is not libgomp."""
     try:
-        njit = extra("numba").njit
-    except ImportError:
-        return None
-    signature = "void(i4[::1], i4[::1], f4[::1], i8[::1], f4[::1], f4[::1], f4[:, ::1], i8)"
-    return njit(signature, nogil=True, fastmath={"contract"})(sum_of_slices)  # "contract": fused multiply-add
+        library = ctypes.CDLL(torch._C.__file__)
+        return {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _OPENMP}
+    except (AttributeError, OSError):
+        return {}
+
+
+def _after_fork() -> None:
+    global _forked, _lock
+    _forked, _lock = True, threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from typing import Any
@@ -10,37 +11,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from feather_param.inference import kernel
-from feather_param.inference.layout import Layout, Sizes, output_sizes
+from feather_param.inference.fuse import ACTIVATIONS, FusedLayer
+from feather_param.inference.layout import Geometry, Sizes
+from feather_param.inference.plan import NATIVE_ACTIVATIONS, Plan
 
 __all__ = ["SparseLayer"]
 
-_CHUNK = 2**18  # elements that are copied at once: a megabyte fits in the cache, and needs no fresh memory pages
+_BLOCK = 4  # output channels that may share their columns
+_BLOCK_COST = 3.1  # time of a column of such a block, in times of a column of one output channel (measured)
 
 
 class SparseLayer(nn.Module):
     """Compute the output of a Linear or Conv layer, up to rounding, from the weights that are not zero.
 
-    The weight is one CSR matrix of shape [out channels, in channels * window], in int32 and float32 buffers. A Linear
-    layer is a convolution over no dimensions. There are two methods:
-
-    * ``"csr"``: torch's (MKL's) product of the matrix with the windows of the input, copied side by side (im2col).
-    * ``"kernel"``: a sum of slices of the input, see `feather_param.inference.kernel`. Needs numba; without it, the
-      layer uses ``"csr"``.
+    The weight of each group is a matrix of shape [out channels, in channels * window], in the block sparse row format
+    with blocks of 1 x 1, or of 4 x 1 if that is faster (a pattern of such blocks, or few zeros). The kernel multiplies
+    it by the inputs (`feather_param.inference.kernel`).
 
     Shape:
         As those of the layer, in float32 on the CPU. CPU autocast converts inputs of other dtypes to float32.
 
     Args:
-        layer: a Linear, Conv1d, Conv2d or Conv3d. It is not changed. Only the memory of the bias is shared.
-
-    Attributes:
-        method: ``"csr"`` or ``"kernel"``.
+        layer: a Linear, Conv1d, Conv2d or Conv3d, or a `FusedLayer` of one. It is not changed.
 
     Raises:
         TypeError: the input has another dtype or device.
         ValueError: the input has another number of channels or dimensions, or is smaller than the window.
         RuntimeError: the input requires a gradient outside `torch.no_grad`, or the layer is traced.
+        ImportError: llvmlite is not installed.
 
     Example:
         >>> layer = nn.Conv2d(3, 8, 3, padding=1)
@@ -51,61 +49,63 @@ class SparseLayer(nn.Module):
         True
     """
 
-    crow: Tensor
-    col: Tensor
+    block_start: Tensor
+    columns: Tensor
     values: Tensor
-    bias: Tensor | None
+    bias: Tensor
 
-    def __init__(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.method = "csr"
-        self.kernel_size: Sizes = ()
-        self.stride: Sizes = ()
-        self.dilation: Sizes = ()
-        self.padding: Sizes = ()  # before and after, last dimension first, as in F.pad
-        self.padding_mode = "zeros"
-        groups = 1
-        if not isinstance(layer, nn.Linear):
-            self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
-            self.padding = tuple(layer._reversed_padding_repeated_twice)  # numbers, also for padding="same"
-            self.padding_mode = layer.padding_mode
-            groups = layer.groups
-        weight = layer.weight.detach()
-        self.out_channels, self.in_channels = weight.shape[0], weight.shape[1] * groups
-        rows = weight.reshape(self.out_channels, -1)
-        row, col = rows.nonzero(as_tuple=True)
-        group = row // (self.out_channels // groups)  # its input channels follow those of the previous groups
-        counts = torch.bincount(row, minlength=self.out_channels)
-        self.register_buffer("crow", F.pad(counts.cumsum(0), (1, 0)).int())
-        self.register_buffer("col", (col + group * rows.shape[1]).int())
-        self.register_buffer("values", rows[row, col])
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
-        self._matrix: tuple[Tensor, Tensor] | None = None  # cached with the values that it was made from
-        self._layout: tuple[torch.Size, Layout] | None = None  # cached with the shape of its input
+        self.activation, self.input_dims = "identity", None
+        if isinstance(layer, FusedLayer):
+            self.activation, self.input_dims, layer = layer.activation, layer.dims, layer.layer
+        self.geometry, self.padding_mode, self.padding = _geometry(layer)
+        self.dims = 0 if isinstance(layer, nn.Linear) else len(self.geometry.kernel_size)
+        with torch.no_grad():
+            matrix = layer.weight.detach().flatten(1)
+            self.rows = _rows(matrix, self.geometry.groups)
+            blocks = matrix.view(-1, self.rows, matrix.shape[1])
+            block, column = blocks.any(1).nonzero(as_tuple=True)
+            counts = torch.bincount(block, minlength=len(blocks))
+            bias = matrix.new_zeros(len(matrix)) if layer.bias is None else layer.bias.detach().clone()
+            self.register_buffer("block_start", F.pad(counts.cumsum(0), (1, 0)).int())
+            self.register_buffer("columns", column.int())
+            self.register_buffer("values", blocks[block, :, column])
+            self.register_buffer("bias", bias)
+        self._plans: dict[Any, Plan] = {}
 
     def extra_repr(self) -> str:
-        window = f", window={self.kernel_size}" if self.kernel_size else ""
-        sizes = f"{self.in_channels}, {self.out_channels}{window}"
-        return f"{sizes}, nonzeros={self.values.numel()}, method={self.method!r}"
+        g = self.geometry
+        window = f", window={g.kernel_size}" if self.dims else ""
+        nonzeros = int(self.values.count_nonzero())
+        return f"{g.channels * g.groups}, {g.out_channels}{window}, nonzeros={nonzeros}, activation={self.activation!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_matrix": None, "_layout": None}  # without the caches
+        return {**self.__dict__, "_plans": {}}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseLayer:
+        self._plans.clear()  # they point to the buffers
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        self._plans.clear()
+        super()._load_from_state_dict(*arguments, **keywords)
 
     @property
     def weight(self) -> Tensor:
-        """The matrix as a sparse CSR tensor of the buffers. Code may read its dtype, shape and device."""
-        cached = self._matrix
-        if cached is None or cached[0] is not self.values:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
-                shape = (self.out_channels, self.in_channels * math.prod(self.kernel_size))
-                matrix = torch.sparse_csr_tensor(self.crow, self.col, self.values, shape, check_invariants=False)
-            cached = self._matrix = self.values, matrix
-        return cached[1]
+        """The weight as a sparse matrix. Code may read its dtype, shape and device."""
+        g = self.geometry
+        group = torch.repeat_interleave(self.block_start.diff()) * self.rows // (g.out_channels // g.groups)
+        window = math.prod(g.kernel_size)
+        shape = (g.out_channels, g.channels * g.groups * window)
+        columns = (self.columns + group * g.channels * window).int()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse (BSR|CSR) tensor support|.*invariant checks")
+            values = self.values[:, :, None]
+            return torch.sparse_bsr_tensor(self.block_start, columns, values, shape, check_invariants=False)
 
-    @torch.compiler.disable  # it cannot trace numba's code
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: Tensor
+        self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor:
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise RuntimeError(
@@ -114,73 +114,66 @@ class SparseLayer(nn.Module):
             )
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
-                return self(input.float())
+                return self(input.float(), residual if residual is None else residual.float())
         for kind, tensor in (("input", input), ("weight", self.values)):
             if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
                 got = f"{kind} of {tensor.dtype} on {tensor.device}"
                 raise TypeError(f"expected input and weight in float32 on the CPU, got {got}; use the dense model")
-        if input.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (input.requires_grad or (residual is not None and residual.requires_grad)):
             raise RuntimeError("expected an input without gradient, for inference only; use the dense model")
-        leading = input.shape[: input.dim() - 1 - len(self.kernel_size)]
-        if input.shape[len(leading) : len(leading) + 1] != (self.in_channels,) or (
-            self.kernel_size and len(leading) > 1
-        ):
-            raise ValueError(f"expected {self.in_channels} input channels, got a tensor of shape {tuple(input.shape)}")
-        x = input.detach().reshape(math.prod(leading), *input.shape[len(leading) :])
-        multiply = kernel.compiled() if self.method == "kernel" else None
-        copied = math.prod(x.shape[1:]) * (math.prod(self.kernel_size) if multiply is None else 1)  # of each image
-        n = max(1, _CHUNK // max(1, copied)) if self.kernel_size else max(1, len(x))  # images at once
-        y = self._product(x[:n], multiply)
-        if n < len(x):
-            first, y = y, y.new_empty(len(x), *y.shape[1:])
-            y[:n] = first
-            for i in range(n, len(x), n):
-                y[i : i + n] = self._product(x[i : i + n], multiply)
-        return y.contiguous().view(*leading, *y.shape[1:])
+        if self.input_dims is not None and input.dim() != self.input_dims:
+            raise ValueError(f"expected an input of {self.input_dims} dimensions, got {input.dim()}")
+        if self.padding:
+            input = F.pad(input, self.padding, self.padding_mode)
+        x = input.detach().contiguous()
+        threads = torch.get_num_threads()
+        found = self._plans.get((x.shape, threads))
+        if found is None:
+            found = self._plans[x.shape, threads] = self._plan(x.shape)
+        output = x.new_empty(found.shape)
+        if residual is not None and (not self.dims or residual.shape != output.shape):
+            return self._added(input, residual)
+        found.run(x, output, residual if residual is None else residual.detach().contiguous())
+        return output if self.activation in NATIVE_ACTIVATIONS else ACTIVATIONS[self.activation](output)
 
-    def _product(self, x: Tensor, multiply: Any) -> Tensor:
-        """Return the output, [batch, out channels, *out].
+    # `torch.compiler.disable` sets this too, so that a compiled model calls this method as it is. Importing it takes a
+    # second.
+    forward._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
 
-        Args:
-            x: the input, [batch, in channels, *sizes].
-            multiply: the compiled kernel, or None for CSR.
-        """
-        padding = self.padding
-        if any(padding) and (multiply is None or self.padding_mode != "zeros"):
-            x = F.pad(x, padding, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-            padding = (0,) * len(padding)
-        y = self._by_csr(x) if multiply is None else self._by_kernel(x, padding, multiply)
-        return y.transpose(0, 1)
+    def _plan(self, shape: torch.Size) -> Plan:
+        """Return the plan for a shape of the input."""
+        leading = shape[: len(shape) - 1 - self.dims]
+        channels = self.geometry.channels * self.geometry.groups
+        if shape[len(leading) : len(leading) + 1] != (channels,) or (self.dims and len(leading) > 1):
+            raise ValueError(f"expected {channels} input channels, got a tensor of shape {tuple(shape)}")
+        return Plan(self, leading, shape[len(leading) + 1 :])
 
-    def _by_csr(self, x: Tensor) -> Tensor:
-        """Return the matrix times the windows of a padded input (im2col), [out channels, batch, *out]."""
-        out = output_sizes(x.shape[2:], self.kernel_size, self.stride, self.dilation)
-        batch, channel, *step = x.stride()
-        inside = [a * b for a, b in zip(step, self.dilation, strict=True)]
-        between = [a * b for a, b in zip(step, self.stride, strict=True)]
-        windows = x.as_strided((x.shape[1], *self.kernel_size, len(x), *out), (channel, *inside, batch, *between))
-        columns = windows.reshape(x.shape[1] * math.prod(self.kernel_size), -1)
-        vector = columns.shape[1] == 1  # MKL's product with a vector is faster
-        y = (self.weight @ columns[:, 0])[:, None] if vector else self.weight @ columns
-        if self.bias is not None:
-            y += self.bias[:, None]
-        return y.view(self.out_channels, len(x), *out)
+    def _added(self, input: Tensor, residual: Tensor) -> Tensor:
+        """Return the output where the kernel cannot do the addition."""
+        bare = copy.copy(self)
+        bare.activation, bare.padding, bare._plans = "identity", (), {}
+        output = bare(input)
+        output = output.add_(residual) if residual.shape == output.shape else output + residual
+        return ACTIVATIONS[self.activation](output)
 
-    def _by_kernel(self, x: Tensor, padding: Sizes, multiply: Any) -> Tensor:
-        """Return a sum of one slice of x for each weight, [out channels, batch, *out]."""
-        cached = self._layout  # read once, because other threads may replace it
-        if cached is None or cached[0] != x.shape:
-            layout = Layout.of(x.shape, self.kernel_size, self.stride, self.dilation, padding)
-            cached = self._layout = x.shape, layout
-        layout, x = cached[1], x.transpose(0, 1)
-        if not any(padding) and set(self.stride) <= {1}:
-            grid = x.contiguous()  # the input has the layout already; a batch of one image is not copied
-        else:
-            grid = x.new_zeros(layout.grid)
-            for to, source in layout.copies:
-                grid[to] = x[source]
-        y = x.new_empty(self.out_channels, *layout.grid[2:])
-        bias = x.new_zeros(self.out_channels) if self.bias is None else self.bias
-        tensors = (self.crow, self.col, self.values, layout.starts, grid.view(-1), bias, y.view(self.out_channels, -1))
-        multiply(*(tensor.numpy() for tensor in tensors), layout.width)
-        return y[(slice(None), slice(None), *(slice(n) for n in layout.out))]
+
+def _geometry(layer: Any) -> tuple[Geometry, str, Sizes]:
+    """Return the sizes of a layer, its padding mode, and the padding that `torch.nn.functional.pad` does."""
+    weight = layer.weight
+    if isinstance(layer, nn.Linear):
+        return Geometry(weight.shape[1], weight.shape[0], 1, (1,), (1,), (1,), (0,), (0,)), "zeros", ()
+    padding = tuple(layer._reversed_padding_repeated_twice)  # numbers, also for padding="same"
+    other = () if layer.padding_mode == "zeros" else padding
+    if other:
+        padding = (0,) * len(padding)
+    before, after = padding[-2::-2], padding[-1::-2]
+    sizes = (layer.kernel_size, layer.stride, layer.dilation, before, after)
+    return Geometry(weight.shape[1], weight.shape[0], layer.groups, *sizes), layer.padding_mode, other
+
+
+def _rows(matrix: Tensor, groups: int) -> int:
+    """Return the number of output channels in a block, 1 or 4, that makes the product faster."""
+    if len(matrix) // groups % _BLOCK:
+        return 1
+    blocks = int(matrix.view(-1, _BLOCK, matrix.shape[1]).any(1).sum())
+    return _BLOCK if blocks * _BLOCK_COST < int(matrix.count_nonzero()) else 1

@@ -25,6 +25,8 @@ class Recorder(fx.Interpreter):
     """Run a graph and remember the outputs' shapes and types, and which nodes change one of their inputs in place.
 
     Attributes:
+        root: the module whose graph it is.
+        outputs: of the run.
         values: the shape and dtype of each node whose output is a tensor.
         writes: the nodes that change a tensor in place.
     """
@@ -33,6 +35,8 @@ class Recorder(fx.Interpreter):
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(root, graph=graph)
+        self.root = root
+        self.outputs: Any = None
         self.values: dict[fx.Node, tuple[torch.Size, torch.dtype]] = {}
         self.writes: set[fx.Node] = set()
 
@@ -48,9 +52,7 @@ class Recorder(fx.Interpreter):
         return output
 
 
-def traced(
-    model: nn.Module, arguments: tuple[Any, ...], leaf: tuple[type, ...] = ()
-) -> tuple[nn.Module, Recorder, Any]:
+def traced(model: nn.Module, arguments: tuple[Any, ...], leaf: tuple[type, ...] = ()) -> Recorder:
     """Trace a model and run the graph once.
 
     Arguments that the example does not give keep their defaults, and None, bools and strings keep their values. The
@@ -62,11 +64,10 @@ def traced(
         leaf: further classes of modules that are called, not traced.
 
     Returns:
-        A copy of the model that shares its Parameters and buffers, the record of a run of its graph, and the model's
-        outputs.
+        The record of a run of the graph. Its root is a copy of the model that shares its Parameters.
 
     Raises:
-        Untraceable: there is no such graph, or it does not give the model's outputs.
+        Untraceable: there is no such graph.
     """
     if hooked(model):
         raise Untraceable("the model has hooks")
@@ -79,8 +80,8 @@ def traced(
     tracer = Tracer(_named(model, arguments), leaf)
     if tracer.is_leaf_module(model, ""):
         raise Untraceable("the model is a single layer")
-    tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # tracing may set attributes
+    twin = _twin(model)  # tracing may set attributes
+    tensors = [*twin.parameters(), *twin.buffers()]
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
@@ -89,27 +90,28 @@ def traced(
             if node.op == "get_attr" and isinstance(operator.attrgetter(node.target)(twin), fx.Proxy):
                 raise Untraceable(f"its forward changes {node.target}")
         versions = [tensor._version for tensor in tensors]
-        outputs = _outputs(recorder.run, arguments)
+        recorder.outputs = _outputs(recorder.run, arguments)
     except Untraceable:
         raise
     except Exception as error:
         raise Untraceable(f"it cannot be traced: {_line(error)}") from error
     if [tensor._version for tensor in tensors] != versions:
         raise Untraceable("its forward changes its Parameters or buffers")
-    expected = _outputs(model, arguments)
-    _require_equal(outputs, expected, _TRACED)
-    return twin, recorder, expected
+    return recorder
 
 
-def require_agreement(graph: nn.Module, model: nn.Module, arguments: tuple[Any, ...], expected: Any) -> None:
+def require_agreement(graph: nn.Module, model: nn.Module, arguments: tuple[Any, ...], recorded: Any) -> None:
     """Raise Untraceable unless a graph gives the model's outputs, up to rounding, also for a batch of another size.
 
     Args:
         graph: the rewritten graph.
-        model: the model.
+        model: the model. It is not changed.
         arguments: the example.
-        expected: the model's outputs for the example.
+        recorded: the outputs of the graph that was not rewritten.
     """
+    model = _twin(model)  # calls may set attributes
+    expected = _outputs(model, arguments)
+    _require_equal(recorded, expected, _TRACED)
     _require_equal(_outputs(graph, arguments), expected, _FUSED)
     others = _of_another_size(arguments)
     try:
@@ -121,6 +123,11 @@ def require_agreement(graph: nn.Module, model: nn.Module, arguments: tuple[Any, 
     except Exception as error:
         raise Untraceable(f"its graph holds for one batch size only: {_line(error)}") from error
     _require_equal(outputs, expected, _FUSED)
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that shares its Parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def _outputs(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -207,6 +207,7 @@ def test_reasons(name):
     assert graph is None
     assert re.search(reason, got), got
     assert set(vars(model)) == attributes
+    assert not model.seen
 
 
 def test_hooks_for_all_modules_are_a_reason():
@@ -233,14 +234,14 @@ def test_a_call_that_fails_is_a_reason_or_the_models_error():
     assert "expected input[2, 2, 6, 6] to have 4 channels" in reason
 
 
-def test_attributes_that_tracing_sets_are_not_seen():
+def test_the_model_gets_no_attributes():
     def forward(m, x):
         m.last = m.a(x)
         return m.last
 
     model = Net(forward, a=conv()).eval()
     graph_of(model, X)
-    assert type(model.last) is torch.Tensor
+    assert not hasattr(model, "last")
 
 
 def test_random_numbers_of_the_model_and_of_the_caller():
