@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 _FLOAT32_ON_CPU = torch.float32, "cpu"
 
 
@@ -26,7 +27,7 @@ class Norm(NamedTuple):
     @classmethod
     def of(cls, module: Any) -> Norm | None:
         """Return the values of a BatchNorm module whose forward is torch's own, or None."""
-        own = isinstance(module, _MODULES) and type(module).forward is nn.BatchNorm2d.forward
+        own = isinstance(module, _MODULES) and type(module).forward in _FORWARDS
         if not own or module.training:
             return None
         return cls.checked(module.running_mean, module.running_var, module.weight, module.bias, module.eps)

@@ -112,10 +112,10 @@ def fused(model: nn.Module, arguments: tuple[Any, ...], *, verify: bool = True) 
         The graph, or None if the model cannot be traced; and the reason for None.
     """
     try:
-        twin, record = traced(model, arguments, (FusedLayer,), verify=verify)
-        graph = _Fuser(twin, record).fuse(type(model).__name__)
+        record = traced(model, arguments, (FusedLayer,))
+        graph = _Fuser(record).fuse(type(model).__name__)
         if verify:
-            require_agreement(graph, model, arguments)
+            require_agreement(graph, model, arguments, record.outputs)
     except Untraceable as reason:
         return None, str(reason)
     return graph, ""
@@ -124,10 +124,10 @@ def fused(model: nn.Module, arguments: tuple[Any, ...], *, verify: bool = True) 
 class _Fuser:
     """Rewrite the graph of a model."""
 
-    def __init__(self, root: nn.Module, record: Recorder) -> None:
+    def __init__(self, record: Recorder) -> None:
         self.graph, self.values, self.writes = record.graph, record.values, record.writes
-        self.root = root
-        self.modules = dict(root.named_modules())
+        self.root = record.root
+        self.modules = dict(self.root.named_modules())
 
     def fuse(self, name: str) -> fx.GraphModule:
         for node in self.graph.nodes:
@@ -156,7 +156,7 @@ class _Fuser:
         """Return the names of the layers to replace: those that nothing but their own calls uses."""
         calls = [node for node in self.graph.nodes if node.op == "call_module"]
         read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr" and node.users}
-        used = {self.modules[name.rpartition(".")[0]] for name in read}  # by a tensor of theirs
+        used = {self.root.get_submodule(name.rpartition(".")[0]) for name in read}  # by a tensor of theirs
         for name in {str(node.target) for node in calls} | (read & self.modules.keys()):
             used.update(itertools.islice(self.modules[name].modules(), name not in read, None))
         odd = {node.target for node in calls if nodes.only_input(node) is None}

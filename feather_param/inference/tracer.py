@@ -87,7 +87,8 @@ class Tracer(fx.Tracer):
     ) -> tuple[Any, list[Any]]:
         inputs = {}
         for parameter in itertools.islice(inspect.signature(root_fn).parameters.values(), 1, None):
-            inputs[parameter.name] = self._input(parameter)
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):  # the example gives none
+                inputs[parameter.name] = self._input(parameter)
         return lambda root: root_fn(root, **inputs), [self.root]
 
     def _input(self, parameter: inspect.Parameter) -> Any:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from feather_param.inference.tracer import Tracer, Untraceable, hooked
 
 _TRACED, _FUSED = 1e-5, 1e-3  # of the largest output: the rounding of equal steps, and of folded ones in a deep network
+_LARGE_BATCH = 8  # half of it tells as much as twice of it, and is faster
 _SEED = 7340033  # a random number that was recorded as a constant differs from those of this seed
 
 
@@ -24,6 +25,8 @@ class Recorder(fx.Interpreter):
     """Run a graph and remember the outputs' shapes and types, and which nodes change one of their inputs in place.
 
     Attributes:
+        root: the module whose graph it is.
+        outputs: of the run.
         values: the shape and dtype of each node whose output is a tensor.
         writes: the nodes that change a tensor in place.
     """
@@ -32,6 +35,8 @@ class Recorder(fx.Interpreter):
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(root, graph=graph)
+        self.root = root
+        self.outputs: Any = None
         self.values: dict[fx.Node, tuple[torch.Size, torch.dtype]] = {}
         self.writes: set[fx.Node] = set()
 
@@ -47,9 +52,7 @@ class Recorder(fx.Interpreter):
         return output
 
 
-def traced(
-    model: nn.Module, arguments: tuple[Any, ...], leaf: tuple[type, ...] = (), *, verify: bool = True
-) -> tuple[nn.Module, Recorder]:
+def traced(model: nn.Module, arguments: tuple[Any, ...], leaf: tuple[type, ...] = ()) -> Recorder:
     """Trace a model and run the graph once.
 
     Arguments that the example does not give keep their defaults, and None, bools and strings keep their values. The
@@ -59,13 +62,12 @@ def traced(
         model: a model in eval mode. It is not changed.
         arguments: the positional arguments of a call.
         leaf: further classes of modules that are called, not traced.
-        verify: whether to compare the graph's outputs with the model's.
 
     Returns:
-        A copy of the model that shares its Parameters and buffers, and the record of a run of its graph.
+        The record of a run of the graph. Its root is a copy of the model that shares its Parameters.
 
     Raises:
-        Untraceable: there is no such graph, or it does not give the model's outputs.
+        Untraceable: there is no such graph.
     """
     if hooked(model):
         raise Untraceable("the model has hooks")
@@ -78,8 +80,8 @@ def traced(
     tracer = Tracer(_named(model, arguments), leaf)
     if tracer.is_leaf_module(model, ""):
         raise Untraceable("the model is a single layer")
-    tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # tracing may set attributes
+    twin = _twin(model)  # tracing may set attributes
+    tensors = [*twin.parameters(), *twin.buffers()]
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
@@ -88,31 +90,44 @@ def traced(
             if node.op == "get_attr" and isinstance(operator.attrgetter(node.target)(twin), fx.Proxy):
                 raise Untraceable(f"its forward changes {node.target}")
         versions = [tensor._version for tensor in tensors]
-        outputs = _outputs(recorder.run, arguments)
+        recorder.outputs = _outputs(recorder.run, arguments)
     except Untraceable:
         raise
     except Exception as error:
         raise Untraceable(f"it cannot be traced: {_line(error)}") from error
     if [tensor._version for tensor in tensors] != versions:
         raise Untraceable("its forward changes its Parameters or buffers")
-    if verify:
-        _require_equal(outputs, _outputs(model, arguments), _TRACED)
-    return twin, recorder
+    return recorder
 
 
-def require_agreement(graph: nn.Module, model: nn.Module, arguments: tuple[Any, ...]) -> None:
-    """Raise Untraceable unless a graph gives the model's outputs, up to rounding, also for a batch twice as large."""
-    _require_equal(_outputs(graph, arguments), _outputs(model, arguments), _FUSED)
-    double = _doubled(arguments)
+def require_agreement(graph: nn.Module, model: nn.Module, arguments: tuple[Any, ...], recorded: Any) -> None:
+    """Raise Untraceable unless a graph gives the model's outputs, up to rounding, also for a batch of another size.
+
+    Args:
+        graph: the rewritten graph.
+        model: the model. It is not changed.
+        arguments: the example.
+        recorded: the outputs of the graph that was not rewritten.
+    """
+    model = _twin(model)  # calls may set attributes
+    expected = _outputs(model, arguments)
+    _require_equal(recorded, expected, _TRACED)
+    _require_equal(_outputs(graph, arguments), expected, _FUSED)
+    others = _of_another_size(arguments)
     try:
-        expected = _outputs(model, double)
+        expected = _outputs(model, others)
     except Exception:
         return  # the model takes no other batch
     try:
-        outputs = _outputs(graph, double)
+        outputs = _outputs(graph, others)
     except Exception as error:
         raise Untraceable(f"its graph holds for one batch size only: {_line(error)}") from error
     _require_equal(outputs, expected, _FUSED)
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that shares its Parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def _outputs(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -147,27 +162,29 @@ def _close(got: Any, wanted: Any, tolerance: float) -> bool:
     return torch.allclose(got, wanted, rtol=0.0, atol=tolerance * largest, equal_nan=True)
 
 
-def _doubled(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments with two batches in one, where the first dimension is that of the first tensor."""
+def _of_another_size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a batch twice as large, or half of a large one, where the first dimension is that of the first tensor."""
     batch = next((len(value) for value in arguments if isinstance(value, Tensor) and value.dim()), 0)
 
-    def double(value: Any) -> Any:
+    def resize(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.dim() or len(value) != batch:
             return value
+        if batch >= _LARGE_BATCH:
+            return value[: batch // 2]
         return torch.cat([value, value / 2 if value.is_floating_point() else value])
 
-    return tuple(map(double, arguments))
+    return tuple(map(resize, arguments))
 
 
 def _named(model: nn.Module, arguments: tuple[Any, ...]) -> Mapping[str, Any]:
     """Return the example's arguments by name."""
     signature = inspect.signature(type(model).forward)
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
-        raise Untraceable("its forward takes *args or **kwargs")
     try:
         named = signature.bind(model, *arguments).arguments
     except TypeError as error:
         raise Untraceable(_line(error)) from error
+    if any(signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL for name in named):
+        raise Untraceable("its forward takes *args")
     return dict(itertools.islice(named.items(), 1, None))
 
 

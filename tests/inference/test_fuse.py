@@ -57,6 +57,7 @@ FUSED = {
         X,
         (0, 0, "identity"),
     ),
+    "synchronized norm": (seq(conv(), nn.SyncBatchNorm(4)), X, (0, 0, "identity")),
     "F.batch_norm": (
         net(
             lambda m, x: F.batch_norm(m.a(x), m.b.running_mean, m.b.running_var, m.b.weight, m.b.bias, eps=m.b.eps),
@@ -73,7 +74,7 @@ FUSED = {
     # what stays
     "norm first": (seq(bn(), conv(), nn.ReLU()), X, (1, 0, "relu")),
     "norm without statistics": (seq(conv(), bn(track_running_stats=False)), X, (1, 0)),
-    "instance norm": (seq(conv(), nn.InstanceNorm2d(4, track_running_stats=True)), X, (0, 0)),
+    "instance norm": (seq(conv(), nn.InstanceNorm2d(4, affine=True)), X, (0, 0)),
     "norm after the addition": (net(lambda m, x: m.b(m.a(x) + x), a=conv(), b=bn()), X, (1, 1)),
     "norm after the activation": (seq(conv(), nn.ReLU(), bn()), X, (1, 0, "relu")),
     "relu of another": (net(lambda m, x: m.a(x) * F.relu(x), a=conv()), X, (0, 0)),

@@ -184,7 +184,7 @@ REFUSED = {
     "a counter with +=": (Net(counts_again, a=conv()), "its forward changes seen|cannot assign"),
     "a running sum": (with_sum(Net(adds_up, a=conv())), "its forward changes sum"),
     "a weight that changes": (Net(changes_weight, a=conv()), "gives other outputs"),
-    "*args": (Arguments(None, a=conv()), r"takes \*args or \*\*kwargs"),
+    "*args": (Arguments(None, a=conv()), r"takes \*args"),
     "its own __call__": (Called(lambda m, x: m.a(x), a=conv()), "forward or __call__ was replaced"),
     "its own forward": (replaced(Net(None, a=conv())), "forward or __call__ was replaced"),
     "a size from before": (remembering(), "gives other outputs"),
@@ -207,6 +207,7 @@ def test_reasons(name):
     assert graph is None
     assert re.search(reason, got), got
     assert set(vars(model)) == attributes
+    assert not model.seen
 
 
 def test_hooks_for_all_modules_are_a_reason():
@@ -233,14 +234,14 @@ def test_a_call_that_fails_is_a_reason_or_the_models_error():
     assert "expected input[2, 2, 6, 6] to have 4 channels" in reason
 
 
-def test_attributes_that_tracing_sets_are_not_seen():
+def test_the_model_gets_no_attributes():
     def forward(m, x):
         m.last = m.a(x)
         return m.last
 
     model = Net(forward, a=conv()).eval()
     graph_of(model, X)
-    assert type(model.last) is torch.Tensor
+    assert not hasattr(model, "last")
 
 
 def test_random_numbers_of_the_model_and_of_the_caller():
@@ -251,6 +252,27 @@ def test_random_numbers_of_the_model_and_of_the_caller():
     graph = graph_of(model, X)
     assert torch.equal(torch.rand(2), expected)
     assert not torch.equal(graph(X), graph(X))
+
+
+def test_a_tensor_of_a_module_with_two_names():
+    table = Net(lambda m, x: x + m.table)
+    table.table = torch.ones(1)
+    model = Net(lambda m, x: m.one.inner(m.a(x)) + m.two.inner(x), a=conv())
+    model.one, model.two = Net(None, inner=table), Net(None, inner=table)
+    graph = graph_of(model.eval(), X)
+    torch.testing.assert_close(graph(X), model(X))
+
+
+class Options(Net):
+    def forward(self, x, *args, **options):
+        return self.a(x) if not options else x
+
+
+def test_further_arguments_are_refused():
+    graph = graph_of(Options(None, a=conv()).eval(), X)
+    for call in (lambda: graph(X, 1), lambda: graph(X, option=1)):
+        with pytest.raises(TypeError, match=r"takes 2 positional arguments|unexpected keyword argument 'option'"):
+            call()
 
 
 def test_one_output_for_one_image_is_no_reason():
