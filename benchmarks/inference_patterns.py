@@ -55,11 +55,11 @@ def main() -> None:
     figures: dict[str, Any] = {}
     for network, batch in tqdm(CASES, unit="case"):
         calls = {}
+        for name, pattern in PATTERNS.items():
+            model, x = pruned(network, pattern, batch)
+            fast, _ = feather_param.to_sparse_inference(model, x)
+            calls[name] = lambda fast=fast, x=x: fast(x)
         with torch.inference_mode():
-            for name, pattern in PATTERNS.items():
-                model, x = pruned(network, pattern, batch)
-                fast, _ = feather_param.to_sparse_inference(model, x)
-                calls[name] = lambda fast=fast, x=x: fast(x)
             seconds = timing.rounds(calls, arguments.rounds, warmup=2)
         figures[f"{network}, batch {batch}"] = {
             "seconds": timing.medians(seconds),
