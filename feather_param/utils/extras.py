@@ -10,8 +10,8 @@ from types import ModuleType
 # The extra of this package that installs each library.
 _EXTRAS = {
     "lightning": "integrations",
+    "llvmlite": "inference",
     "matplotlib": "plot",
-    "numba": "inference",
     "peft": "integrations",
     "pytorch-lightning": "integrations",
     "transformers": "integrations",
