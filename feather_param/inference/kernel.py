@@ -32,40 +32,44 @@ if TYPE_CHECKING:
     from feather_param.inference.native.machine_code import MachineCode
 
 _OPENMP = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier", "GOMP_parallel")
-_lock = threading.RLock()
-_forked = False
 
 
 def available_threads() -> int:
-    """Return how many threads the kernel uses: those of torch, through its library for OpenMP (libgomp).
+    """Return how many threads the kernel uses: as many as torch, by its library for OpenMP (libgomp).
 
-    It is one where torch uses another library, and in a forked process, where libgomp would wait for threads that do
-    not exist.
+    It is one where torch uses another library, and in a forked process, where libgomp would wait for the threads of the
+    parent.
     """
-    return torch.get_num_threads() if not _forked and _openmp() else 1
+    return torch.get_num_threads() if _openmp() and not _process.forked else 1
 
 
 def worker(kind: str, threads: int, activation: Activation = Activation.IDENTITY) -> Callable[[Any], object]:
-    """Return a function that runs a job, compiled when it is first needed.
+    """Return a function that runs a job. Its code is compiled when it is first needed.
 
     Args:
         kind: "convolution", "tokens" or "product".
-        threads: that run it.
+        threads: that run the job.
         activation: of a product.
 
     Raises:
         ImportError: llvmlite is not installed.
     """
-    address = _worker(kind, threads > 1, activation)
+    code = _process.address(_worker, kind, threads > 1, activation)
     if threads == 1:
-        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-    types = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    parallel = ctypes.CFUNCTYPE(None, *types)(_openmp()["GOMP_parallel"])
-    return lambda job: parallel(address, job, threads, 0)
+        return _RUN(code)
+    parallel = _PARALLEL(_openmp()["GOMP_parallel"])
+
+    def run(job: Any) -> None:
+        if _process.forked:
+            worker(kind, 1, activation)(job)
+        else:
+            parallel(code, job, threads, 0)
+
+    return run
 
 
 def tile(rows: int, width: int, activation: Activation, residual: bool) -> int:
-    """Return the address of the code of a tile, compiled when it is first needed.
+    """Return the address of the code of a tile. It is compiled when it is first needed.
 
     Args:
         rows: output channels in a block; 0 for the largest of the elements in the window.
@@ -76,60 +80,66 @@ def tile(rows: int, width: int, activation: Activation, residual: bool) -> int:
     Raises:
         ImportError: llvmlite is not installed.
     """
-    with _lock:
-        return _tile(rows, width, activation, residual)
+    return _process.address(_tile, rows, width, activation, residual)
 
 
-_code: list[MachineCode] = []  # keeps it alive
+_RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_PARALLEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 
 
-@functools.cache
-def _tile(rows: int, width: int, activation: Activation, residual: bool) -> int:
+class _Process:
+    """The code that this process compiled."""
+
+    def __init__(self) -> None:
+        self.forked = False
+        self._lock = threading.Lock()
+        self._code: dict[Any, tuple[MachineCode, int]] = {}
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._fork)
+
+    def _fork(self) -> None:
+        self.forked, self._lock = True, threading.Lock()
+
+    def address(self, compile: Callable[..., tuple[MachineCode, int]], *options: Any) -> int:
+        """Return the address of a function, which is compiled at most once."""
+        key = compile, *options
+        if key not in self._code:
+            with self._lock:
+                if key not in self._code:
+                    self._code[key] = compile(*options)
+        return self._code[key][1]
+
+
+_process = _Process()
+
+
+def _tile(rows: int, width: int, activation: Activation, residual: bool) -> tuple[MachineCode, int]:
     extra("llvmlite")
+    from feather_param.inference.native.machine_code import MachineCode
     from feather_param.inference.native.tile import Tile
 
-    return _compiled(Tile(rows, width, activation, residual).module(), "tile")
+    code = MachineCode(Tile(rows, width, activation, residual).module())
+    return code, code.address("tile")
 
 
-def _worker(kind: str, threads: bool, activation: Activation) -> int:
-    with _lock:
-        return _compiled_worker(kind, threads, activation)
-
-
-@functools.cache
-def _compiled_worker(kind: str, threads: bool, activation: Activation) -> int:
+def _worker(kind: str, threads: bool, activation: Activation) -> tuple[MachineCode, int]:
     extra("llvmlite")
     from llvmlite import binding
 
+    from feather_param.inference.native.machine_code import MachineCode
     from feather_param.inference.native.workers import Worker
 
     for name, address in _openmp().items():
         binding.add_symbol(name, address)
-    return _compiled(Worker(kind, threads, activation).module(), "worker")
-
-
-def _compiled(module: Any, name: str) -> int:
-    from feather_param.inference.native.machine_code import MachineCode
-
-    code = MachineCode(module)
-    _code.append(code)
-    return code.address(name)
+    code = MachineCode(Worker(kind, threads, activation).module())
+    return code, code.address("worker")
 
 
 @functools.cache
 def _openmp() -> dict[str, int]:
-    """Return the addresses of the functions of torch's own library for OpenMP, or nothing if it is not libgomp."""
+    """Return the addresses of functions of torch's own library for OpenMP, or nothing if it is not libgomp."""
     try:
         library = ctypes.CDLL(torch._C.__file__)
         return {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _OPENMP}
     except (AttributeError, OSError):
         return {}
-
-
-def _after_fork() -> None:
-    global _forked, _lock
-    _forked, _lock = True, threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

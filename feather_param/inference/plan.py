@@ -14,14 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from feather_param.inference import kernel
-from feather_param.inference.job import LANES, PER_CALL, Activation, Fields, Slot, Template
+from feather_param.inference.job import LANES, PER_CALL, Activation, Fields, Slot, Template, bits
 from feather_param.inference.layout import Geometry, Sizes, layout
 
-_TILE = {1: 4, 4: 2}  # vectors, for blocks of 1 and of 4 rows: 4 or 8 sums fit in registers
+_TILE = {0: 4, 1: 4, 4: 2}  # vectors, for blocks of 1 and of 4 rows: 4 or 8 sums fit in registers
 _TOKENS = 64  # of a Linear layer in a grid
 _FEW_TOKENS, _MANY_CHANNELS = 32, 2048  # with many channels, fewer tokens stay in the cache
 
 NATIVE_ACTIVATIONS = frozenset(activation.name.lower() for activation in Activation)
+
+
+def new_scratch(floats: int) -> Tensor:
+    """Return memory for the grids. Its values do not matter."""
+    return torch.empty(floats)
 
 
 class Matrix(Protocol):
@@ -29,7 +34,7 @@ class Matrix(Protocol):
 
     geometry: Geometry
     activation: str  # is left out if the kernel does not know it
-    rows: int  # in a block
+    rows: int  # in a block; 0: the outputs are the largest elements of the windows, and there are no values
     block_start: Tensor  # int32 [blocks + 1]: first column of each block
     columns: Tensor  # int32: the columns
     values: Tensor  # float32 [columns, rows]
@@ -49,7 +54,7 @@ class _Call:
     def __call__(self, x: int, y: int, residual: int) -> None:
         job = Fields.from_buffer_copy(self.template.fields)
         if self.scratch:
-            scratch = torch.empty(self.scratch)
+            scratch = new_scratch(self.scratch)
             job[:PER_CALL] = x + self.input, y + self.output, residual + self.output, scratch.data_ptr()
         else:
             job[:PER_CALL] = x + self.input, y + self.output, residual + self.output, 0
@@ -162,7 +167,7 @@ class Plan:
         places = layout(g, batch, sizes)
         pixels, outputs, images = math.prod(sizes), math.prod(places.out), batch // places.images
         size, vectors = _TILE[layer.rows], len(places.position)
-        blocks = g.out_channels // g.groups // layer.rows
+        blocks = g.out_channels // g.groups // max(1, layer.rows)
         tiles = -(-vectors // size)
         divided = images * g.groups < threads and tiles < 8 * threads  # else each thread gets whole tiles
         shares = threads if divided and g.groups == 1 else 1
@@ -200,6 +205,7 @@ class Plan:
                 row_source=grid.source,
                 row_count=grid.count,
                 stride=g.stride[-1],
+                fill=bits(0.0 if layer.rows else -math.inf),
             )
         return template
 

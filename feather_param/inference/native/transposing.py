@@ -11,8 +11,8 @@ from feather_param.inference.native.writer import I64, POINTER, Value, Writer, i
 def write_transpose(module: ir.Module) -> ir.Function:
     """Write a function that transposes a matrix.
 
-    Its parameters: the matrix, floats from a row to the next, the result, floats from a row to the next, the rows of the
-    matrix and its columns.
+    Its parameters: the matrix, floats from a row to the next, the result, floats from a row to the next, and the rows
+    and columns of the matrix.
     """
     w = Writer(module, "transpose", [POINTER, I64, POINTER, I64, I64, I64])
     w.function_.attributes.add("noinline")
