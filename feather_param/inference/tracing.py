@@ -189,4 +189,5 @@ def _named(model: nn.Module, arguments: tuple[Any, ...]) -> Mapping[str, Any]:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first sentence of an error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
