@@ -29,8 +29,8 @@ class SparseMatrix:
     geometry: Geometry
     activation: str
     rows: int
-    crow: Tensor
-    col: Tensor
+    block_start: Tensor
+    columns: Tensor
     values: Tensor
     bias: Tensor
 
@@ -57,7 +57,7 @@ def matrix_of(layer, rows=1, activation="identity"):
 def computed(layer, x, residual=None, rows=1, activation="identity"):
     """Return the output of the kernel."""
     linear = isinstance(layer, nn.Linear)
-    batch, sizes = (len(x), None) if linear else (len(x), x.shape[2:])
+    sizes = () if linear else tuple(x.shape[2:])
     plan = Plan(matrix_of(layer, rows, activation), batch, sizes)
     y = x.new_full((batch, layer.weight.shape[0], *plan.out), math.nan)
     plan.run(x.contiguous(), y, residual)
