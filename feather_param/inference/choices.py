@@ -29,6 +29,7 @@ class Choices:
     threads: int
     network: str  # "dense": the model as it is; "fused": with folded batch norms; "sparse": with sparse layers too
     sparse: tuple[str, ...]  # names of the sparse layers
+    untraced: str = ""  # why the model could not be fused
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -72,12 +73,14 @@ def load_choices(path: str | os.PathLike[str]) -> Choices | None:
         return None
     try:
         content = parse_json(text)
-        kinds = {"machine": str, "threads": int, "network": str, "sparse": list}
+        kinds = {"machine": str, "threads": int, "network": str, "sparse": list, "untraced": str}
         if {name: type(value) for name, value in content.items()} != kinds or content["network"] not in _NETWORKS:
             raise ValueError("a key is missing, unknown or of another type")
         if not all(isinstance(name, str) for name in content["sparse"]):
             raise ValueError("the name of a layer is no string")
+        if content["sparse"] and content["network"] != "sparse":
+            raise ValueError("a network without sparse layers names some")
     except (ValueError, RecursionError) as error:
         damage = f"got damaged ones in {printable(path)}: {printable(error)}"
         raise ValueError(f"expected choices of save_sparse, {damage}; convert without them") from error
-    return Choices(content["machine"], content["threads"], content["network"], tuple(content["sparse"]))
+    return Choices(**{**content, "sparse": tuple(content["sparse"])})

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from feather_param.inference import kernel
 from feather_param.inference.fuse import ACTIVATIONS, FusedLayer
 from feather_param.inference.layout import Geometry, Sizes
 from feather_param.inference.plan import NATIVE_ACTIVATIONS, Plan
@@ -19,6 +20,36 @@ __all__ = ["SparseLayer"]
 
 _BLOCK = 4  # output channels that may share their columns
 _BLOCK_COST = 3.1  # time of a column of such a block, in times of a column of one output channel (measured)
+_MOST_PLANS = 16  # of a layer; a plan has an int32 for each column
+
+
+@dataclass
+class _Matrix:
+    """The weights of a layer as a plan needs them. It keeps their memory alive."""
+
+    geometry: Geometry
+    activation: str
+    rows: int
+    block_start: Tensor
+    columns: Tensor
+    values: Tensor
+    bias: Tensor
+
+    def require_consistent(self) -> None:
+        """Raise a ValueError unless the tensors belong together. The kernel does not check its indices."""
+        g, blocks = self.geometry, self.geometry.out_channels // self.rows
+        count = len(self.columns)
+        shapes = ((self.block_start, (blocks + 1,), torch.int32), (self.columns, (count,), torch.int32))
+        shapes += ((self.values, (count, self.rows), torch.float32), (self.bias, (g.out_channels,), torch.float32))
+        good = all((tensor.shape, tensor.dtype, tensor.device.type) == (*form, "cpu") for tensor, *form in shapes)
+        if good:  # in numpy, as torch's own threads do not exist in a forked process
+            starts, columns = self.block_start.numpy(), self.columns.numpy()
+            good = (starts[0], starts[-1]) == (0, count) and (starts[1:] >= starts[:-1]).all()
+            good = good and ((columns >= 0) & (columns < g.channels * math.prod(g.kernel_size))).all()
+        if not good:
+            raise ValueError(
+                "expected buffers that belong together, got damaged or converted ones; convert the model again"
+            )
 
 
 class SparseLayer(nn.Module):
@@ -37,6 +68,7 @@ class SparseLayer(nn.Module):
     Raises:
         TypeError: the input has another dtype or device.
         ValueError: the input has another number of channels or dimensions, or is smaller than the window.
+            Or the buffers do not belong together, for example after loading those of another layer.
         RuntimeError: the input requires a gradient outside `torch.no_grad`, or the layer is traced.
         ImportError: llvmlite is not installed.
 
@@ -84,12 +116,13 @@ class SparseLayer(nn.Module):
         return {**self.__dict__, "_plans": {}}
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLayer:
-        self._plans.clear()  # they point to the buffers
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self._plans = {}
+        return self
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        self._plans.clear()
         super()._load_from_state_dict(*arguments, **keywords)
+        self._plans = {}  # they depend on the columns, which were written in place
 
     @property
     def weight(self) -> Tensor:
@@ -114,10 +147,11 @@ class SparseLayer(nn.Module):
             )
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
-                return self(input.float(), residual if residual is None else residual.float())
+                return self.forward(input.float(), residual if residual is None else residual.float())
         for kind, tensor in (("input", input), ("weight", self.values)):
-            if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-                got = f"{kind} of {tensor.dtype} on {tensor.device}"
+            if not _readable(tensor):
+                layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
+                got = f"{kind} of {tensor.dtype} on {tensor.device}{layout}"
                 raise TypeError(f"expected input and weight in float32 on the CPU, got {got}; use the dense model")
         if torch.is_grad_enabled() and (input.requires_grad or (residual is not None and residual.requires_grad)):
             raise RuntimeError("expected an input without gradient, for inference only; use the dense model")
@@ -125,36 +159,52 @@ class SparseLayer(nn.Module):
             raise ValueError(f"expected an input of {self.input_dims} dimensions, got {input.dim()}")
         if self.padding:
             input = F.pad(input, self.padding, self.padding_mode)
-        x = input.detach().contiguous()
-        threads = torch.get_num_threads()
-        found = self._plans.get((x.shape, threads))
-        if found is None:
-            found = self._plans[x.shape, threads] = self._plan(x.shape)
-        output = x.new_empty(found.shape)
-        if residual is not None and (not self.dims or residual.shape != output.shape):
-            return self._added(input, residual)
-        found.run(x, output, residual if residual is None else residual.detach().contiguous())
-        return output if self.activation in NATIVE_ACTIVATIONS else ACTIVATIONS[self.activation](output)
+        x = _contiguous(input)
+        plan = self._plan(x.shape, self.activation)
+        native = self.dims and residual is not None and residual.shape == plan.shape and _readable(residual)
+        if residual is None or native:
+            output = x.new_empty(plan.shape)
+            plan.run(x, output, None if residual is None else _contiguous(residual))
+            return output if self.activation in NATIVE_ACTIVATIONS else ACTIVATIONS[self.activation](output)
+        output = x.new_empty(plan.shape)
+        self._plan(x.shape, "identity").run(x, output)
+        same = residual.shape == output.shape and residual.dtype == output.dtype
+        output = output.add_(residual.detach()) if same else output + residual.detach()
+        return ACTIVATIONS[self.activation](output)
 
     # `torch.compiler.disable` sets this too, so that a compiled model calls this method as it is. Importing it takes a
     # second.
     forward._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
 
-    def _plan(self, shape: torch.Size) -> Plan:
-        """Return the plan for a shape of the input."""
+    def _plan(self, shape: torch.Size, activation: str) -> Plan:
+        """Return the plan for a shape of the input and the memory of the buffers, which may have been replaced."""
+        key = (shape, activation, kernel.available_threads(), *map(Tensor.data_ptr, self._buffers.values()))
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._new_plan(shape, activation)
+            newest = [*self._plans.items()][1 - _MOST_PLANS :]
+            self._plans = dict([*newest, (key, plan)])  # a new dict, as other threads may read the old one
+        return plan
+
+    def _new_plan(self, shape: torch.Size, activation: str) -> Plan:
         leading = shape[: len(shape) - 1 - self.dims]
         channels = self.geometry.channels * self.geometry.groups
         if shape[len(leading) : len(leading) + 1] != (channels,) or (self.dims and len(leading) > 1):
             raise ValueError(f"expected {channels} input channels, got a tensor of shape {tuple(shape)}")
-        return Plan(self, leading, shape[len(leading) + 1 :])
+        tensors = (self.block_start, self.columns, self.values, self.bias)
+        matrix = _Matrix(self.geometry, activation, self.rows, *tensors)
+        matrix.require_consistent()
+        return Plan(matrix, leading, shape[len(leading) + 1 :])
 
-    def _added(self, input: Tensor, residual: Tensor) -> Tensor:
-        """Return the output where the kernel cannot do the addition."""
-        bare = copy.copy(self)
-        bare.activation, bare.padding, bare._plans = "identity", (), {}
-        output = bare(input)
-        output = output.add_(residual) if residual.shape == output.shape else output + residual
-        return ACTIVATIONS[self.activation](output)
+
+def _readable(tensor: Tensor) -> bool:
+    """Return whether the kernel can read a tensor."""
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.layout == torch.strided
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """Return a tensor with its elements in memory in order, and no pending negation."""
+    return tensor.detach().resolve_neg().contiguous()
 
 
 def _geometry(layer: Any) -> tuple[Geometry, str, Sizes]:
