@@ -177,8 +177,9 @@ class SparseLayer(nn.Module):
     forward._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
 
     def _plan(self, shape: torch.Size, activation: str) -> Plan:
-        """Return the plan for a shape of the input and the memory of the buffers, which may have been replaced."""
-        key = (shape, activation, kernel.available_threads(), *map(Tensor.data_ptr, self._buffers.values()))
+        """Return the plan for a shape of the input and the buffers, which may have been replaced or written."""
+        buffers = (self.block_start, self.columns, self.values, self.bias)
+        key = (shape, activation, kernel.available_threads(), *map(_state, buffers))
         plan = self._plans.get(key)
         if plan is None:
             plan = self._new_plan(shape, activation)
@@ -195,6 +196,11 @@ class SparseLayer(nn.Module):
         matrix = _Matrix(self.geometry, activation, self.rows, *tensors)
         matrix.require_consistent()
         return Plan(matrix, leading, shape[len(leading) + 1 :])
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """Return the address and the version of a tensor, which change when it is replaced or written in place."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _readable(tensor: Tensor) -> bool:
