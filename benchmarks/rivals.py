@@ -81,7 +81,10 @@ def compiled(work: Work) -> Running:
 
 
 def onnx_runtime(work: Work) -> Running:
-    """Run the dense network in ONNX Runtime with all its optimizations."""
+    """Run the dense network in ONNX Runtime with all its optimizations.
+
+    Its threads may spin. Without spinning it was slower on two threads, and the methods after it were not faster.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
