@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,14 +143,14 @@ class SparseLayer(nn.Module):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor:
-        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            raise RuntimeError(
-                "expected a call that is not traced, got one in torch.jit.trace, which would record the output as a "
-                "constant; export the dense model"
-            )
+        # torch.compile would compile the code of the kernel's calls, with tensors that have no memory.
+        compute = _not_compiled() if "torch._dynamo" in sys.modules else SparseLayer._compute
+        return compute(self, input, residual)
+
+    def _compute(self, input: Tensor, residual: Tensor | None) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
-                return self.forward(input.float(), residual if residual is None else residual.float())
+                return self._compute(input.float(), residual if residual is None else residual.float())
         for kind, tensor in (("input", input), ("weight", self.values)):
             if not _readable(tensor):
                 layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
@@ -161,20 +164,22 @@ class SparseLayer(nn.Module):
             input = F.pad(input, self.padding, self.padding_mode)
         x = _contiguous(input)
         plan = self._plan(x.shape, self.activation)
-        native = self.dims and residual is not None and residual.shape == plan.shape and _readable(residual)
-        if residual is None or native:
-            output = x.new_empty(plan.shape)
-            plan.run(x, output, None if residual is None else _contiguous(residual))
-            return output if self.activation in NATIVE_ACTIVATIONS else ACTIVATIONS[self.activation](output)
         output = x.new_empty(plan.shape)
-        self._plan(x.shape, "identity").run(x, output)
-        same = residual.shape == output.shape and residual.dtype == output.dtype
-        output = output.add_(residual.detach()) if same else output + residual.detach()
-        return ACTIVATIONS[self.activation](output)
-
-    # `torch.compiler.disable` sets this too, so that a compiled model calls this method as it is. Importing it takes a
-    # second.
-    forward._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
+        if torch.jit.is_tracing() or (output.numel() and not output.data_ptr()):  # pyright: ignore[reportPrivateImportUsage]
+            raise RuntimeError(
+                "expected a call that is not traced, got one in torch.jit.trace or torch.export, which would record the "
+                "output as a constant; export the dense model"
+            )
+        if residual is None:
+            plan.run(x, output)
+        elif self.dims and residual.shape == plan.shape and _readable(residual):
+            plan.run(x, output, _contiguous(residual))
+        else:
+            self._plan(x.shape, "identity").run(x, output)
+            same = residual.shape == output.shape and residual.dtype == output.dtype
+            output = output.add_(residual.detach()) if same else output + residual.detach()
+            return ACTIVATIONS[self.activation](output)
+        return output if self.activation in NATIVE_ACTIVATIONS else ACTIVATIONS[self.activation](output)
 
     def _plan(self, shape: torch.Size, activation: str) -> Plan:
         """Return the plan for a shape of the input and the memory of the buffers, which may have been replaced."""
@@ -195,6 +200,12 @@ class SparseLayer(nn.Module):
         matrix = _Matrix(self.geometry, activation, self.rows, *tensors)
         matrix.require_consistent()
         return Plan(matrix, leading, shape[len(leading) + 1 :])
+
+
+@functools.cache
+def _not_compiled() -> Callable[..., Tensor]:
+    """Return the method that computes, for a process that uses torch.compile. The import takes a second."""
+    return torch.compiler.disable(SparseLayer._compute)
 
 
 def _readable(tensor: Tensor) -> bool:
