@@ -25,6 +25,11 @@ _BLOCK = 4  # output channels that may share their columns
 _BLOCK_COST = 3.1  # time of a column of such a block, in times of a column of one output channel (measured)
 _MOST_PLANS = 16  # of a layer; a plan has an int32 for each column
 
+_TRACED = (
+    "expected a call that is not traced, got one in torch.jit.trace or torch.export, which would record the output as "
+    "a constant; export the dense model"
+)
+
 
 @dataclass
 class _Matrix:
@@ -112,7 +117,7 @@ class SparseLayer(nn.Module):
     def extra_repr(self) -> str:
         g = self.geometry
         window = f", window={g.kernel_size}" if self.dims else ""
-        nonzeros = int(self.values.count_nonzero())
+        nonzeros = int(torch.count_nonzero(self.values))
         return f"{g.channels * g.groups}, {g.out_channels}{window}, nonzeros={nonzeros}, activation={self.activation!r}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,7 +136,7 @@ class SparseLayer(nn.Module):
     def weight(self) -> Tensor:
         """The weight as a sparse matrix. Code may read its dtype, shape and device."""
         g = self.geometry
-        group = torch.repeat_interleave(self.block_start.diff()) * self.rows // (g.out_channels // g.groups)
+        group = torch.repeat_interleave(torch.diff(self.block_start)) * self.rows // (g.out_channels // g.groups)
         window = math.prod(g.kernel_size)
         shape = (g.out_channels, g.channels * g.groups * window)
         columns = (self.columns + group * g.channels * window).int()
@@ -148,6 +153,8 @@ class SparseLayer(nn.Module):
         return compute(self, input, residual)
 
     def _compute(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            raise RuntimeError(_TRACED)
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return self._compute(input.float(), residual if residual is None else residual.float())
@@ -165,11 +172,8 @@ class SparseLayer(nn.Module):
         x = _contiguous(input)
         plan = self._plan(x.shape, self.activation)
         output = x.new_empty(plan.shape)
-        if torch.jit.is_tracing() or (output.numel() and not output.data_ptr()):  # pyright: ignore[reportPrivateImportUsage]
-            raise RuntimeError(
-                "expected a call that is not traced, got one in torch.jit.trace or torch.export, which would record the "
-                "output as a constant; export the dense model"
-            )
+        if output.numel() and not output.data_ptr():  # a FakeTensor
+            raise RuntimeError(_TRACED)
         if residual is None:
             plan.run(x, output)
         elif self.dims and residual.shape == plan.shape and _readable(residual):
@@ -183,7 +187,8 @@ class SparseLayer(nn.Module):
 
     def _plan(self, shape: torch.Size, activation: str) -> Plan:
         """Return the plan for a shape of the input and the memory of the buffers, which may have been replaced."""
-        key = (shape, activation, kernel.available_threads(), *map(Tensor.data_ptr, self._buffers.values()))
+        memory = [tensor.data_ptr() for tensor in self._buffers.values() if tensor is not None]
+        key = (shape, activation, kernel.available_threads(), *memory)
         plan = self._plans.get(key)
         if plan is None:
             plan = self._new_plan(shape, activation)
@@ -205,7 +210,7 @@ class SparseLayer(nn.Module):
 @functools.cache
 def _not_compiled() -> Callable[..., Tensor]:
     """Return the method that computes, for a process that uses torch.compile. The import takes a second."""
-    return torch.compiler.disable(SparseLayer._compute)
+    return torch.compiler.disable(SparseLayer._compute)  # pyright: ignore[reportReturnType]
 
 
 def _readable(tensor: Tensor) -> bool:
