@@ -30,8 +30,10 @@ class Slot(enum.IntEnum):
     residual = enum.auto()  # added to the sums, before the activation
     scratch = enum.auto()  # memory for the grids of all threads
 
-    # The matrix, in blocks of rows:
-    block_start = enum.auto()  # int32 [blocks + 1]: first offset of each block
+    # The matrix, in blocks of rows. Its columns are divided into parts:
+    parts = enum.auto()
+    part_starts = enum.auto()  # blocks + 1
+    block_start = enum.auto()  # int32 [parts, blocks + 1]: first offset of each block in the part
     offsets = enum.auto()  # int32: of each weight (or each column of a block) that is not zero, from the position
     values = enum.auto()  # float32 [offsets, rows of a block]
     bias = enum.auto()  # float32 [rows]
@@ -46,7 +48,9 @@ class Slot(enum.IntEnum):
     groups = enum.auto()
     input_group = enum.auto()  # from a group's input to the next group's
     group_blocks = enum.auto()  # blocks of rows in a group
-    scratch_floats = enum.auto()  # of a thread
+    scratch_floats = enum.auto()  # for the grid of a thread
+    sums = enum.auto()  # where the threads' memory for sums begins in the scratch memory
+    sums_floats = enum.auto()  # of a thread
 
     # The vectors of outputs, in tiles:
     vectors = enum.auto()

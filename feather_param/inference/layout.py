@@ -17,8 +17,11 @@ from numpy.typing import NDArray
 
 from feather_param.inference.job import LANES
 
+_WAY = 512  # floats: channels this far apart share few places in a cache
+
 Sizes = tuple[int, ...]
 _Int32 = NDArray[np.int32]
+_Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Grid:
 class Layout:
     """The tables of the kernel for one shape of the input."""
 
+    channels: int  # of a group's input
     out: Sizes  # sizes of the output
     images: int  # in a grid
     grid: Grid | None  # None: the input itself is used
@@ -87,6 +91,12 @@ class Layout:
         good = np.append(whole & joined, np.ones(tiles * tile - vectors, bool)).reshape(tiles, tile).all(1)
         return np.where(good, first[::tile], -1).astype(np.int32)
 
+    def footprint(self, tile: int) -> int:
+        """Return the bytes of a channel that a tile of some vectors reads, in whole cache lines."""
+        window = self.offsets[: len(self.offsets) // self.channels].astype(np.int64)
+        lines = (window[:, None] + LANES * np.arange(tile + (1 if self.grid else 0))) // LANES
+        return 4 * LANES * len(np.unique(lines))
+
 
 @functools.lru_cache(maxsize=1024)
 def layout(geometry: Geometry, batch: int, sizes: Sizes) -> Layout:
@@ -106,15 +116,15 @@ def layout(geometry: Geometry, batch: int, sizes: Sizes) -> Layout:
     images = min(batch, 1 if per_image >= 4 else -(-8 // per_image))
     _require_small(max(channels * geometry.groups * pixels, geometry.out_channels * outputs) * images, sizes)
     moves = {*geometry.kernel_size, *geometry.stride} != {1} or any(geometry.before + geometry.after)
-    if not moves and pixels >= LANES:
-        position = np.append(np.arange(0, pixels - LANES, LANES), pixels - LANES).astype(np.int32)
+    if not moves and pixels % LANES == 0 and (channels < 32 or pixels % _WAY):
+        position = np.arange(0, pixels, LANES, dtype=np.int32)
         offsets = (np.arange(channels) * pixels).astype(np.int32)
-        return Layout(out, 1, None, offsets, position, *_contiguous(position))
+        return Layout(channels, out, 1, None, offsets, position, *_contiguous(position))
     grid, window, rows = _grid(geometry, sizes, out, images)
     _require_small(channels * grid.plane, sizes)
     offsets = (np.arange(channels)[:, None] * grid.plane + window).reshape(-1).astype(np.int32)
     first = np.arange(images)[:, None] * (geometry.out_channels * outputs) + np.arange(0, outputs, out[-1])
-    return Layout(out, images, grid, offsets, *_vectors(rows, first.reshape(-1), out[-1]))
+    return Layout(channels, out, images, grid, offsets, *_vectors(rows, first.reshape(-1), out[-1]))
 
 
 def _require_small(floats: int, sizes: Sizes) -> None:
@@ -122,9 +132,7 @@ def _require_small(floats: int, sizes: Sizes) -> None:
         raise ValueError(f"expected an image of fewer than 2**31 floats, got one of size {sizes}; use smaller images")
 
 
-def _grid(
-    geometry: Geometry, sizes: Sizes, out: Sizes, images: int
-) -> tuple[Grid, NDArray[np.int64], NDArray[np.int64]]:
+def _grid(geometry: Geometry, sizes: Sizes, out: Sizes, images: int) -> tuple[Grid, _Int64, _Int64]:
     """Return the grid, the offset of each place in the window, and the positions of the first output of each row."""
     g = geometry
     extents = tuple(n + d * (k - 1) // s for n, k, s, d in zip(out, g.kernel_size, g.stride, g.dilation, strict=True))
@@ -153,9 +161,9 @@ def _grid(
     target = (one[:, 0] + number * size).reshape(-1)
     source = (one[:, 1] + number * (g.channels * g.groups * math.prod(sizes))).reshape(-1)
     order = np.argsort(target)
+    rows = _joined(target[order], source[order], np.tile(one[:, 2], images)[order], g.stride[-1])
     # A row without elements comes first, for the padding before the others.
-    rows = [np.append(0, numbers.reshape(-1)[order]) for numbers in (target, source, np.tile(one[:, 2], images))]
-    rows[0] = np.append(rows[0], end)
+    rows = np.append(0, [*rows[0], end]), np.append(0, rows[1]), np.append(0, rows[2])
     window = [
         phases[tuple(tap % s for tap, s in zip(place, g.stride, strict=True))] * size * images
         + _dot([tap // s for tap, s in zip(place, g.stride, strict=True)], steps)
@@ -166,18 +174,25 @@ def _grid(
     return grid, np.array(window), positions.reshape(-1)
 
 
+def _joined(target: _Int64, source: _Int64, count: _Int64, stride: int) -> tuple[_Int64, _Int64, _Int64]:
+    """Join rows that follow each other in the grid and in the input."""
+    follows = (target[1:] == target[:-1] + count[:-1]) & (source[1:] == source[:-1] + stride * count[:-1])
+    first = np.flatnonzero(np.append(True, ~follows)[: len(target)])
+    return target[first], source[first], np.add.reduceat(count, first) if len(first) else count
+
+
 def _dot(index: Sequence[int], steps: Sequence[int]) -> int:
     """Return the place of an element in flat memory. An index may lack its last number, which is then 0."""
     return sum(i * step for i, step in zip(index, steps, strict=False))
 
 
 def _contiguous(position: _Int32) -> tuple[_Int32, _Int32, _Int32]:
-    """Return the segments of outputs that lie like the positions. The last vector repeats outputs of the one before."""
+    """Return the segments of outputs that lie like the positions."""
     n = len(position)
     return np.arange(n + 1, dtype=np.int32), position, np.full(n, 2**LANES - 1, np.int32)
 
 
-def _vectors(rows: NDArray[np.int64], outputs: NDArray[np.int64], width: int) -> tuple[_Int32, _Int32, _Int32, _Int32]:
+def _vectors(rows: _Int64, outputs: _Int64, width: int) -> tuple[_Int32, _Int32, _Int32, _Int32]:
     """Cover rows of outputs with as few vectors as possible.
 
     Args:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from feather_param.inference import kernel
 from feather_param.inference.job import LANES, PER_CALL, Activation, Fields, Slot, Template, bits
-from feather_param.inference.layout import Geometry, Sizes, layout
+from feather_param.inference.layout import Geometry, Layout, Sizes, layout
 
 _TILE = {0: 4, 1: 4, 4: 2}  # vectors, for blocks of 1 and of 4 rows: 4 or 8 sums fit in registers
+_CACHED = 24576  # bytes of inputs in a part
+_COLUMNS = 10  # at least, of a block in a part
 _TOKENS = 64  # of a Linear layer in a grid
 _FEW_TOKENS, _MANY_CHANNELS = 32, 2048  # with many channels, fewer tokens stay in the cache
 
@@ -139,11 +141,13 @@ class Plan:
                     output_rows=g.out_channels,
                     scratch_floats=floats,
                     token_grid=g.channels * pixels,
+                    sums=self._threads * floats,
                     input_image=rows * g.channels,
                     output_image=rows * g.out_channels,
                 )
                 input_, output = 4 * start * g.channels, 4 * start * g.out_channels
-                calls.append(_Call(template, input_, output, self._threads * floats, run))
+                scratch = self._threads * (floats + template.fields[Slot.sums_floats])
+                calls.append(_Call(template, input_, output, scratch, run))
         return calls
 
     def _convolutions(self, sizes: Sizes, residual: bool) -> list[_Call]:
@@ -157,7 +161,8 @@ class Plan:
                 template = self._images(images, sizes, residual)
                 input_ = 4 * start * g.channels * g.groups * math.prod(sizes)
                 output = 4 * start * g.out_channels * math.prod(self._out)
-                scratch = self._threads * template.fields[Slot.scratch_floats]
+                template.set(sums=self._threads * template.fields[Slot.scratch_floats])
+                scratch = template.fields[Slot.sums] + self._threads * template.fields[Slot.sums_floats]
                 calls.append(_Call(template, input_, output, scratch, run))
         return calls
 
@@ -172,9 +177,16 @@ class Plan:
         divided = images * g.groups < threads and tiles < 8 * threads  # else each thread gets whole tiles
         shares = threads if divided and g.groups == 1 else 1
         start = _shares(layer.block_start.numpy(), shares) if shares > 1 else np.array([0, blocks], np.int32)
+        matrix = _divided(layer, _parts(layer, places, size))
         template = self._template()
+        sums = _most(start, blocks) * max(1, layer.rows) * size * LANES if matrix.parts > 1 else 0
         template.set(
-            offsets=places.offsets[layer.columns.numpy()],
+            parts=matrix.parts,
+            part_starts=len(layer.block_start),
+            block_start=matrix.start,
+            offsets=places.offsets[matrix.col],
+            values=matrix.values,
+            sums_floats=sums,
             images=images,
             input_image=g.channels * g.groups * pixels * places.images,
             output_image=g.out_channels * outputs * places.images,
@@ -211,8 +223,52 @@ class Plan:
 
     def _template(self) -> Template:
         template, layer = Template(), self._layer
-        template.set(block_start=layer.block_start.numpy(), values=layer.values.numpy(), bias=layer.bias.numpy())
+        template.set(
+            parts=1, block_start=layer.block_start.numpy(), values=layer.values.numpy(), bias=layer.bias.numpy()
+        )
         return template
+
+
+@dataclass(frozen=True)
+class _Divided:
+    """A matrix whose columns are divided into parts, one part after the other."""
+
+    parts: int
+    start: NDArray[np.int32]
+    col: NDArray[np.int32]
+    values: NDArray[np.float32]
+
+
+def _divided(layer: Matrix, parts: int) -> _Divided:
+    """Divide the columns of a matrix into parts of about as many channels."""
+    crow, col, values = layer.block_start.numpy(), layer.columns.numpy(), layer.values.numpy()
+    if parts == 1:
+        return _Divided(1, crow, col, values)
+    blocks = len(crow) - 1
+    window, channels = math.prod(layer.geometry.kernel_size), layer.geometry.channels
+    part = (col // window) * parts // channels
+    key = part * blocks + np.repeat(np.arange(blocks), np.diff(crow))
+    order = np.argsort(key, kind="stable")
+    ends = np.append(0, np.bincount(key, minlength=parts * blocks).cumsum())
+    start = ends[np.arange(parts)[:, None] * blocks + np.arange(blocks + 1)].astype(np.int32)
+    return _Divided(parts, start, col[order], values[order])
+
+
+def _parts(layer: Matrix, places: Layout, tile: int) -> int:
+    """Return into how many parts the columns are divided, such that the inputs of a part stay in the first cache.
+
+    Between two parts, the sums are stored and loaded again, so that a block has enough columns in each part.
+    """
+    if not layer.rows:
+        return 1
+    columns = len(layer.columns) / max(1, len(layer.block_start) - 1)
+    bytes_ = places.footprint(tile) * layer.geometry.channels
+    return max(1, min(round(bytes_ / _CACHED), int(columns / _COLUMNS)))
+
+
+def _most(starts: NDArray[np.int32], blocks: int) -> int:
+    """Return the most blocks of a share."""
+    return int(np.diff(starts).max()) if len(starts) > 1 else blocks
 
 
 def _shares(crow: NDArray[np.int32], shares: int) -> NDArray[np.int32]:

@@ -58,8 +58,8 @@ def computed(layer, x, residual=None, rows=1, activation="identity"):
     """Return the output of the kernel."""
     linear = isinstance(layer, nn.Linear)
     sizes = () if linear else tuple(x.shape[2:])
-    plan = Plan(matrix_of(layer, rows, activation), batch, sizes)
-    y = x.new_full((batch, layer.weight.shape[0], *plan.out), math.nan)
+    plan = Plan(matrix_of(layer, rows, activation), (len(x),), sizes)
+    y = x.new_full(plan.shape, math.nan)
     plan.run(x.contiguous(), y, residual)
     return y
 

@@ -116,7 +116,7 @@ def test_several_threads_may_call_it(threads):
 
 def test_one_plan_in_several_threads():
     layer = pruned(nn.Conv2d(8, 8, 3, padding=1))
-    planned = plan.Plan(matrix_of(layer), 1, (30, 30))
+    planned = plan.Plan(matrix_of(layer), (1,), (30, 30))
     inputs = [torch.randn(1, 8, 30, 30) for _ in range(40)]
 
     def compute(x):
@@ -143,7 +143,7 @@ from torch import nn
 from feather_param.inference import kernel, plan
 from tests.inference.matrices import matrix_of
 torch.set_num_threads(2)
-planned = plan.Plan(matrix_of(nn.Conv2d(4, 4, 3)), 1, (9, 9))
+planned = plan.Plan(matrix_of(nn.Conv2d(4, 4, 3)), (1,), (9, 9))
 x = torch.randn(1, 4, 9, 9)
 def compute():
     y = x.new_zeros(1, 4, 7, 7)

@@ -9,11 +9,11 @@ from llvmlite import ir
 
 from feather_param.inference.job import LANES, Activation
 from feather_param.inference.native.activations import activated
-from feather_param.inference.native.writer import I32, I64, POINTER, VOID, Job, Value, Writer, integer, vector
+from feather_param.inference.native.writer import I32, I64, POINTER, VECTOR, VOID, Job, Value, Writer, integer, vector
 
-SIGNATURE = ir.FunctionType(VOID, [POINTER, POINTER, POINTER, POINTER, I64, I64, I64, I64])
+SIGNATURE = ir.FunctionType(VOID, [POINTER, POINTER, POINTER, POINTER, I64, I64, I64, I64, POINTER])
 """Of a tile: the job, the grid, the output and the residual of the image, the first vector, the index of the first
-contiguous output (or -1), the first block and the last."""
+contiguous output (or -1), the first block and the last, and memory for the sums between two parts."""
 
 
 @dataclass(frozen=True)
@@ -39,48 +39,70 @@ class _TileWriter(Writer):
         super().__init__(module, "tile", SIGNATURE.args)
         self._tile = tile
         self._height = max(1, tile.rows)
-        _, self._grid, self._output, self._residual, self._first, self._plain, self._begin, self._end = self.arguments
+        _, self._grid, self._output, self._residual, self._first, self._plain, *_ = self.arguments
+        self._begin, self._end, self._sums = self.arguments[-3:]
         self._job = Job(self)
 
     def write(self) -> None:
-        width, pointer = self._tile.width, self._job.pointer
-        vectors = [self.add(self._first, integer(t)) for t in range(width)]
+        pointer = self._job.pointer
+        vectors = [self.add(self._first, integer(t)) for t in range(self._tile.width)]
         self._positions = [self.at(self._grid, self.index(pointer("position"), vector)) for vector in vectors]
-        self._starts, self._offsets, self._values = pointer("block_start"), pointer("offsets"), pointer("values")
-        self._bias, row_size = pointer("bias"), self._job.output_row
-        segments, outputs, lanes = pointer("segment_start"), pointer("segment_output"), pointer("segment_lanes")
+        self._offsets, self._values, self._bias = pointer("offsets"), pointer("values"), pointer("bias")
+        self._segments, self._outputs = pointer("segment_start"), pointer("segment_output")
+        self._lanes, self._row_size = pointer("segment_lanes"), self._job.output_row
+        starts, part_starts, parts = pointer("block_start"), self._job.part_starts, self._job.parts
+        last = self.sub(parts, integer(1))
 
-        def block(i: Value) -> None:
-            row = self.mul(i, integer(self._height))
-            sums = self._sums(i, row)
-            for r in range(self._height):
-                at = self.mul(self.add(row, integer(r)), row_size)
-                self._store(at, sums[r * width : (r + 1) * width])
+        def part(number: Value) -> None:
+            first, final = (self.icmp_signed("==", number, value) for value in (integer(0), last))
+            begin = self.at(starts, self.mul(number, part_starts), I32)
+            self.loop(self._begin, self._end, lambda i: self._write_block(i, begin, first, final))
 
-        self._segments, self._outputs, self._lanes = segments, outputs, lanes
-        self.loop(self._begin, self._end, block)
+        self.loop(integer(0), parts, part)
         self.ret_void()
 
-    def _sums(self, block: Value, row: Value) -> list[Value]:
-        """Write code that returns the sums of the block's rows, one row after the other."""
+    def _write_block(self, block: Value, starts: Value, first: Value, final: Value) -> None:
+        """Write code that adds a part of the block's weights; the final part is stored in the output."""
         width, height = self._tile.width, self._height
-        if self._tile.rows:
-            bias = [self.spread(self.float_(self._bias, self.add(row, integer(r)))) for r in range(height)]
-            sums = [bias[r] for r in range(height) for _ in range(width)]
-        else:
-            sums = [vector(float("-inf"))] * width
+        row = self.mul(block, integer(height))
+        size = integer(height * width * LANES)
+        memory = self.at(self._sums, self.mul(self.sub(block, self._begin), size))
+        before = self._sums_before(row, memory, first)
+        begin, end = self.index(starts, block), self.index(starts, self.add(block, integer(1)))
+        sums = self.loop(begin, end, self._add, before)
+        with self.if_else(final) as (finished, unfinished):
+            with finished:
+                for r in range(height):
+                    at = self.mul(self.add(row, integer(r)), self._row_size)
+                    self._store(at, sums[r * width : (r + 1) * width])
+            with unfinished:
+                for j, value in enumerate(sums):
+                    self.put(value, memory, integer(LANES * j))
 
-        def add(p: Value, *sums: Value) -> list[Value]:
-            offset = self.index(self._offsets, p)
-            x = [self.floats(position, offset) for position in self._positions]
-            if not self._tile.rows:
-                return [self._larger(a, b) for a, b in zip(x, sums, strict=True)]
-            at = self.mul(p, integer(height))
-            weights = [self.spread(self.float_(self._values, self.add(at, integer(r)))) for r in range(height)]
-            return [self.multiply_add(weights[j // width], x[j % width], s) for j, s in enumerate(sums)]
+    def _sums_before(self, row: Value, memory: Value, first: Value) -> list[Value]:
+        """Write code that returns the sums before a part: the bias, or what the part before left."""
+        width, height = self._tile.width, self._height
+        if not self._tile.rows:
+            return [vector(float("-inf"))] * width
+        with self.if_else(first) as (begins, goes_on):
+            with begins:
+                bias = [self.spread(self.float_(self._bias, self.add(row, integer(r)))) for r in range(height)]
+                block = self.block
+            with goes_on:
+                sums = [self.floats(memory, integer(LANES * j)) for j in range(height * width)]
+                other = self.block
+        return [self.either(VECTOR, (bias[j // width], block), (value, other)) for j, value in enumerate(sums)]
 
-        first, last = self.index(self._starts, block), self.index(self._starts, self.add(block, integer(1)))
-        return self.loop(first, last, add, sums)
+    def _add(self, p: Value, *sums: Value) -> list[Value]:
+        """Write code that adds a weight times the vectors of inputs at its offset to the sums."""
+        width, height = self._tile.width, self._height
+        offset = self.index(self._offsets, p)
+        x = [self.floats(position, offset) for position in self._positions]
+        if not self._tile.rows:
+            return [self._larger(a, b) for a, b in zip(x, sums, strict=True)]
+        at = self.mul(p, integer(height))
+        weights = [self.spread(self.float_(self._values, self.add(at, integer(r)))) for r in range(height)]
+        return [self.multiply_add(weights[j // width], x[j % width], s) for j, s in enumerate(sums)]
 
     def _larger(self, a: Value, b: Value) -> Value:
         """Return the larger of each pair, or NaN if one is."""

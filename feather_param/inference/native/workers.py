@@ -90,6 +90,7 @@ class _Team(Writer):
         starts, plain = job.pointer("share_start"), job.pointer("plain")
         kind = tile.SIGNATURE.as_pointer()
         whole, rest = (self.inttoptr(value, kind) for value in (job.tile, job.last_tile))
+        sums = self.at(job.pointer("scratch"), self.add(job.sums, self.mul(self._me, job.sums_floats)))
 
         def one(j: Value) -> None:
             share, number = self.sdiv(j, tiles), self.srem(j, tiles)
@@ -97,7 +98,8 @@ class _Team(Writer):
             end = self.add(base, self.index(starts, self.add(share, integer(1))))
             code = self.select(self.icmp_signed("==", number, last), rest, whole)
             first = self.mul(number, size)
-            self.call(code, [job.address, grid, output, residual, first, self.index(plain, number), begin, end])
+            at = self.index(plain, number)
+            self.call(code, [job.address, grid, output, residual, first, at, begin, end, sums])
 
         self.loop(*self._mine(self.mul(tiles, shares)), one)
 
