@@ -96,18 +96,18 @@ class SparseLayer(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.activation, self.input_dims = "identity", None
-        if isinstance(layer, FusedLayer):
-            self.activation, self.input_dims, layer = layer.activation, layer.dims, layer.layer
-        self.geometry, self.padding_mode, self.padding = _geometry(layer)
-        self.dims = 0 if isinstance(layer, nn.Linear) else len(self.geometry.kernel_size)
+        dense: Any = layer.layer if isinstance(layer, FusedLayer) else layer
+        self.activation = layer.activation if isinstance(layer, FusedLayer) else "identity"
+        self.input_dims = layer.dims if isinstance(layer, FusedLayer) else None
+        self.geometry, self.padding_mode, self.padding = _geometry(dense)
+        self.dims = 0 if isinstance(dense, nn.Linear) else len(self.geometry.kernel_size)
         with torch.no_grad():
-            matrix = layer.weight.detach().flatten(1)
+            matrix = dense.weight.detach().flatten(1)
             self.rows = _rows(matrix, self.geometry.groups)
             blocks = matrix.view(-1, self.rows, matrix.shape[1])
             block, column = blocks.any(1).nonzero(as_tuple=True)
             counts = torch.bincount(block, minlength=len(blocks))
-            bias = matrix.new_zeros(len(matrix)) if layer.bias is None else layer.bias.detach().clone()
+            bias = matrix.new_zeros(len(matrix)) if dense.bias is None else dense.bias.detach().clone()
             self.register_buffer("block_start", F.pad(counts.cumsum(0), (1, 0)).int())
             self.register_buffer("columns", column.int())
             self.register_buffer("values", blocks[block, :, column])
@@ -163,6 +163,8 @@ class SparseLayer(nn.Module):
                 layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
                 got = f"{kind} of {tensor.dtype} on {tensor.device}{layout}"
                 raise TypeError(f"expected input and weight in float32 on the CPU, got {got}; use the dense model")
+        if residual is not None and not residual.is_cpu:
+            raise TypeError(f"expected a residual on the CPU, got one on {residual.device}; use the dense model")
         if torch.is_grad_enabled() and (input.requires_grad or (residual is not None and residual.requires_grad)):
             raise RuntimeError("expected an input without gradient, for inference only; use the dense model")
         if self.input_dims is not None and input.dim() != self.input_dims:
