@@ -22,7 +22,7 @@ from feather_param.inference.layers import SparseLayer
 from feather_param.inference.pooling import MAX_POOLS, FastMaxPool
 from feather_param.inference.report import InferenceReport, InferenceRow
 from feather_param.inference.tracer import Untraceable, hooked
-from feather_param.inference.tracing import require_agreement
+from feather_param.inference.tracing import require_same_outputs
 from feather_param.ops.values import require_values
 from feather_param.parametrizations import states_of
 from feather_param.selection.names import COMPILED
@@ -218,7 +218,7 @@ def _timed(
         networks["fused"] = graph
     if sparse is not None:
         try:
-            require_agreement(sparse, model, arguments)
+            require_same_outputs(sparse, model, arguments)
             networks["sparse"] = sparse
         except Exception as error:
             failed = f"the network with sparse layers fails: {error}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,11 @@ __all__ = ["SparseLayer"]
 _BLOCK = 4  # output channels that may share their columns
 _BLOCK_COST = 3.1  # time of a column of such a block, in times of a column of one output channel (measured)
 _MOST_PLANS = 16  # of a layer; a plan has an int32 for each column
+
+_TRACED = (
+    "expected a call that is not traced, got one in torch.jit.trace or torch.export, which would record the output as "
+    "a constant; export the dense model"
+)
 
 
 @dataclass
@@ -88,18 +96,18 @@ class SparseLayer(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.activation, self.input_dims = "identity", None
-        if isinstance(layer, FusedLayer):
-            self.activation, self.input_dims, layer = layer.activation, layer.dims, layer.layer
-        self.geometry, self.padding_mode, self.padding = _geometry(layer)
-        self.dims = 0 if isinstance(layer, nn.Linear) else len(self.geometry.kernel_size)
+        dense: Any = layer.layer if isinstance(layer, FusedLayer) else layer
+        self.activation = layer.activation if isinstance(layer, FusedLayer) else "identity"
+        self.input_dims = layer.dims if isinstance(layer, FusedLayer) else None
+        self.geometry, self.padding_mode, self.padding = _geometry(dense)
+        self.dims = 0 if isinstance(dense, nn.Linear) else len(self.geometry.kernel_size)
         with torch.no_grad():
-            matrix = layer.weight.detach().flatten(1)
+            matrix = dense.weight.detach().flatten(1)
             self.rows = _rows(matrix, self.geometry.groups)
             blocks = matrix.view(-1, self.rows, matrix.shape[1])
             block, column = blocks.any(1).nonzero(as_tuple=True)
             counts = torch.bincount(block, minlength=len(blocks))
-            bias = matrix.new_zeros(len(matrix)) if layer.bias is None else layer.bias.detach().clone()
+            bias = matrix.new_zeros(len(matrix)) if dense.bias is None else dense.bias.detach().clone()
             self.register_buffer("block_start", F.pad(counts.cumsum(0), (1, 0)).int())
             self.register_buffer("columns", column.int())
             self.register_buffer("values", blocks[block, :, column])
@@ -109,7 +117,7 @@ class SparseLayer(nn.Module):
     def extra_repr(self) -> str:
         g = self.geometry
         window = f", window={g.kernel_size}" if self.dims else ""
-        nonzeros = int(self.values.count_nonzero())
+        nonzeros = int(torch.count_nonzero(self.values))
         return f"{g.channels * g.groups}, {g.out_channels}{window}, nonzeros={nonzeros}, activation={self.activation!r}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,7 +136,7 @@ class SparseLayer(nn.Module):
     def weight(self) -> Tensor:
         """The weight as a sparse matrix. Code may read its dtype, shape and device."""
         g = self.geometry
-        group = torch.repeat_interleave(self.block_start.diff()) * self.rows // (g.out_channels // g.groups)
+        group = torch.repeat_interleave(torch.diff(self.block_start)) * self.rows // (g.out_channels // g.groups)
         window = math.prod(g.kernel_size)
         shape = (g.out_channels, g.channels * g.groups * window)
         columns = (self.columns + group * g.channels * window).int()
@@ -140,19 +148,23 @@ class SparseLayer(nn.Module):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor:
+        # torch.compile would compile the code of the kernel's calls, with tensors that have no memory.
+        compute = _not_compiled() if "torch._dynamo" in sys.modules else SparseLayer._compute
+        return compute(self, input, residual)
+
+    def _compute(self, input: Tensor, residual: Tensor | None) -> Tensor:
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            raise RuntimeError(
-                "expected a call that is not traced, got one in torch.jit.trace, which would record the output as a "
-                "constant; export the dense model"
-            )
+            raise RuntimeError(_TRACED)
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
-                return self.forward(input.float(), residual if residual is None else residual.float())
+                return self._compute(input.float(), residual if residual is None else residual.float())
         for kind, tensor in (("input", input), ("weight", self.values)):
             if not _readable(tensor):
                 layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
                 got = f"{kind} of {tensor.dtype} on {tensor.device}{layout}"
                 raise TypeError(f"expected input and weight in float32 on the CPU, got {got}; use the dense model")
+        if residual is not None and not residual.is_cpu:
+            raise TypeError(f"expected a residual on the CPU, got one on {residual.device}; use the dense model")
         if torch.is_grad_enabled() and (input.requires_grad or (residual is not None and residual.requires_grad)):
             raise RuntimeError("expected an input without gradient, for inference only; use the dense model")
         if self.input_dims is not None and input.dim() != self.input_dims:
@@ -161,20 +173,19 @@ class SparseLayer(nn.Module):
             input = F.pad(input, self.padding, self.padding_mode)
         x = _contiguous(input)
         plan = self._plan(x.shape, self.activation)
-        native = self.dims and residual is not None and residual.shape == plan.shape and _readable(residual)
-        if residual is None or native:
-            output = x.new_empty(plan.shape)
-            plan.run(x, output, None if residual is None else _contiguous(residual))
-            return output if self.activation in NATIVE_ACTIVATIONS else ACTIVATIONS[self.activation](output)
         output = x.new_empty(plan.shape)
-        self._plan(x.shape, "identity").run(x, output)
-        same = residual.shape == output.shape and residual.dtype == output.dtype
-        output = output.add_(residual.detach()) if same else output + residual.detach()
-        return ACTIVATIONS[self.activation](output)
-
-    # `torch.compiler.disable` sets this too, so that a compiled model calls this method as it is. Importing it takes a
-    # second.
-    forward._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
+        if output.numel() and not output.data_ptr():  # a FakeTensor
+            raise RuntimeError(_TRACED)
+        if residual is None:
+            plan.run(x, output)
+        elif self.dims and residual.shape == plan.shape and _readable(residual):
+            plan.run(x, output, _contiguous(residual))
+        else:
+            self._plan(x.shape, "identity").run(x, output)
+            same = residual.shape == output.shape and residual.dtype == output.dtype
+            output = output.add_(residual.detach()) if same else output + residual.detach()
+            return ACTIVATIONS[self.activation](output)
+        return output if self.activation in NATIVE_ACTIVATIONS else ACTIVATIONS[self.activation](output)
 
     def _plan(self, shape: torch.Size, activation: str) -> Plan:
         """Return the plan for a shape of the input and the buffers, which may have been replaced or written."""
@@ -201,6 +212,12 @@ class SparseLayer(nn.Module):
 def _state(tensor: Tensor) -> tuple[int, int]:
     """Return the address and the version of a tensor, which change when it is replaced or written in place."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+@functools.cache
+def _not_compiled() -> Callable[..., Tensor]:
+    """Return the method that computes, for a process that uses torch.compile. The import takes a second."""
+    return torch.compiler.disable(SparseLayer._compute)  # pyright: ignore[reportReturnType]
 
 
 def _readable(tensor: Tensor) -> bool:

@@ -125,6 +125,11 @@ def require_agreement(graph: nn.Module, model: nn.Module, arguments: tuple[Any, 
     _require_equal(outputs, expected, _FUSED)
 
 
+def require_same_outputs(network: nn.Module, model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Raise Untraceable unless a network gives the model's outputs for the example, up to rounding."""
+    _require_equal(_outputs(network, arguments), _outputs(_twin(model), arguments), _FUSED)
+
+
 def _twin(model: nn.Module) -> nn.Module:
     """Return a copy of a model that shares its Parameters."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-METHODS = ("csr", "kernel")
-
 
 def pruned(layer, rate=0.8):
     """Return the layer with a fraction of zeros in every weight."""
