@@ -1,27 +1,29 @@
-"""Measure the inference of pruned networks, sparse and dense: `python -m benchmarks.inference`.
+"""Measure the inference of pruned networks on a CPU: `python -m benchmarks.inference [--rivals]`.
 
-The methods alternate, on one thread unless `--threads` is given:
+The methods take turns, each on the given number of threads and in float32:
 
-    dense          the network in torch
-    sparse         the network of `to_sparse_inference`
-    without numba  the same network if numba is not installed
-    torch CSR      each Linear weight converted with `to_sparse_csr()`; torch has no convolution with a CSR weight
-    ONNX Runtime   the exported dense network; the runtime folds batch norms into convolutions
+    dense         the network in torch
+    compiled      the network after `torch.compile` (inductor) with constant weights
+    ONNX Runtime  the exported network
+    OpenVINO      the exported network (`pip install openvino`)
+    DeepSparse    the exported network in DeepSparse 1.8, which leaves its zeros out (--deepsparse)
+    ours          the network of `feather_param.to_sparse_inference`
 
-The weights are random and pruned in one step by magnitude. One threshold is used for all layers; cases named "uniform"
-have the same rate in each layer, to 0.1 %. `--checkpoint` measures trained weights of the network `--arch` instead, for
-images of side `--size`.
+Without `--rivals` only dense and ours are measured. A rival that is missing is named with the reason. DeepSparse needs
+Python 3.10 or older and an environment of its own: `python3.10 -m venv ENV && ENV/bin/pip install deepsparse==1.8.0`,
+then `--deepsparse ENV/bin/python`.
+
+The networks of `inference_networks.py` have random weights. `--checkpoint` measures trained weights of the network
+`--arch` instead, for images of side `--size`. A case whose result at this commit is in the results file is not measured
+again, unless `--again` is given.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import tempfile
-import unittest.mock
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,179 +32,145 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import archs
-import feather_param
 from benchmarks import timing
-from feather_param.inference import kernel, recalibrate_batchnorm
+from benchmarks.inference_networks import CASES, NETWORKS, pruned, rate_of, trained
+from benchmarks.rivals import METHODS, Running, Work, absent, versions
 
-Case = tuple[nn.Module, Tensor]
-
-
-def linear() -> nn.Module:
-    """Return one Linear layer."""
-    return nn.Linear(4096, 4096)
+Build = Callable[[], tuple[nn.Module, Tensor]]
 
 
-def mlp() -> nn.Module:
-    """Return four Linear layers with ReLUs between them."""
-    return nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(4096, 4096), nn.ReLU())][:-1])
-
-
-def resnet50() -> nn.Module:
-    """Return torchvision's ResNet-50."""
-    from torchvision.models import resnet50 as build
-
-    return build(weights=None)
-
-
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "linear": (linear, (4096,)),
-    "mlp": (mlp, (4096,)),
-    "resnet50": (resnet50, (3, 224, 224)),
-}
-CASES = [  # network, rate, uniform, batch
-    ("linear", 0.7, False, 1),
-    ("linear", 0.7, False, 32),
-    ("linear", 0.95, False, 1),
-    ("linear", 0.95, False, 32),
-    ("linear", 0.95, False, 256),
-    ("mlp", 0.95, False, 1),
-    ("mlp", 0.99, False, 1),
-    ("mlp", 0.99, False, 32),
-    ("resnet50", 0.8, False, 1),
-    ("resnet50", 0.95, False, 1),
-    ("resnet50", 0.95, True, 1),
-    ("resnet50", 0.99, False, 1),
-    ("resnet50", 0.95, True, 8),
-]
-
-
-def pruned(network: str, rate: float, uniform: bool, batch: int) -> Case:
-    """Return a network of random weights with a fraction of zeros, and an input."""
-    build, shape = NETWORKS[network]
-    torch.manual_seed(0)
-    model = build()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "nothing survives")
-        limit = rate + 0.001 if uniform else None  # the rounding in each layer needs some room
-        feather_param.sparsify(model, final_rate=rate, total_steps=1, max_rate_per_layer=limit).step()
-        feather_param.desparsify(model)
-    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        recalibrate_batchnorm(
-            model, [torch.randn(4, *shape)]
-        )  # otherwise activations vanish, and subnormal numbers are slow
-    return model.eval(), torch.randn(batch, *shape)
-
-
-def trained(path: Path, arch: str, size: int, batch: int) -> Case:
-    """Return a network of `archs` with the weights of a file, and an input."""
-    state = feather_param.load_sparse(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    weights = [tensor for tensor in state.values() if tensor.dim() > 1]
-    model = getattr(archs, arch)(num_classes=len(weights[-1]), in_channels=weights[0].shape[1])
-    model.load_state_dict(state)
-    torch.manual_seed(0)
-    return model.eval(), torch.randn(batch, weights[0].shape[1], size, size)
-
-
-def measure(model: nn.Module, x: Tensor, n: int, sessions: dict[Any, Callable[[], object]]) -> dict[str, Any]:
-    """Return the seconds of each method and figures of the report. ONNX Runtime's sessions are reused."""
-    fast, report = feather_param.to_sparse_inference(model, x)
-    with unittest.mock.patch.object(kernel, "compiled", return_value=None):
-        alone, _ = feather_param.to_sparse_inference(model, x)
-    calls: dict[str, Callable[[], object]] = {
-        "dense": lambda: model(x),
-        "sparse": lambda: fast(x),
-        "without numba": lambda: alone(x),
-    }
-    missing = {}
-    try:
-        calls["torch CSR"] = with_csr_weights(model, x)
-    except ValueError as error:
-        missing["torch CSR"] = str(error)
-    try:
-        graph = (str(model), x.shape)  # its speed does not depend on the weights, and exporting takes long
-        calls["ONNX Runtime"] = sessions[graph] = sessions.get(graph) or in_onnx_runtime(model, x)
-    except ImportError as error:
-        missing["ONNX Runtime"] = str(error)
-    with torch.no_grad():  # torch CSR fails in inference mode
-        dense = model(x)
-        error = float((fast(x) - dense).abs().max() / dense.abs().max())
-        seconds = timing.rounds(calls, n, warmup=2)
-    return {
-        "zeros": sum(row.rate * torch.Size(row.shape).numel() for row in report.rows)
-        / sum(torch.Size(row.shape).numel() for row in report.rows),
-        "seconds": timing.medians(seconds),
-        "times dense": {name: timing.ratio(seconds, "dense", name) for name in calls if name != "dense"},
-        "missing": missing,
-        "layers swapped": f"{len(report.swapped)} of {len(report.rows)}",
-        "dense MB": report.dense_mb,
-        "sparse MB": report.sparse_mb,
-        "largest difference over largest output": error,
-    }
-
-
-def with_csr_weights(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    """Return the forward pass with torch's CSR tensors as Linear weights."""
-    model = copy.deepcopy(model)
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    if len(layers) < len([layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]):
-        raise ValueError("torch has no convolution with a CSR weight")
-    for layer in layers:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr())
-    return lambda: model(x)
-
-
-def in_onnx_runtime(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    """Return the forward pass of the dense network in ONNX Runtime."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations in the exporter
-        torch.onnx.export(model, (x,), f"{folder}/model.onnx", dynamo=True, verbose=False)
-        session = onnxruntime.InferenceSession(f"{folder}/model.onnx", options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: session.run(None, feed)
-
-
-def main() -> None:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="networks with random weights; default: all")
+    parser.add_argument("--rivals", action="store_true", help="measure the other runtimes too")
+    parser.add_argument("--deepsparse", default="", metavar="PYTHON", help="Python of the environment with DeepSparse")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help="only these networks; default: all")
+    parser.add_argument("--rates", type=float, nargs="+", help="only these rates, as 0.95; default: all")
+    parser.add_argument("--batch", type=int, nargs="+", help="only these batch sizes; default: all, 1 for checkpoints")
     parser.add_argument("--checkpoint", nargs="+", type=Path, default=[], help="state_dicts, or files of save_sparse")
     parser.add_argument("--arch", choices=archs.__all__, default="resnet20", help="network of the checkpoints")
     parser.add_argument("--size", type=int, nargs="+", default=[32], help="sides of the checkpoints' images")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes for the checkpoints")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--suffix", default="", help="end of the results file's name")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    networks = arguments.networks or ([] if arguments.checkpoint else list(NETWORKS))
-    cases: dict[str, Callable[[], Case]] = {}
-    for network, rate, uniform, batch in CASES:
-        if network in networks:
-            name = f"{network}, {rate:.0%}{' uniform' if uniform else ''}, batch {batch}"
-            cases[name] = lambda case=(network, rate, uniform, batch): pruned(*case)
-    for path in arguments.checkpoint:
-        for size, batch in itertools.product(arguments.size, arguments.batch):
-            case = (path, arguments.arch, size, batch)
-            cases[f"{arguments.arch} of {path.name}, {size} px, batch {batch}"] = lambda case=case: trained(*case)
-    figures: dict[str, Any] = {}
-    sessions: dict[Any, Callable[[], object]] = {}
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--suffix", help="the results file is inference_SUFFIX.json; default: rivals with --rivals")
+    parser.add_argument("--again", action="store_true", help="measure cases again that the results file has")
+    arguments = parser.parse_args(words)
+    if arguments.rounds < 2:
+        parser.error(f"expected at least 2 rounds, got {arguments.rounds}")
+    if not selected(arguments):
+        parser.error(
+            "expected a case of these networks, rates and batch sizes, got none of " + "; ".join(map(str, CASES))
+        )
+    return arguments
+
+
+def selected(arguments: argparse.Namespace) -> dict[str, Build]:
+    """Return the names of the cases that the options ask for, and what makes each."""
+    cases: dict[str, Build] = {}
+    for path, size, batch in itertools.product(arguments.checkpoint, arguments.size, arguments.batch or [1]):
+        name = f"{arguments.arch} of {path.name}, {size} px, batch {batch}"
+        cases[name] = lambda path=path, size=size, batch=batch: trained(path, arguments.arch, size, batch)
+    for case in [] if arguments.checkpoint else CASES:
+        wanted = zip(case, (arguments.networks, arguments.rates, arguments.batch), strict=True)
+        if all(options is None or value in options for value, options in wanted):
+            cases[str(case)] = lambda case=case: pruned(case)
+    return cases
+
+
+def measure(work: Work, methods: Collection[str], n: int, say: Callable[[str], object]) -> dict[str, Any]:
+    """Return the figures of one network. Methods that fail are named with their error."""
+    torch.set_num_threads(work.threads)
+    running: dict[str, Running] = {}
+    failed = {}
+    try:
+        with torch.inference_mode():
+            for method in methods:
+                say(f"starting {method}")
+                try:
+                    running[method] = METHODS[method](work)
+                except Exception as error:
+                    failed[method] = f"{type(error).__name__}: {error}".partition("\n")[0]
+            say(f"measuring {len(running)} methods")
+            seconds = timing.rounds({name: each.call for name, each in running.items()}, n, warmup=2, untimed=1)
+    finally:
+        for each in running.values():
+            each.close()
+    expected = running["dense"].output
+    return {
+        "zeros": rate_of(work.model),
+        "threads": work.threads,
+        "rounds": n,
+        "seconds": timing.medians(seconds),
+        "shortest seconds": timing.minima(seconds),
+        "quartiles' distance over median": timing.spreads(seconds),
+        "times of ours": {name: timing.ratio(seconds, name, "ours") for name in running} if "ours" in running else {},
+        "largest difference over largest output": {
+            name: float((each.output - expected).abs().max() / expected.abs().max()) for name, each in running.items()
+        },
+        "failed": failed,
+        "details": {name: each.details for name, each in running.items() if each.details},
+    }
+
+
+def is_measured(row: Mapping[str, Any] | None, methods: Collection[str]) -> bool:
+    """Tell whether a result of an earlier run has all methods."""
+    return row is not None and all(method in row["seconds"] or method in row["failed"] for method in methods)
+
+
+def table(figures: Mapping[str, Mapping[str, Any]], methods: Collection[str], missing: Mapping[str, str]) -> str:
+    """Return the table of the results, with a line for each method that is missing or failed."""
     rows = []
-    path = None
-    for name in tqdm(cases, desc="networks"):
-        figures[name] = row = measure(*cases[name](), arguments.rounds, sessions)
-        times = [row["times dense"].get(method) for method in ("sparse", "without numba", "torch CSR", "ONNX Runtime")]
-        cells = ["-" if value is None else f"{value:.2f}" for value in times]
-        sizes = (f"{row['dense MB']:.1f}", f"{row['sparse MB']:.1f}")
-        rows.append([name, f"{1e3 * row['seconds']['dense']:.2f}", *cells, row["layers swapped"], *sizes])
-        path = timing.write("inference" + arguments.suffix, figures)  # keeps the results so far if a later case fails
-    header = ["network", "dense ms", "sparse", "without numba", "torch CSR", "ONNX Runtime"]
-    print(timing.show([*header, "layers swapped", "dense MB", "sparse MB"], rows))
-    print(f"\ntimes as fast as dense; written to {path}")
+    notes = [f"{method} is missing: {reason}" for method, reason in missing.items() if method in methods]
+    for name, row in figures.items():
+        cells = [
+            f"{1e3 * row['seconds'][method]:.2f} / {1e3 * row['shortest seconds'][method]:.2f}"
+            if method in row["seconds"]
+            else "-"
+            for method in methods
+        ]
+        factors = {method: factor for method, factor in row["times of ours"].items() if method != "ours"}
+        best = min(factors, key=lambda method: row["seconds"][method], default="")
+        of_onnx_runtime = factors.get("ONNX Runtime")
+        rows.append(
+            [
+                name,
+                *cells,
+                f"{factors[best]:.2f} ({best})" if best else "-",
+                f"{of_onnx_runtime:.2f}" if of_onnx_runtime else "-",
+            ]
+        )
+        notes += [f"{method} failed on {name}: {reason}" for method, reason in row["failed"].items()]
+    header = ["ms: median / shortest", *methods, "ours is faster than the best other by", "than ONNX Runtime by"]
+    return "\n".join([timing.show(header, rows), *(f"\n{note}" for note in notes)])
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    arguments = parse(words)
+    methods = list(METHODS) if arguments.rivals else ["dense", "ours"]
+    missing = {name: reason for name, reason in absent(arguments.deepsparse).items() if name in methods}
+    available = [method for method in methods if method not in missing]
+    suffix = arguments.suffix if arguments.suffix is not None else "rivals" if arguments.rivals else ""
+    file = f"inference_{suffix}" if suffix else "inference"
+    figures = timing.read(file)
+    cases = {
+        f"{name}, {threads} thread{'s'[: threads - 1]}": (build, threads)
+        for threads in arguments.threads
+        for name, build in selected(arguments).items()
+    }
+    facts = {"threads": arguments.threads, "versions": versions(arguments.deepsparse if arguments.rivals else "")}
+    with tqdm(cases.items(), unit="case") as bar:
+        for name, (build, threads) in bar:
+            if is_measured(figures.get(name), available) and not arguments.again:
+                continue
+            bar.set_description(name)
+            bar.set_postfix_str("pruning")
+            model, x = build()
+            with tempfile.TemporaryDirectory() as folder:
+                work = Work(model, x, threads, Path(folder), arguments.deepsparse)
+                figures[name] = measure(work, available, arguments.rounds, bar.set_postfix_str)
+            timing.write(file, figures, **facts)  # keeps the results so far if a later case fails
+    print(table({name: figures[name] for name in cases}, methods, missing))
+    print(f"\nThe results are in {timing.RESULTS / file}.json.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Time several variants of the same work against each other, on a machine with other load.
 
 The variants take turns: each is called once in a round, so that a slow moment of the machine affects all of them. A
-ratio is the median of the ratios within each round. A time is the median over the rounds.
+ratio is the median of the ratios within each round. A time is the median over the rounds, or their minimum.
 """
 
 from __future__ import annotations
@@ -23,23 +23,54 @@ import torch
 
 from feather_param.files.atomic import atomic_write
 
-__all__ = ["machine", "medians", "ratio", "rounds", "set_commit", "show", "synchronise", "write", "write_whole"]
+__all__ = [
+    "Elapsed",
+    "machine",
+    "medians",
+    "minima",
+    "ratio",
+    "read",
+    "rounds",
+    "set_commit",
+    "show",
+    "spreads",
+    "synchronise",
+    "write",
+    "write_whole",
+]
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def rounds(variants: Mapping[str, Callable[[], object]], n: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Return the seconds of each variant in each of n rounds, after some rounds of warm-up."""
+class Elapsed(float):
+    """Seconds that a call measured itself, because it runs in another process."""
+
+
+def rounds(
+    variants: Mapping[str, Callable[[], object]], n: int, warmup: int = 1, untimed: int = 0
+) -> dict[str, list[float]]:
+    """Return the seconds of each variant in each of n rounds, after some rounds of warm-up.
+
+    Args:
+        variants: the calls by name. A call that returns `Elapsed` measures itself.
+        n: how many rounds are timed.
+        warmup: how many rounds come before them.
+        untimed: how many calls of a variant come right before each timed one. With one, the caches hold what the
+            variant needs, as when it is called again and again, and the threads of the variant before it are asleep.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     gc.collect()
     for i in range(warmup + n):
         for name, call in variants.items():
+            for _ in range(untimed):
+                call()
             synchronise()
             start = time.perf_counter()
-            call()
+            result = call()
+            result = result if isinstance(result, Elapsed) else None  # what the call returns is freed in its time
             synchronise()
             if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.perf_counter() - start if result is None else result)
     return seconds
 
 
@@ -52,6 +83,17 @@ def synchronise() -> None:
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Return the median time of each variant, in seconds."""
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def minima(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the shortest time of each variant, in seconds: the one with the least of the machine's other load."""
+    return {name: min(times) for name, times in seconds.items()}
+
+
+def spreads(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the distance of the quartiles of each variant's times, as a fraction of their median."""
+    quartiles = {name: statistics.quantiles(times, n=4, method="inclusive") for name, times in seconds.items()}
+    return {name: (upper - lower) / median for name, (lower, median, upper) in quartiles.items()}
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], name: str, reference: str) -> float:
@@ -138,9 +180,26 @@ def write_whole(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def write(name: str, figures: Any) -> Path:
-    """Write figures and the machine to ``benchmarks/results/<name>.json``, and return the path."""
+def write(name: str, figures: Any, **more: Any) -> Path:
+    """Write figures and the machine to ``benchmarks/results/<name>.json``, and return the path.
+
+    Args:
+        name: the name of the file without its ending.
+        figures: what was measured, as JSON can hold it.
+        more: other facts about the machine, or other values for those of `machine`.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    write_whole(path, json.dumps({"machine": machine(), "figures": figures}, indent=1) + "\n")
+    write_whole(path, json.dumps({"machine": machine() | more, "figures": figures}, indent=1) + "\n")
     return path
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return the figures that `write` wrote at this commit on such a processor, or nothing."""
+    try:
+        written = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    now = machine()
+    same = now["commit"] and all(written["machine"].get(key) == now[key] for key in ("commit", "cpu"))
+    return written["figures"] if same else {}

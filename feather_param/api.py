@@ -20,6 +20,7 @@ from feather_param.core.final_groups import final_groups
 from feather_param.core.optimizer import checked_optimizer
 from feather_param.core.state_dict import of_sparsified
 from feather_param.files.sparse import write_sparse
+from feather_param.inference.choices import Choices
 from feather_param.parametrizations import states_of
 from feather_param.patterns import Pattern
 from feather_param.schedules import Schedule
@@ -190,7 +191,13 @@ def baked_state_dict(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tens
     return baked_state(source) if isinstance(source, Mapping) else baked(_require_sparsified(source))
 
 
-def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], *, zstd: bool = False) -> None:
+def save_sparse(
+    source: nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    zstd: bool = False,
+    choices: Choices | None = None,
+) -> None:
     """Save a model or a state_dict without its zeros.
 
     A tensor with enough zeros is stored as its non-zero elements and the gaps between them; a gap takes one byte. Other
@@ -202,9 +209,10 @@ def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
         source: a model or a state_dict. Of a sparsified model, its `baked_state_dict` is saved.
         path: the file. It has the safetensors format.
         zstd: whether to compress with zstandard as well.
+        choices: those of a report of `to_sparse_inference`, which are stored too. `inference.load_choices` loads them.
 
     Raises:
-        TypeError: ``source`` is neither a model nor a state_dict, or an entry cannot be stored: it is no tensor, or it
+        TypeError: ``source`` is neither a model nor a state_dict, ``choices`` are of another type, or an entry cannot be stored: it is no tensor, or it
             is quantised, not strided, sharded, or without content (meta, lazy), or its name is no string.
         ValueError: ``path`` is a folder, a device or a pipe, a tensor has more than 64 dimensions, a name has a lone
             surrogate, or the names are too long for a header of 100 MB.
@@ -221,9 +229,11 @@ def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
     """
     if not isinstance(source, nn.Module | Mapping):
         raise TypeError(f"expected a model or a state_dict, got {type(source).__name__}")
+    if choices is not None and not isinstance(choices, Choices):
+        raise TypeError(f"expected choices of an inference report, got {type(choices).__name__}")
     if isinstance(source, nn.Module):
         source = baked_state_dict(source) if states_of(source) else source.state_dict()
-    write_sparse(source, path, zstd=zstd)
+    write_sparse(source, path, zstd=zstd, metadata=choices and choices.metadata)
     if of_sparsified(source):
         warn(
             "expected baked weights, got the state_dict of a sparsified model, which does not contain its zeros: it is "

@@ -52,8 +52,14 @@ class _Entry:
     memory: slice
 
 
-def write_sparse(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, zstd: bool = False) -> None:
-    """Write tensors to a sparse file. `feather_param.save_sparse` describes it and its errors.
+def write_sparse(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    zstd: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors to a sparse file, and further metadata. `feather_param.save_sparse` describes it and its errors.
 
     Example:
         >>> import tempfile, pathlib
@@ -62,17 +68,20 @@ def write_sparse(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *,
         >>> torch.equal(load_sparse(path)["w"], torch.eye(100)), path.stat().st_size < 1500
         (True, True)
     """
-    content = sparse_content(tensors, zstd)
+    content = sparse_content(tensors, zstd, metadata)
     with atomic_write(Path(path)) as file:
         file.writelines(content)
 
 
-def sparse_content(tensors: Mapping[str, Tensor], zstd: bool) -> list[memoryview | bytes]:
+def sparse_content(
+    tensors: Mapping[str, Tensor], zstd: bool, metadata: Mapping[str, str] | None = None
+) -> list[memoryview | bytes]:
     """Return the content of a sparse file, in pieces.
 
     Args:
         tensors: the tensors by name.
         zstd: whether to compress with zstandard as well.
+        metadata: further strings, which `load_sparse` ignores.
 
     Example:
         >>> sum(map(len, sparse_content({"w": torch.eye(100)}, zstd=False))) < 1500
@@ -89,7 +98,7 @@ def sparse_content(tensors: Mapping[str, Tensor], zstd: bool) -> list[memoryview
         entries[name] = {"dtype": dtype, "shape": shape, "zstd": compressed, "crc32": checksum(own)}
         parts.update({f"{part}:{name}": content for part, content in own.items()})
     text = json.dumps({"version": _VERSION, "tensors": entries}, separators=(",", ":"))
-    return container_of({SPARSE: text, _CRC: str(zlib.crc32(text.encode()))}, parts)
+    return container_of({SPARSE: text, _CRC: str(zlib.crc32(text.encode())), **(metadata or {})}, parts)
 
 
 def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -1,20 +1,21 @@
-"""Convert a pruned model for faster inference on a CPU: swap the layers that are faster without their zeros."""
+"""Convert a pruned model for faster inference on a CPU: fuse its layers, and swap those that are faster sparse."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import operator
-import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
-from feather_param.inference import kernel, timing
+from feather_param.inference import timing
+from feather_param.inference.choices import Choices, machine
+from feather_param.inference.fit import unfit
+from feather_param.inference.fuse import FusedLayer, fused
+from feather_param.inference.layers import SparseLayer
 from feather_param.inference.report import InferenceReport, InferenceRow
 from feather_param.ops.values import require_values
 from feather_param.parametrizations import states_of
@@ -22,24 +23,26 @@ from feather_param.selection.names import COMPILED
 from feather_param.selection.weights import LINEAR_AND_CONV
 from feather_param.utils.text import printable
 
-_FORWARDS = {name: {getattr(layer, name, None) for layer in LINEAR_AND_CONV} for name in ("forward", "_conv_forward")}
-_MIN_RATE = 0.5  # below it, the column indices take more memory than the zeros, and no layer is faster
-_MAX_FRACTION = 0.95  # of the dense network's time; smaller gains are within the noise of the timings
-_DENSE, _SPARSE = 0, 1
+_MAX_FRACTION = 0.95  # of the time of a simpler network; smaller gains are within the noise of the timings
 _Slot = tuple[dict[str, Any], str, tuple[nn.Module, nn.Module]]
 """Where a layer is registered: its parent's children, its name among them, and the dense and the sparse layer."""
 
 
-def to_sparse_inference(model: nn.Module, example_input: Any) -> tuple[nn.Module, InferenceReport]:
+def to_sparse_inference(
+    model: nn.Module, example_input: Any, *, choices: Choices | None = None
+) -> tuple[nn.Module, InferenceReport]:
     """Return a copy of a pruned model that computes without zeros where that is faster, and the measurements.
 
-    Linear and Conv layers are timed on the inputs that they get for the example, dense and sparse in turns. A layer is
-    swapped for a `SparseLayer` if that takes less than 0.9 of the dense time. Then the whole network is timed. If it
-    does not take less than 0.95 of the dense time, all layers stay dense.
+    The model is traced with `torch.fx`. Batch norms are folded into the Linear and Conv layers before them, and an
+    addition and a ReLU, ReLU6, SiLU, Hardswish or GELU are computed with the layer before them. A model that cannot be
+    traced keeps its code, and the report says why.
 
-    The outputs are those of the dense model up to rounding, also for inputs of other sizes. The choice of layers holds
-    for the example's size, this machine and this number of threads (`torch.set_num_threads`). Convolutions need numba
-    for most of their gain (``pip install 'feather_param[inference]'``).
+    Then each layer is timed on the inputs that it gets for the example, dense and sparse in turns. A layer is swapped
+    for a `SparseLayer` if that takes less than 0.9 of the dense time. Last, the network is timed as it was, fused, and
+    with sparse layers. The fastest is returned; a step that does not take less than 0.95 of the time is not taken.
+
+    The outputs are those of the model up to rounding, also for inputs of other sizes. The choice of layers holds for
+    the example's size, this kind of machine and this number of threads (`torch.set_num_threads`).
 
     The copy is for inference on a CPU in float32. Its parameters require no gradient. It can be copied and pickled. Its
     state_dict has other keys than that of the model, so save the model (`save_sparse`) and convert it after loading.
@@ -47,15 +50,19 @@ def to_sparse_inference(model: nn.Module, example_input: Any) -> tuple[nn.Module
     Args:
         model: a baked or otherwise pruned model, in eval mode. It is not changed.
         example_input: a tensor, or a tuple of arguments, as in a typical call.
+        choices: of an earlier report, or from `load_choices`. Nothing is timed if they were made on the same kind of
+            machine with the same number of threads. Otherwise they are ignored.
 
     Returns:
-        The copy, and a report whose ``str()`` is a table.
+        The copy, and a report whose ``str()`` is a table. A model that was traced becomes a `torch.fx.GraphModule`.
 
     Raises:
-        TypeError: ``model`` is no `nn.Module` or a scripted one, or ``example_input`` is no tensor or tuple.
+        TypeError: ``model`` is no `nn.Module` or a scripted one, ``example_input`` is no tensor or tuple, or
+            ``choices`` are of another type.
         ValueError: the model is sparsified, compiled, lazy or in training mode, or has no float32 Linear or Conv layer
-            on the CPU.
+            on the CPU, or ``choices`` are those of another model.
         RuntimeError: a Parameter has no values (meta device).
+        ImportError: llvmlite is not installed: ``pip install feather_param[inference]``.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)).eval()
@@ -65,42 +72,54 @@ def to_sparse_inference(model: nn.Module, example_input: Any) -> tuple[nn.Module
         >>> torch.allclose(fast(x), model(x), atol=1e-5)
         True
     """
-    from feather_param.inference.layers import SparseLayer  # imports torch's compiler, which takes a second
-
     arguments = _checked(model, example_input)
-    fast = copy.deepcopy(model).requires_grad_(False)
-    layers = {name: layer for name, layer in fast.named_modules() if isinstance(layer, LINEAR_AND_CONV)}
-    reasons = {name: _unfit(layer) for name, layer in layers.items()}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LINEAR_AND_CONV)}
+    reasons = {name: unfit(layer) for name, layer in layers.items()}
     if all(reasons.values()):
         first = "".join(f"; {printable(name or 'the layer')}: {reason}" for name, reason in [*reasons.items()][:1])
         raise ValueError(f"expected a Linear or Conv layer in float32 on the CPU, got none{first}")
-    require_values(fast.named_parameters())
-    tried = {name: layer for name, layer in layers.items() if not reasons[name] and _rate(layer) >= _MIN_RATE}
-    trials = {name: timing.Trial(layer, SparseLayer(layer)) for name, layer in tried.items()}
-    holder = nn.ModuleList([fast])  # a parent for a model that is itself a layer
+    require_values(model.named_parameters())
+    notes = []
+    if choices is not None and not isinstance(choices, Choices):
+        raise TypeError(f"expected choices of a report or of load_choices, got {type(choices).__name__}")
+    if choices is not None and not choices.hold_here:
+        notes.append(f"timed again: the choices are for {printable(choices.machine)}, {choices.threads} threads")
+        choices = None
     with torch.no_grad():
-        timing.run_trials(trials.values(), lambda: fast(*arguments))
-        slots = _slots(holder, {trial.layer: trial.sparse for trial in trials.values() if trial.wins})
-
-        def run(which: int) -> None:
-            _put(slots, which)
-            holder[0](*arguments)
-
-        seconds = timing.seconds_of({"dense": lambda: run(_DENSE), "sparse": lambda: run(_SPARSE)}, 2.0)
-    fraction = statistics.median(map(operator.truediv, seconds["sparse"], seconds["dense"]))
-    gain = bool(slots) and fraction < _MAX_FRACTION
-    _put(slots, _SPARSE if gain else _DENSE)
-    rows = tuple(_row(name, layer, trials.get(name), reasons[name], gain) for name, layer in layers.items())
+        graph, untraced = fused(model, arguments, verify=choices is None)
+        twin = _sharing_tensors(model) if graph is None else graph
+        body = nn.ModuleList([twin])  # a parent for a model that is itself a layer
+        if graph is None:
+            notes.append(f"not fused: {untraced}")
+        found = {name: layer for name, layer in _candidates(body[0]).items() if not reasons.get(name)}
+        if choices is None:
+            trials = {name: timing.Trial(layer, SparseLayer(layer)) for name, layer in found.items()}
+            timing.run_trials(trials.values(), lambda: body[0](*arguments))
+            swaps = {name: trial.sparse for name, trial in trials.items() if trial.wins}
+        else:
+            trials, swaps = {}, {name: SparseLayer(found[name]) for name in _known(choices.sparse, found)}
+        slots = _slots(body, {found[name]: new for name, new in swaps.items()})
+        milliseconds: Mapping[str, float] = {}
+        if choices is None:
+            milliseconds = _timed(model, body, slots, arguments)
+            best = _best(milliseconds)
+            choices = Choices(machine(), torch.get_num_threads(), best, tuple(swaps) if best == "sparse" else ())
+        _put(slots, choices.network == "sparse")
+    kept: dict[int, Any] = {id(new): new for new in swaps.values()}
+    network = copy.deepcopy(model if choices.network == "dense" else body[0], kept).requires_grad_(False)
+    rows = tuple(
+        _row(name, layer, trials.get(name), reasons[name], swaps.get(name), choices) for name, layer in layers.items()
+    )
     report = InferenceReport(
         rows,
-        dense_ms=1e3 * statistics.median(seconds["dense"]),
-        sparse_ms=1e3 * statistics.median(seconds["sparse" if gain else "dense"]),
+        dense_ms=milliseconds.get("dense"),
+        sparse_ms=milliseconds.get(choices.network),
         dense_mb=_megabytes(model.parameters(), model.buffers()),
-        sparse_mb=_megabytes(holder.parameters(), holder.buffers()),
-        threads=torch.get_num_threads(),
-        notes=() if kernel.compiled() else ("without numba (feather_param[inference]): convolutions gain less",),
+        sparse_mb=_megabytes(network.parameters(), network.buffers()),
+        choices=choices,
+        notes=tuple(notes),
     )
-    return holder[0], report
+    return network, report
 
 
 def _checked(model: Any, example_input: Any) -> tuple[Any, ...]:
@@ -123,25 +142,30 @@ def _checked(model: Any, example_input: Any) -> tuple[Any, ...]:
     return example_input if isinstance(example_input, tuple) else (example_input,)
 
 
-def _unfit(layer: Any) -> str:
-    """Return the reason why a layer cannot be swapped, or an empty string."""
-    if is_parametrized(layer):
-        return "its weight is parametrized"
-    if type(layer.weight) not in (Tensor, nn.Parameter):
-        return f"its weight is of type {type(layer.weight).__name__}"
-    if layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
-        got = f"its weight is {str(layer.weight.dtype).removeprefix('torch.')} on {layer.weight.device}"
-        return f"{got}; call model.float()" if layer.weight.device.type == "cpu" else got
-    if "forward" in vars(layer) or any(getattr(type(layer), n, None) not in own for n, own in _FORWARDS.items()):
-        return "its forward is not torch's own"
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return "it has hooks"
-    return ""
+def _sharing_tensors(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that shares its Parameters and buffers."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def _rate(layer: Any) -> float:
-    """Return the fraction of zeros in a layer's weight."""
-    return 1.0 - int(layer.weight.count_nonzero()) / max(1, layer.weight.numel())
+def _candidates(body: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that may be swapped, by name."""
+    found: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()  # of a fused layer
+    for name, module in body.named_modules():
+        if isinstance(module, FusedLayer):
+            inside.update(module.children())
+        if isinstance(module, (FusedLayer, *LINEAR_AND_CONV)) and module not in inside:
+            found[name] = module
+    return found
+
+
+def _known(names: Iterable[str], found: Mapping[str, nn.Module]) -> Iterable[str]:
+    """Return the names of choices, if the model has these layers."""
+    unknown = sorted(set(names) - found.keys())
+    if unknown:
+        got = f"choices that name {printable(unknown[0])}, which it lacks"
+        raise ValueError(f"expected choices for this model, got {got}; convert without choices")
+    return names
 
 
 def _slots(root: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> list[_Slot]:
@@ -154,28 +178,55 @@ def _slots(root: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> list[_Slot]
     ]
 
 
-def _put(slots: list[_Slot], which: int) -> None:
+def _put(slots: list[_Slot], sparse: bool) -> None:
     """Put the dense or the sparse layers into the model."""
     for modules, key, pair in slots:
-        modules[key] = pair[which]
+        modules[key] = pair[sparse]
 
 
-def _row(name: str, layer: Any, trial: timing.Trial | None, reason: str, gain: bool) -> InferenceRow:
-    method, dense_ms, sparse_ms, sparse_mb = "dense", None, None, None
-    if trial is None:
-        reason = reason or "fewer than half of its weights are zero"
-    elif not trial.seconds:
-        reason = "its forward was not called"
-    else:
-        dense_ms, sparse_ms = (1e3 * trial.seconds[timed] for timed in ("dense", trial.sparse.method))
-        sparse_mb = _megabytes(trial.sparse.buffers())
-        if trial.wins and gain:
-            method = trial.sparse.method
-        elif trial.wins:
-            reason = "the network as a whole became no faster"
-    dense_mb = _megabytes(layer.parameters())
+def _timed(model: nn.Module, body: nn.ModuleList, slots: list[_Slot], arguments: tuple[Any, ...]) -> dict[str, float]:
+    """Return the milliseconds of the model, of the fused one, and of that with sparse layers."""
+
+    def run(sparse: bool) -> None:
+        _put(slots, sparse)
+        body[0](*arguments)
+
+    calls = {"dense": lambda: model(*arguments), "fused": lambda: run(False), "sparse": lambda: run(True)}
+    return {name: 1e3 * seconds for name, seconds in timing.seconds_of(calls).items()}
+
+
+def _best(times: Mapping[str, float]) -> str:
+    """Return the fastest network; one that is not clearly faster than a simpler one does not count."""
+    best = "dense"
+    for name in ("fused", "sparse"):
+        if times[name] < _MAX_FRACTION * times[best]:
+            best = name
+    return best
+
+
+def _row(
+    name: str, layer: Any, trial: timing.Trial | None, reason: str, sparse: nn.Module | None, choices: Choices
+) -> InferenceRow:
+    """Return the row of a layer."""
+    method = "sparse" if sparse is not None and choices.network == "sparse" else "dense"
+    timed = trial is not None and trial.called
+    if method == "dense" and not reason:
+        if trial is not None:
+            reason = "its forward was not called" if not trial.called else "the dense layer is as fast"
+            reason = "the network as a whole became no faster" if trial.wins else reason
+        elif not sparse:
+            reason = "its forward was not called"
+    weight = layer.weight
     return InferenceRow(
-        name, tuple(layer.weight.shape), _rate(layer), method, dense_ms, sparse_ms, dense_mb, sparse_mb, reason
+        name,
+        tuple(weight.shape),
+        1.0 - int(weight.count_nonzero()) / max(1, weight.numel()),
+        method,
+        1e3 * trial.dense_seconds if timed else None,
+        1e3 * trial.sparse_seconds if timed else None,
+        _megabytes(layer.parameters()),
+        _megabytes((trial.sparse if timed else sparse).buffers()) if timed or sparse else None,
+        reason,
     )
 
 

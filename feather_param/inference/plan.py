@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,30 +15,19 @@ from torch import Tensor
 
 from feather_param.inference import kernel
 from feather_param.inference.job import LANES, PER_CALL, Activation, Fields, Slot, Template, bits
-from feather_param.inference.layout import Geometry, Layout, Sizes, layout
+from feather_param.inference.layout import Sizes, layout
+from feather_param.inference.matrix import Matrix, divided_matrix, parts_of
 
 _TILE = {0: 4, 1: 4, 4: 2}  # vectors, for blocks of 1 and of 4 rows: 4 or 8 sums fit in registers
-_CACHED = 24576  # bytes of inputs in a part
-_COLUMNS = 10  # at least, of a block in a part
 _TOKENS = 64  # of a Linear layer in a grid
 _FEW_TOKENS, _MANY_CHANNELS = 32, 2048  # with many channels, fewer tokens stay in the cache
+
+NATIVE_ACTIVATIONS = frozenset(activation.name.lower() for activation in Activation)
 
 
 def new_scratch(floats: int) -> Tensor:
     """Return memory for the grids. Its values do not matter."""
     return torch.empty(floats)
-
-
-class Matrix(Protocol):
-    """A sparse matrix in blocks of rows, and how it is used."""
-
-    geometry: Geometry
-    activation: str
-    rows: int  # in a block; 0: the outputs are the largest elements of the windows, and there are no values
-    crow: Tensor  # int32 [blocks + 1]: first column of each block
-    col: Tensor  # int32: the columns
-    values: Tensor  # float32 [columns, rows]
-    bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,20 +53,26 @@ class _Call:
 class Plan:
     """How a layer computes inputs of one shape.
 
+    Attributes:
+        shape: of the output.
+
     Args:
         layer: its sparse matrix.
-        batch: images or tokens.
-        sizes: of an image, or None if the layer is Linear.
+        leading: sizes of the dimensions before the channels: images, or tokens if the layer is Linear.
+        sizes: of an image; none if the layer is Linear.
 
     Raises:
         ImportError: llvmlite is not installed.
         ValueError: the images are too small or too large.
     """
 
-    def __init__(self, layer: Matrix, batch: int, sizes: Sizes | None) -> None:
-        self._layer, self._batch, self._sizes = layer, batch, sizes
+    def __init__(self, layer: Matrix, leading: Sizes, sizes: Sizes) -> None:
+        self._layer, self._batch, self._sizes = layer, math.prod(leading), sizes
         self._threads = kernel.available_threads()
-        self.out = () if sizes is None else layer.geometry.output_sizes(sizes)
+        self._out = layer.geometry.output_sizes(sizes) if sizes else ()
+        self.shape = (*leading, layer.geometry.out_channels, *self._out)
+        name = layer.activation
+        self._activation = Activation[name.upper()] if name in NATIVE_ACTIVATIONS else Activation.IDENTITY
         self._calls = self._planned(residual=False)
 
     @functools.cached_property
@@ -100,7 +95,7 @@ class Plan:
     def _planned(self, residual: bool) -> tuple[_Call, ...]:
         if not self._batch:
             return ()
-        if self._sizes is not None:
+        if self._sizes:
             return tuple(self._convolutions(self._sizes, residual))
         if residual:
             raise ValueError("expected no residual for a Linear layer, got one; add it to the output")
@@ -111,9 +106,9 @@ class Plan:
     def _product(self) -> _Call:
         """Return the call for one token."""
         template = self._template()
-        starts = _shares(self._layer.crow.numpy(), self._threads)
-        template.set(offsets=self._layer.col.numpy(), shares=self._threads, share_start=starts)
-        run = kernel.worker("product", self._threads, Activation[self._layer.activation.upper()])
+        starts = _shares(self._layer.block_start.numpy(), self._threads)
+        template.set(offsets=self._layer.columns.numpy(), shares=self._threads, share_start=starts)
+        run = kernel.worker("product", self._threads, self._activation)
         return _Call(template, 0, 0, 0, run)
 
     def _products(self) -> list[_Call]:
@@ -152,7 +147,7 @@ class Plan:
             if images:
                 template = self._images(images, sizes, residual)
                 input_ = 4 * start * g.channels * g.groups * math.prod(sizes)
-                output = 4 * start * g.out_channels * math.prod(self.out)
+                output = 4 * start * g.out_channels * math.prod(self._out)
                 template.set(sums=self._threads * template.fields[Slot.scratch_floats])
                 scratch = template.fields[Slot.sums] + self._threads * template.fields[Slot.sums_floats]
                 calls.append(_Call(template, input_, output, scratch, run))
@@ -168,16 +163,15 @@ class Plan:
         tiles = -(-vectors // size)
         divided = images * g.groups < threads and tiles < 8 * threads  # else each thread gets whole tiles
         shares = threads if divided and g.groups == 1 else 1
-        start = _shares(layer.crow.numpy(), shares) if shares > 1 else np.array([0, blocks], np.int32)
-        activation = Activation[layer.activation.upper()]
-        matrix = _divided(layer, _parts(layer, places, size))
+        start = _shares(layer.block_start.numpy(), shares) if shares > 1 else np.array([0, blocks], np.int32)
+        matrix = divided_matrix(layer, parts_of(layer, places, size))
         template = self._template()
-        sums = _most(start, blocks) * max(1, layer.rows) * size * LANES if matrix.parts > 1 else 0
+        sums = int(np.diff(start).max()) * max(1, layer.rows) * size * LANES if matrix.parts > 1 else 0
         template.set(
             parts=matrix.parts,
-            part_starts=len(layer.crow),
+            part_starts=len(layer.block_start),
             block_start=matrix.start,
-            offsets=places.offsets[matrix.col],
+            offsets=places.offsets[matrix.columns],
             values=matrix.values,
             sums_floats=sums,
             images=images,
@@ -191,8 +185,8 @@ class Plan:
             share_start=start,
             vectors=vectors,
             tile_vectors=size,
-            tile=kernel.tile(layer.rows, size, activation, residual),
-            last_tile=kernel.tile(layer.rows, vectors - (tiles - 1) * size, activation, residual),
+            tile=kernel.tile(layer.rows, size, self._activation, residual),
+            last_tile=kernel.tile(layer.rows, vectors - (tiles - 1) * size, self._activation, residual),
             position=places.position,
             segment_start=places.segment_start,
             segment_output=places.segment_output,
@@ -216,55 +210,9 @@ class Plan:
 
     def _template(self) -> Template:
         template, layer = Template(), self._layer
-        template.set(parts=1, block_start=layer.crow.numpy(), values=layer.values.numpy(), bias=layer.bias.numpy())
+        starts, values = layer.block_start.numpy(), layer.values.numpy()
+        template.set(parts=1, block_start=starts, values=values, bias=layer.bias.numpy())
         return template
-
-
-def plan(layer: Matrix, batch: int, sizes: Sizes | None) -> Plan:
-    """Return the plan for inputs of one shape."""
-    return Plan(layer, batch, sizes)
-
-
-@dataclass(frozen=True)
-class _Divided:
-    """A matrix whose columns are divided into parts, one part after the other."""
-
-    parts: int
-    start: NDArray[np.int32]
-    col: NDArray[np.int32]
-    values: NDArray[np.float32]
-
-
-def _divided(layer: Matrix, parts: int) -> _Divided:
-    """Divide the columns of a matrix into parts of about as many channels."""
-    crow, col, values = layer.crow.numpy(), layer.col.numpy(), layer.values.numpy()
-    if parts == 1:
-        return _Divided(1, crow, col, values)
-    blocks = len(crow) - 1
-    window, channels = math.prod(layer.geometry.kernel_size), layer.geometry.channels
-    part = (col // window) * parts // channels
-    key = part * blocks + np.repeat(np.arange(blocks), np.diff(crow))
-    order = np.argsort(key, kind="stable")
-    ends = np.append(0, np.bincount(key, minlength=parts * blocks).cumsum())
-    start = ends[np.arange(parts)[:, None] * blocks + np.arange(blocks + 1)].astype(np.int32)
-    return _Divided(parts, start, col[order], values[order])
-
-
-def _parts(layer: Matrix, places: Layout, tile: int) -> int:
-    """Return into how many parts the columns are divided, such that the inputs of a part stay in the first cache.
-
-    Between two parts, the sums are stored and loaded again, so that a block has enough columns in each part.
-    """
-    if not layer.rows:
-        return 1
-    columns = len(layer.col) / max(1, len(layer.crow) - 1)
-    bytes_ = places.footprint(tile) * layer.geometry.channels
-    return max(1, min(round(bytes_ / _CACHED), int(columns / _COLUMNS)))
-
-
-def _most(starts: NDArray[np.int32], blocks: int) -> int:
-    """Return the most blocks of a share."""
-    return int(np.diff(starts).max()) if len(starts) > 1 else blocks
 
 
 def _shares(crow: NDArray[np.int32], shares: int) -> NDArray[np.int32]:

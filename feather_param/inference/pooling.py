@@ -21,8 +21,8 @@ class _Windows:
     """The matrix of a pooling layer: one row with all elements of the window."""
 
     geometry: Geometry
-    crow: Tensor
-    col: Tensor
+    block_start: Tensor
+    columns: Tensor
     values: Tensor
     bias: Tensor
     activation: str = "identity"
@@ -64,9 +64,9 @@ class FastMaxPool(nn.Module):
         if plan is None:
             return self.pool(input)
         x = input.detach().contiguous()
-        y = x.new_empty(*x.shape[: -self._dims], *plan.out)
+        y = x.new_empty(plan.shape)
         plan.run(x, y)
-        return y
+        return y.squeeze(-self._dims - 1)
 
     def _plan(self, x: Tensor) -> Plan | None:
         """Return the plan for an input, or None for torch's layer."""
@@ -96,8 +96,8 @@ class FastMaxPool(nn.Module):
         ]
         geometry = Geometry(1, 1, 1, window, stride, dilation, padding, tuple(after))
         elements, empty = math.prod(window), torch.empty(0)
-        crow, col = torch.tensor([0, elements], dtype=torch.int32), torch.arange(elements, dtype=torch.int32)
-        return Plan(_Windows(geometry, crow, col, empty, empty), x.numel() // math.prod(sizes), sizes)
+        start, columns = torch.tensor([0, elements], dtype=torch.int32), torch.arange(elements, dtype=torch.int32)
+        return Plan(_Windows(geometry, start, columns, empty, empty), tuple(x.shape[: -self._dims]), sizes)
 
 
 def _each(value: int | Sizes, dims: int) -> Sizes:

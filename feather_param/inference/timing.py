@@ -1,52 +1,50 @@
-"""Time a layer's dense and sparse methods on the inputs that it gets in the model."""
+"""Time layers and networks, in turns.
+
+The shortest of several times counts: what else the machine does only makes a call longer.
+"""
 
 from __future__ import annotations
 
-import functools
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
-
-from feather_param.inference import kernel
+from torch import Tensor, nn
 
 _MAX_FRACTION = 0.9  # of the dense time; smaller gains are within the noise of the timings
+_LAYER_SECONDS, _NETWORK_SECONDS = 0.05, 1.0
 
 
 class Trial:
-    """A replacement for a layer's forward. It times all methods on each input and returns the dense output.
+    """A replacement for a layer's forward. It times the layer and its sparse twin on each input.
 
     Args:
-        layer: a Linear or Conv layer.
-        sparse: its `SparseLayer`, whose method is set to the fastest one.
+        layer: the dense layer.
+        sparse: the layer that may take its place.
     """
 
-    def __init__(self, layer: Any, sparse: Any) -> None:
+    def __init__(self, layer: nn.Module, sparse: nn.Module) -> None:
         self.layer, self.sparse = layer, sparse
-        self.seconds: dict[str, float] = {}  # of all calls, by method
+        self.dense_seconds = self.sparse_seconds = 0.0  # of all calls
 
-    def __call__(self, input: Tensor) -> Tensor:
-        methods = ("csr", "kernel") if kernel.compiled() else ("csr",)
-
-        def run(method: str) -> Tensor:
-            self.sparse.method = method
-            return self.sparse.forward(input)
-
+    def __call__(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         def dense() -> Tensor:
-            return type(self.layer).forward(self.layer, input)
+            return type(self.layer).forward(self.layer, *inputs, **named)
 
-        calls = {"dense": dense} | {method: functools.partial(run, method) for method in methods}
-        for method, times in seconds_of(calls, 0.1).items():
-            self.seconds[method] = self.seconds.get(method, 0.0) + statistics.median(times)
-        self.sparse.method = min(methods, key=self.seconds.__getitem__)
+        seconds = seconds_of({"dense": dense, "sparse": lambda: self.sparse(*inputs, **named)}, _LAYER_SECONDS)
+        self.dense_seconds += seconds["dense"]
+        self.sparse_seconds += seconds["sparse"]
         return dense()
 
     @property
+    def called(self) -> bool:
+        """Whether the layer was called."""
+        return self.dense_seconds > 0
+
+    @property
     def wins(self) -> bool:
-        """Whether the fastest sparse method is clearly faster than the dense one."""
-        return bool(self.seconds) and self.seconds[self.sparse.method] < _MAX_FRACTION * self.seconds["dense"]
+        """Whether the sparse layer is clearly faster."""
+        return self.called and self.sparse_seconds < _MAX_FRACTION * self.dense_seconds
 
 
 def run_trials(trials: Iterable[Trial], call: Callable[[], object]) -> None:
@@ -54,29 +52,33 @@ def run_trials(trials: Iterable[Trial], call: Callable[[], object]) -> None:
 
     Forward hooks would disable torch's fused kernels.
     """
-    for trial in trials:
-        trial.layer.forward = trial
+    replaced: list[Any] = []
     try:
+        for trial in trials:
+            trial.layer.forward = trial
+            replaced.append(trial.layer)
         call()
     finally:
-        for trial in trials:
-            del trial.layer.forward
+        for layer in replaced:
+            del layer.forward
 
 
-def seconds_of(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
-    """Return the seconds of each call in each round. In a round each call runs once.
+def seconds_of(calls: Mapping[str, Callable[[], object]], budget: float = _NETWORK_SECONDS) -> dict[str, float]:
+    """Return the shortest time of each call. In a round each call runs once.
 
     Args:
-        calls: functions by name; one has the name ``"dense"``.
-        budget: seconds after which no further round begins. There are at least 5 rounds and at most 50.
+        calls: functions by name.
+        budget: seconds after which no further round begins. There are at least 3 rounds and at most 50.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    shortest = dict.fromkeys(calls, float("inf"))
     for call in calls.values():
         call()  # the first call takes longer
     end = time.perf_counter() + budget
-    while (n := len(seconds["dense"])) < 5 or (n < 50 and time.perf_counter() < end):
+    for i in range(50):
+        if i >= 3 and time.perf_counter() > end:
+            break
         for name, call in calls.items():
             start = time.perf_counter()
             call()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+            shortest[name] = min(shortest[name], time.perf_counter() - start)
+    return shortest
