@@ -178,9 +178,9 @@ def _candidates(body: nn.Module) -> dict[str, nn.Module]:
             inside.update(module.children())
         if isinstance(module, (FusedLayer, *LINEAR_AND_CONV)) and module not in inside:
             found[name] = module
-        if isinstance(module, MAX_POOLS) and type(module) in MAX_POOLS:
-            if not module.return_indices and not hooked(module) and "forward" not in vars(module):
-                found[name] = module
+        plain = type(module) in MAX_POOLS and not hooked(module) and "forward" not in vars(module)
+        if plain and isinstance(module, MAX_POOLS) and not module.return_indices:
+            found[name] = module
     return found
 
 
