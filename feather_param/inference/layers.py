@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +147,7 @@ class SparseLayer(nn.Module):
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor:
         # torch.compile would compile the code of the kernel's calls, with tensors that have no memory.
-        compute = _not_compiled() if "torch._dynamo" in sys.modules else SparseLayer._compute
+        compute = _not_compiled if "torch._dynamo" in sys.modules else SparseLayer._compute
         return compute(self, input, residual)
 
     def _compute(self, input: Tensor, residual: Tensor | None) -> Tensor:
@@ -209,10 +207,15 @@ class SparseLayer(nn.Module):
         return Plan(matrix, leading, shape[len(leading) + 1 :])
 
 
-@functools.cache
-def _not_compiled() -> Callable[..., Tensor]:
-    """Return the method that computes, for a process that uses torch.compile. The import takes a second."""
-    return torch.compiler.disable(SparseLayer._compute)  # pyright: ignore[reportReturnType]
+_disabled: Any = None
+
+
+def _not_compiled(layer: SparseLayer, input: Tensor, residual: Tensor | None) -> Tensor:
+    """Compute the output, in a process that uses torch.compile. The import of torch.compiler.disable takes a second."""
+    global _disabled
+    if _disabled is None:
+        _disabled = torch.compiler.disable(SparseLayer._compute)
+    return _disabled(layer, input, residual)
 
 
 def _readable(tensor: Tensor) -> bool:
