@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import feather_param
 from feather_param import to_sparse_inference
 from feather_param.inference.fuse import FusedLayer
 from feather_param.inference.layers import SparseLayer
-from tests.inference.pruned import X, network, pruned
-
-
-def names_of(model, kind=SparseLayer):
-    return [name for name, module in model.named_modules() if isinstance(module, kind)]
+from tests.inference.pruned import NETWORKS, X, names_of, network, pruned
 
 
 def test_a_clearly_faster_layer_is_swapped(clock):
@@ -75,9 +66,6 @@ def test_a_real_gain_is_found():
     assert report.threads == torch.get_num_threads()
     with torch.inference_mode():
         assert torch.allclose(fast(x), model(x), rtol=0, atol=1e-4)
-
-
-NETWORKS = {"dense": {"fused": 1.0, "sparse": 0.99}, "fused": {"sparse": 0.99}, "sparse": {}}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -260,16 +248,6 @@ def test_a_layer_that_fails_sparse_stays_dense(clock):
     assert torch.equal(fast(x), model(x))
 
 
-@pytest.mark.parametrize("size", [1, 5])
-def test_inputs_of_other_sizes(size, clock):
-    torch.manual_seed(0)
-    model = pruned(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)))
-    fast, report = to_sparse_inference(model, X)
-    assert report.swapped == ("0", "3")
-    x = torch.randn(size, 3, 7, 12)
-    assert torch.allclose(fast(x), model(x), atol=1e-5)
-
-
 def test_torchs_transformer_keeps_its_fast_path(clock):
     model = pruned(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
     x = torch.randn(2, 5, 16)
@@ -300,176 +278,3 @@ def test_layers_that_are_not_linear_or_convolutions_stay(clock):
         assert torch.allclose(fast(x), model(x), atol=1e-5)
     for name in ("lstm", "attention", "up"):
         assert type(fast.get_submodule(name)) is type(model.get_submodule(name))
-
-
-class Halved(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) / 2
-
-
-def hooked():
-    layer = nn.Linear(6, 6)
-    layer.register_forward_hook(lambda module, arguments, output: output)
-    return layer
-
-
-REASONS = {
-    "half": (lambda: nn.Linear(6, 6).half(), r"its weight is float16 on cpu; call model\.float\(\)"),
-    "meta": (lambda: nn.Linear(6, 6, device="meta"), "its weight is float32 on meta"),
-    "subclass": (lambda: Halved(6, 6), "its forward is not torch's own"),
-    "hook": (hooked, "it has hooks"),
-    "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), "its weight is parametrized"),
-}
-
-
-@pytest.mark.parametrize("name", REASONS)
-def test_the_error_names_a_layer_that_cannot_be_swapped(name):
-    build, reason = REASONS[name]
-    with pytest.raises(ValueError, match=rf"got none; 0: {reason}$"):
-        to_sparse_inference(nn.Sequential(build()).eval(), torch.randn(1, 6))
-
-
-@pytest.mark.parametrize("name", ["subclass", "hook", "parametrized"])
-def test_a_layer_that_cannot_be_swapped_stays_dense(name, clock):
-    build, reason = REASONS[name]
-    model = nn.Sequential(pruned(nn.Linear(6, 6)), build()).eval()
-    x = torch.randn(2, 6)
-    fast, report = to_sparse_inference(model, x)
-    assert [(row.method, row.reason) for row in report.rows] == [("sparse", ""), ("dense", reason)]
-    assert f"dense: 1 ({reason})" in str(report)
-    assert torch.allclose(fast(x), model(x), atol=1e-5)
-
-
-def sparsified_model():
-    model = nn.Linear(6, 6)
-    feather_param.sparsify(model, final_rate=0.5, total_steps=1)
-    return model.eval()
-
-
-LINEAR = nn.Linear(6, 6).eval()
-
-
-REFUSED = {
-    "no module": (dict, X, TypeError, "expected model to be an nn.Module that is not scripted, got dict"),
-    "example of another type": (lambda: LINEAR, [X], TypeError, "expected example_input to be a tensor or a tuple"),
-    "sparsified": (sparsified_model, X, ValueError, r"still sparsified; call desparsify\(model\) first"),
-    "training": (lambda: nn.Linear(6, 6), X, ValueError, r"got the model in training mode; call model.eval\(\) first"),
-    "partly training": (lambda: nn.Sequential(LINEAR).eval().append(nn.Dropout()), X, ValueError, "got 1 in training"),
-    "compiled": (lambda: torch.compile(LINEAR), X, ValueError, "pass the model that you gave to torch.compile"),
-    "lazy": (lambda: nn.LazyLinear(6).eval(), X, ValueError, "got a lazy one; call it once first"),
-    "no layer": (lambda: nn.ReLU().eval(), X, ValueError, "expected a Linear or Conv layer in float32 on the CPU, got"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_other_models_and_inputs_are_refused(name):
-    build, example, error, message = REFUSED[name]
-    with pytest.raises(error, match=message):
-        to_sparse_inference(build(), example)
-
-
-def test_an_error_of_the_model_is_raised():
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        to_sparse_inference(pruned(nn.Sequential(nn.Linear(6, 6))), torch.randn(2, 5))
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "llvmlite.binding", None)
-    with pytest.raises(ImportError, match=r"feather_param\[inference\]"):
-        to_sparse_inference(network(), X)
-
-
-def test_a_model_is_converted_in_inference_mode(clock):
-    with torch.inference_mode():
-        model = network()
-        fast, report = to_sparse_inference(model, X)
-        assert report.notes == ()
-    assert not any(tensor.is_inference() for tensor in (*fast.parameters(), *fast.buffers()))
-    with torch.no_grad():
-        assert torch.allclose(fast(X), model(X), atol=1e-5)
-        assert torch.allclose(copy.deepcopy(fast)(X), model(X), atol=1e-5)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_inference_mode_and_gradients(name, clock):
-    clock.update(NETWORKS[name])
-    model = network()
-    fast, _ = to_sparse_inference(model, X)
-    expected = model(X).detach()
-    assert not fast(X).requires_grad
-    with torch.inference_mode():
-        assert torch.allclose(fast(X), expected, atol=1e-5)
-    if name == "sparse":
-        with pytest.raises(RuntimeError, match="expected an input without gradient"):
-            fast(X.clone().requires_grad_())
-
-
-def test_autocast(clock):
-    model = network()
-    fast, _ = to_sparse_inference(model, X)
-    expected = model(X).detach()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.allclose(fast(X), expected, atol=1e-5)
-        assert fast(X.bfloat16()).dtype == torch.float32
-
-
-def test_compiled_models(clock):
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
-
-        def forward(self, x):
-            x = x + 1
-            return torch.sigmoid(self.b(self.a(x).relu() * 2) + x)
-
-    model = pruned(Residual())
-    fast, _ = to_sparse_inference(model, X)
-    assert names_of(fast) == ["a", "b"]
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append([node.target for node in graph.graph.nodes])
-        return graph.forward
-
-    with torch.no_grad():
-        compiled = torch.compile(fast, backend=backend)
-        for size in (2, 3, 4, 1, 5, 2):
-            x = torch.randn(size, 3, 6, 6)
-            assert torch.allclose(compiled(x), model(x), atol=1e-5)
-    operations = {str(target) for graph in graphs for target in graph}
-    assert graphs
-    assert not any("data_ptr" in each or "empty" in each for each in operations)  # nothing of the sparse layers
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_a_trace_is_refused(clock):
-    fast, _ = to_sparse_inference(network(), X)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="expected a call that is not traced"):
-        torch.jit.trace(fast, X)
-
-
-def test_a_model_cast_to_half_is_refused(clock):
-    fast, _ = to_sparse_inference(network(), X)
-    with pytest.raises(
-        TypeError, match=r"expected input and weight in float32 on the CPU, got weight of torch\.float16"
-    ):
-        fast.half()(X)
-
-
-def test_copies_and_files(clock):
-    fast, _ = to_sparse_inference(network(), X)
-    expected = fast(X)
-    buffer = io.BytesIO()
-    torch.save(fast.state_dict(), buffer)
-    buffer.seek(0)
-    state = torch.load(buffer, weights_only=True)
-    assert [key for key in state if key.startswith("0.")] == ["0.block_start", "0.columns", "0.values", "0.bias"]
-    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        with torch.inference_mode():
-            assert torch.equal(twin(X), expected)
-        twin.get_submodule("0").values.zero_()
-        assert not torch.equal(twin(X), expected)
-        twin.load_state_dict(state)
-        assert torch.equal(twin(X), expected)
-    assert torch.equal(fast(X), expected)
