@@ -68,7 +68,11 @@ def load_choices(path: str | os.PathLike[str]) -> Choices | None:
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"expected a path, got {type(path).__name__}")
-    text = (open_container(path).metadata() or {}).get(_KEY)
+    try:
+        text = (open_container(path).metadata() or {}).get(_KEY)
+    except (ValueError, RecursionError) as error:
+        got = f"got {printable(path)}, which is damaged or another one ({printable(error)})"
+        raise ValueError(f"expected a safetensors file, {got}") from error
     if text is None:
         return None
     try:
@@ -81,6 +85,6 @@ def load_choices(path: str | os.PathLike[str]) -> Choices | None:
         if content["sparse"] and content["network"] != "sparse":
             raise ValueError("a network without sparse layers names some")
     except (ValueError, RecursionError) as error:
-        damage = f"got damaged ones in {printable(path)}: {printable(error)}"
-        raise ValueError(f"expected choices of save_sparse, {damage}; convert without them") from error
+        got = f"got damaged ones in {printable(path)}: {printable(error)}"
+        raise ValueError(f"expected choices of save_sparse, {got}; convert without them") from error
     return Choices(**{**content, "sparse": tuple(content["sparse"])})

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
@@ -30,6 +30,7 @@ from feather_param.selection.weights import LINEAR_AND_CONV
 from feather_param.utils.text import printable
 
 _MAX_FRACTION = 0.95  # of the time of a simpler network; smaller gains are within the noise of the timings
+_NOT_CALLED = "its forward was not called"
 
 
 def to_sparse_inference(
@@ -104,7 +105,11 @@ def _converted(
         notes.append(f"not fused: {printable(untraced)}")
     body = graph or private
     body = _copy(body, body.parameters(), body.buffers())
+    for name in _read(graph) if graph is not None else ():
+        if name in reasons:
+            reasons[name] = reasons[name] or "other code reads its weight"
     found = {name: layer for name, layer in _candidates(body).items() if not reasons.get(name)}
+    reasons = {name: reason or ("" if name in found else _NOT_CALLED) for name, reason in reasons.items()}
     trials: dict[str, timing.Trial] = {}
     times: Mapping[str, float] = {}
     if choices is None:
@@ -112,7 +117,9 @@ def _converted(
         timing.run_trials(trials.values(), lambda: body(*arguments))
         swaps = {name: trial.sparse for name, trial in trials.items() if trial.sparse}
         times, failed = _timed(private, graph, _swapped(body, swaps) if swaps else None, arguments)
-        notes += [f"no layer is sparse: {printable(failed)}"] if failed else []
+        if failed:
+            notes.append(f"no layer is sparse: {printable(failed)}")
+            reasons.update({name: reasons.get(name) or failed for name in swaps})
         best = _best(times)
         choices = Choices(here, torch.get_num_threads(), best, tuple(swaps) if best == "sparse" else (), untraced)
     else:
@@ -187,6 +194,11 @@ def _candidates(body: nn.Module) -> dict[str, nn.Module]:
 def _fast(layer: nn.Module) -> nn.Module:
     """Return what may take the place of a layer."""
     return FastMaxPool(layer) if isinstance(layer, MAX_POOLS) else SparseLayer(layer)
+
+
+def _read(graph: fx.GraphModule) -> set[str]:
+    """Return the names of modules of which the graph reads a tensor by itself."""
+    return {str(node.target).rpartition(".")[0] for node in graph.graph.nodes if node.op == "get_attr"}
 
 
 def _known(names: Iterable[str], found: Mapping[str, nn.Module]) -> Iterable[str]:
@@ -271,7 +283,7 @@ def _reason(trial: timing.Trial | None) -> str:
     if trial is None:
         return "by the given choices"
     if not trial.called:
-        return "its forward was not called"
+        return _NOT_CALLED
     if trial.error:
         return f"the sparse layer fails: {trial.error}"
     return "the network as a whole became no faster" if trial.wins else "the dense layer is as fast"
