@@ -183,7 +183,7 @@ class Plan:
             group_blocks=blocks,
             shares=shares,
             share_start=start,
-            vectors=vectors,
+            tiles=tiles,
             tile_vectors=size,
             tile=kernel.tile(layer.rows, size, self._activation, residual),
             last_tile=kernel.tile(layer.rows, vectors - (tiles - 1) * size, self._activation, residual),

@@ -59,6 +59,8 @@ class _Team(Writer):
 
     def _part(self, n: Value, number: Value, count: Value) -> tuple[Value, Value]:
         """Return the begin and end of a thread's part of n items."""
+        if not self._worker.threads:  # without the divisions, which take longer than a small tile
+            return integer(0), n
         return self.sdiv(self.mul(n, number), count), self.sdiv(self.mul(n, self.add(number, integer(1))), count)
 
     def _mine(self, n: Value) -> tuple[Value, Value]:
@@ -84,24 +86,25 @@ class _Team(Writer):
     def _tiles(self, grid: Value, output: Value, residual: Value, base: Value) -> None:
         """Write a loop over this thread's tiles, from a block of the matrix on."""
         job = self._job
-        size, vectors, shares = job.tile_vectors, job.vectors, job.shares
-        tiles = self.sdiv(self.sub(self.add(vectors, size), integer(1)), size)
-        last = self.sub(tiles, integer(1))
+        tiles, shares = job.tiles, job.shares
         starts, kind = job.pointer("share_start"), tile.SIGNATURE.as_pointer()
         whole, rest = (self.inttoptr(value, kind) for value in (job.tile, job.last_tile))
         sums = self.at(job.pointer("scratch"), self.add(job.sums, self.mul(self._me, job.sums_floats)))
         first, end = self._mine(self.mul(tiles, shares))
+        last = self.sub(tiles, integer(1))
 
         def share(number: Value) -> None:
             before = self.mul(number, tiles)
             low, high = self.larger(self.sub(first, before), integer(0)), self.smaller(self.sub(end, before), tiles)
             blocks = [self.add(base, self.index(starts, self.add(number, integer(n)))) for n in range(2)]
-            self.call(whole, [job.address, grid, output, residual, low, self.smaller(high, last), *blocks, sums])
-            with self.if_then(self.icmp_signed("==", high, tiles)):
-                begin = self.larger(low, last)
-                self.call(rest, [job.address, grid, output, residual, begin, high, *blocks, sums])
+            for code, begin, after in ((whole, low, self.smaller(high, last)), (rest, self.larger(low, last), high)):
+                with self.if_then(self.icmp_signed("<", begin, after)):
+                    self.call(code, [job.address, grid, output, residual, begin, after, *blocks, sums])
 
-        begin, after = self.sdiv(first, tiles), self.sdiv(self.sub(self.add(end, tiles), integer(1)), tiles)
+        if self._worker.threads:
+            begin, after = self.sdiv(first, tiles), self.sdiv(self.add(end, last), tiles)
+        else:
+            begin, after = integer(0), shares
         self.loop(begin, after, share)
 
 
