@@ -47,8 +47,8 @@ class _Team(Writer):
             count = self._openmp("omp_get_num_threads", I32)
             self._me, self._team = self.sext(self.call(number, []), I64), self.sext(self.call(count, []), I64)
             self._barrier = self._openmp("GOMP_barrier", VOID)
-        # While the code of a pair is written: this thread's number among those that compute it, their count, and whether
-        # they share a grid.
+        # While the code of a pair is written: this thread's number among those that compute it, their count, and
+        # whether they share a grid.
         self._number, self._count = self._me, self._team
         self._sharing: Value = ir.Constant(I1, 0)
 
