@@ -118,7 +118,7 @@ def _tile(rows: int, width: int, activation: Activation, residual: bool) -> tupl
     from feather_param.inference.native.machine_code import MachineCode
     from feather_param.inference.native.tile import Tile
 
-    code = MachineCode(Tile(rows, width, activation, residual).module())
+    code = MachineCode(Tile(rows, width, activation, residual).module(), optimized=True)
     return code, code.address("tile")
 
 
