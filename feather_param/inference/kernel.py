@@ -92,13 +92,16 @@ class _Process:
 
     def __init__(self) -> None:
         self.forked = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._code: dict[Any, tuple[MachineCode, int]] = {}
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._fork)
+            # A fork waits until no thread compiles: in the child, the locks of LLVM would stay locked.
+            before, after = self._lock.acquire, self._lock.release
+            os.register_at_fork(before=before, after_in_parent=after, after_in_child=self._fork)
 
     def _fork(self) -> None:
-        self.forked, self._lock = True, threading.Lock()
+        self.forked = True
+        self._lock.release()
 
     def address(self, compile: Callable[..., tuple[MachineCode, int]], *options: Any) -> int:
         """Return the address of a function, which is compiled at most once."""

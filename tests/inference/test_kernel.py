@@ -163,6 +163,31 @@ os._exit(0)
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_waits_until_no_thread_compiles():
+    code = """
+import os, threading, time
+from feather_param.inference import kernel
+begun, ended = threading.Event(), []
+def compile():
+    begun.set()
+    time.sleep(0.5)
+    ended.append(True)
+    return None, 7
+thread = threading.Thread(target=kernel._process.address, args=(compile,))
+thread.start()
+begun.wait()
+pid = os.fork()
+assert ended
+assert kernel._process.address(compile) == 7
+assert kernel._process.address(lambda: (None, 8)) == 8
+if pid:
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
 def test_where_torch_has_another_openmp_it_uses_one_thread(monkeypatch, threads):
     monkeypatch.setattr(kernel, "_openmp", dict)
     assert kernel.available_threads() == 1
