@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from feather_param.inference import kernel
 from feather_param.inference.fuse import ACTIVATIONS, FusedLayer
+from feather_param.inference.inputs import contiguous, readable
 from feather_param.inference.layout import Geometry, Sizes
 from feather_param.inference.plan import NATIVE_ACTIVATIONS, Plan
+from feather_param.inference.plans import Plans
 
 __all__ = ["SparseLayer"]
 
 _BLOCK = 4  # output channels that may share their columns
 _BLOCK_COST = 3.1  # time of a column of such a block, in times of a column of one output channel (measured)
-_MOST_PLANS = 16  # of a layer; a plan has an int32 for each column
 
 _TRACED = (
     "expected a call that is not traced, got one in torch.jit.trace or torch.export, which would record the output as "
@@ -29,47 +33,32 @@ _TRACED = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Matrix:
-    """The weights of a layer as a plan needs them. It keeps their memory alive."""
+    """The weights of a layer as a plan needs them."""
 
     geometry: Geometry
     activation: str
     rows: int
-    block_start: Tensor
-    columns: Tensor
-    values: Tensor
-    bias: Tensor
-
-    def require_consistent(self) -> None:
-        """Raise a ValueError unless the tensors belong together. The kernel does not check its indices."""
-        g, blocks = self.geometry, self.geometry.out_channels // self.rows
-        count = len(self.columns)
-        shapes = ((self.block_start, (blocks + 1,), torch.int32), (self.columns, (count,), torch.int32))
-        shapes += ((self.values, (count, self.rows), torch.float32), (self.bias, (g.out_channels,), torch.float32))
-        good = all((tensor.shape, tensor.dtype, tensor.device.type) == (*form, "cpu") for tensor, *form in shapes)
-        if good:  # in numpy, as torch's own threads do not exist in a forked process
-            starts, columns = self.block_start.numpy(), self.columns.numpy()
-            good = (starts[0], starts[-1]) == (0, count) and (starts[1:] >= starts[:-1]).all()
-            good = good and ((columns >= 0) & (columns < g.channels * math.prod(g.kernel_size))).all()
-        if not good:
-            raise ValueError(
-                "expected buffers that belong together, got damaged or converted ones; convert the model again"
-            )
+    block_start: NDArray[np.int32]
+    columns: NDArray[np.int32]
+    values: NDArray[np.float32]
+    bias: NDArray[np.float32]
 
 
-class _Plans:
-    """The newest plans of a layer, by the shape of the input, for as long as its buffers stay as they are.
+class _Plans(Plans):
+    """The newest plans of a layer, for as long as its buffers stay as they are.
 
     Args:
         buffers: the layer's.
+        matrix: that they are; None if there are no buffers.
     """
 
-    def __init__(self, buffers: Mapping[str, Tensor | None]) -> None:
-        tensors = [tensor for tensor in buffers.values() if tensor is not None]
-        self._tensors = tensors
-        self._versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
-        self._plans: dict[Any, Plan] = {}
+    def __init__(self, buffers: Mapping[str, Tensor | None], matrix: _Matrix | None = None) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self._tensors = [tensor for tensor in buffers.values() if tensor is not None]
+        self._versions = [None if tensor.is_inference() else tensor._version for tensor in self._tensors]
 
     def hold(self, buffers: Mapping[str, Tensor | None]) -> bool:
         """Return whether no buffer was replaced or written in place. Inference tensors do not tell the latter."""
@@ -77,19 +66,6 @@ class _Plans:
             if tensor is not known or (version is not None and known._version != version):
                 return False
         return bool(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._plans)
-
-    def get(self, key: Any) -> Plan | None:
-        """Return a plan."""
-        return self._plans.get(key)
-
-    def add(self, key: Any, plan: Plan) -> Plan:
-        """Keep a plan and return it."""
-        newest = [*self._plans.items()][1 - _MOST_PLANS :]
-        self._plans = dict([*newest, (key, plan)])  # a new dict, as other threads may read the old one
-        return plan
 
 
 class SparseLayer(nn.Module):
@@ -191,25 +167,23 @@ class SparseLayer(nn.Module):
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return self._compute(input.float(), residual if residual is None else residual.float())
-        if not _readable(input):
+        if not readable(input):
             raise TypeError(_expected_floats("input", input))
         if residual is not None and not residual.is_cpu:
             raise TypeError(f"expected a residual on the CPU, got one on {residual.device}; use the dense model")
-        if torch.is_grad_enabled() and (input.requires_grad or (residual is not None and residual.requires_grad)):
+        if _differentiated(input) or (residual is not None and _differentiated(residual)):
             raise RuntimeError("expected an input without gradient, for inference only; use the dense model")
         if self.input_dims is not None and input.dim() != self.input_dims:
             raise ValueError(f"expected an input of {self.input_dims} dimensions, got {input.dim()}")
         if self.padding:
             input = F.pad(input, self.padding, self.padding_mode)
-        x = _contiguous(input)
+        x = contiguous(input)
         plan = self._plan(x.shape, self.activation)
-        output = torch.empty(plan.shape, dtype=torch.float32)
-        if not output.data_ptr() and output.numel():  # a FakeTensor
-            raise RuntimeError(_TRACED)
+        output = torch.empty(plan.shape, dtype=torch.float32, device="cpu")
         if residual is None:
             plan.run(x, output)
-        elif self.dims and residual.shape == plan.shape and _readable(residual):
-            plan.run(x, output, _contiguous(residual))
+        elif self.dims and residual.shape == plan.shape and readable(residual):
+            plan.run(x, output, contiguous(residual))
         else:
             self._plan(x.shape, "identity").run(x, output)
             same = residual.shape == output.shape and residual.dtype == output.dtype
@@ -221,25 +195,39 @@ class SparseLayer(nn.Module):
         """Return the plan for a shape of the input. All plans go if a buffer was replaced or written."""
         plans = self._plans
         if not plans.hold(self._buffers):
-            plans = self._plans = self._new_plans()
+            plans = self._plans = _Plans(self._buffers, self._matrix())
         key = (shape, activation, kernel.available_threads())
-        return plans.get(key) or plans.add(key, self._new_plan(shape, activation))
+        return plans.get(key) or plans.add(key, self._new_plan(plans.matrix, shape, activation))
 
-    def _new_plans(self) -> _Plans:
-        """Return an empty cache for the buffers as they are now."""
-        if not _readable(self.values):
+    def _matrix(self) -> _Matrix:
+        """Return the matrix that the buffers are now, if they belong together."""
+        if not readable(self.values):
             raise TypeError(_expected_floats("weight", self.values))
-        return _Plans(self._buffers)
+        g, rows, count = self.geometry, self.rows, len(self.columns)
+        forms = (
+            (self.block_start, (g.out_channels // rows + 1,), torch.int32),
+            (self.columns, (count,), torch.int32),
+            (self.values, (count, rows), torch.float32),
+            (self.bias, (g.out_channels,), torch.float32),
+        )
+        if all((tensor.shape, tensor.dtype, tensor.device.type) == (*form, "cpu") for tensor, *form in forms):
+            # By numpy, as torch's own threads do not exist in a forked process. The kernel does not check its indices.
+            # They are copied, so that nobody can change them after they were checked here.
+            starts, columns = self.block_start.numpy().copy(), self.columns.numpy().copy()
+            good = (starts[0], starts[-1]) == (0, count) and (starts[1:] >= starts[:-1]).all()
+            if good and ((columns >= 0) & (columns < g.channels * math.prod(g.kernel_size))).all():
+                values, bias = self.values.numpy(), self.bias.numpy()
+                return _Matrix(g, self.activation, rows, starts, columns, values, bias)
+        raise ValueError(
+            "expected buffers that belong together, got damaged or converted ones; convert the model again"
+        )
 
-    def _new_plan(self, shape: torch.Size, activation: str) -> Plan:
+    def _new_plan(self, matrix: Any, shape: torch.Size, activation: str) -> Plan:
         leading = shape[: len(shape) - 1 - self.dims]
         channels = self.geometry.channels * self.geometry.groups
         if shape[len(leading) : len(leading) + 1] != (channels,) or (self.dims and len(leading) > 1):
             raise ValueError(f"expected {channels} input channels, got a tensor of shape {tuple(shape)}")
-        tensors = (self.block_start, self.columns, self.values, self.bias)
-        matrix = _Matrix(self.geometry, activation, self.rows, *tensors)
-        matrix.require_consistent()
-        return Plan(matrix, leading, shape[len(leading) + 1 :])
+        return Plan(replace(matrix, activation=activation), leading, shape[len(leading) + 1 :])
 
 
 _disabled: Any = None
@@ -253,9 +241,11 @@ def _not_compiled(layer: SparseLayer, input: Tensor, residual: Tensor | None) ->
     return _disabled(layer, input, residual)
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Return whether the kernel can read a tensor."""
-    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.layout is torch.strided
+def _differentiated(tensor: Tensor) -> bool:
+    """Return whether a derivative by a tensor is wanted, in backward or forward mode."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    return tensor.requires_grad and torch.is_grad_enabled()
 
 
 def _expected_floats(kind: str, tensor: Tensor) -> str:
@@ -263,11 +253,6 @@ def _expected_floats(kind: str, tensor: Tensor) -> str:
     layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
     got = f"{kind} of {tensor.dtype} on {tensor.device}{layout}"
     return f"expected input and weight in float32 on the CPU, got {got}; use the dense model"
-
-
-def _contiguous(tensor: Tensor) -> Tensor:
-    """Return a tensor with its elements in memory in order, and no pending negation."""
-    return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.detach().resolve_neg().contiguous()
 
 
 def _geometry(layer: Any) -> tuple[Geometry, str, Sizes]:

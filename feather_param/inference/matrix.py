@@ -8,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from feather_param.inference.layout import Geometry, Layout
 
@@ -22,10 +21,10 @@ class Matrix(Protocol):
     geometry: Geometry
     activation: str  # is left out if the kernel does not know it
     rows: int  # in a block; 0: the outputs are the largest elements of the windows, and there are no values
-    block_start: Tensor  # int32 [blocks + 1]: first column of each block
-    columns: Tensor  # int32: the columns
-    values: Tensor  # float32 [columns, rows]
-    bias: Tensor
+    block_start: NDArray[np.int32]  # [blocks + 1]: first column of each block
+    columns: NDArray[np.int32]
+    values: NDArray[np.float32]  # [columns, rows]
+    bias: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class DividedMatrix:
 
 def divided_matrix(matrix: Matrix, parts: int) -> DividedMatrix:
     """Divide the columns of a matrix into parts of about as many channels."""
-    start, columns, values = matrix.block_start.numpy(), matrix.columns.numpy(), matrix.values.numpy()
+    start, columns, values = matrix.block_start, matrix.columns, matrix.values
     if parts == 1:
         return DividedMatrix(1, start, columns, values)
     blocks = len(start) - 1

@@ -26,8 +26,8 @@ NATIVE_ACTIVATIONS = frozenset(activation.name.lower() for activation in Activat
 
 
 def new_scratch(floats: int) -> Tensor:
-    """Return memory for the grids. Its values do not matter."""
-    return torch.empty(floats)
+    """Return memory for the grids. Its values do not matter. torch's default dtype may be smaller than a float32."""
+    return torch.empty(floats, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,14 @@ class Plan:
             x: the input.
             y: the output. Its elements are written.
             residual: of the output's shape, added before the activation; not for Linear layers.
+
+        Raises:
+            RuntimeError: a tensor has elements, but no memory.
         """
         calls = self._calls if residual is None else self._calls_with_residual
         input_, output, added = x.data_ptr(), y.data_ptr(), 0 if residual is None else residual.data_ptr()
+        if not (input_ and output and (added or residual is None)):
+            _require_memory(x, y, *(() if residual is None else (residual,)))
         for call in calls:
             call(input_, output, added)
 
@@ -106,8 +111,8 @@ class Plan:
     def _product(self) -> _Call:
         """Return the call for one token."""
         template = self._template()
-        starts = _shares(self._layer.block_start.numpy(), self._threads)
-        template.set(offsets=self._layer.columns.numpy(), shares=self._threads, share_start=starts)
+        starts = _shares(self._layer.block_start, self._threads)
+        template.set(offsets=self._layer.columns, shares=self._threads, share_start=starts)
         run = kernel.worker("product", self._threads, self._activation)
         return _Call(template, 0, 0, 0, run)
 
@@ -164,7 +169,7 @@ class Plan:
         tiles = -(-vectors // size)
         divided = images * g.groups % threads and tiles < 8 * threads  # else each thread gets whole tiles
         shares = threads if divided and g.groups == 1 else 1
-        start = _shares(layer.block_start.numpy(), shares) if shares > 1 else np.array([0, blocks], np.int32)
+        start = _shares(layer.block_start, shares) if shares > 1 else np.array([0, blocks], np.int32)
         matrix = divided_matrix(layer, parts_of(layer, places, size))
         template = self._template()
         sums = int(np.diff(start).max()) * max(1, layer.rows) * size * LANES if matrix.parts > 1 else 0
@@ -211,9 +216,16 @@ class Plan:
 
     def _template(self) -> Template:
         template, layer = Template(), self._layer
-        starts, values = layer.block_start.numpy(), layer.values.numpy()
-        template.set(parts=1, block_start=starts, values=values, bias=layer.bias.numpy())
+        template.set(parts=1, block_start=layer.block_start, values=layer.values, bias=layer.bias)
         return template
+
+
+def _require_memory(*tensors: Tensor) -> None:
+    if any(tensor.numel() and not tensor.data_ptr() for tensor in tensors):
+        raise RuntimeError(
+            "expected tensors with memory, got one without, for example from torch.export or of a subclass of Tensor; "
+            "use the dense model"
+        )
 
 
 def _shares(crow: NDArray[np.int32], shares: int) -> NDArray[np.int32]:

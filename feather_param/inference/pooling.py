@@ -6,11 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from feather_param.inference import kernel
+from feather_param.inference.inputs import contiguous, readable
 from feather_param.inference.layout import Geometry, Sizes
 from feather_param.inference.plan import Plan
+from feather_param.inference.plans import Plans
 from feather_param.ops.tracing import concrete
 
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
@@ -21,10 +26,10 @@ class _Windows:
     """The matrix of a pooling layer: one row with all elements of the window."""
 
     geometry: Geometry
-    block_start: Tensor
-    columns: Tensor
-    values: Tensor
-    bias: Tensor
+    block_start: NDArray[np.int32]
+    columns: NDArray[np.int32]
+    values: NDArray[np.float32]
+    bias: NDArray[np.float32]
     activation: str = "identity"
     rows: int = 0
 
@@ -53,29 +58,30 @@ class FastMaxPool(nn.Module):
             raise ValueError("expected a layer without return_indices, got one with it; use torch's layer")
         self.pool = pool
         self._dims = MAX_POOLS.index(type(pool)) + 1
-        self._plans: dict[Any, Plan | None] = {}
+        self._plans = Plans()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}}
+        return {**self.__dict__, "_plans": Plans()}
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the largest element of each window."""
         plan = self._plan(input)
         if plan is None:
             return self.pool(input)
-        x = input.detach().contiguous()
+        x = contiguous(input.detach())
         y = x.new_empty(plan.shape)
         plan.run(x, y)
         return y.squeeze(-self._dims - 1)
 
     def _plan(self, x: Tensor) -> Plan | None:
         """Return the plan for an input, or None for torch's layer."""
-        if not concrete(x) or x.dtype != torch.float32 or not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
+        if not (concrete(x) and readable(x)) or (x.requires_grad and torch.is_grad_enabled()):
             return None
-        key = x.shape, torch.get_num_threads()
-        if key not in self._plans:
-            self._plans[key] = self._planned(x)
-        return self._plans[key]
+        key = x.shape, kernel.available_threads()
+        plan = self._plans.get(key)
+        if plan is None and (plan := self._planned(x)) is not None:
+            self._plans.add(key, plan)
+        return plan
 
     def _planned(self, x: Tensor) -> Plan | None:
         sizes, dims = tuple(x.shape[-self._dims :]), self._dims
@@ -95,8 +101,8 @@ class FastMaxPool(nn.Module):
             for n, s, d, k, size, pad in zip(out, stride, dilation, window, sizes, padding, strict=True)
         ]
         geometry = Geometry(1, 1, 1, window, stride, dilation, padding, tuple(after))
-        elements, empty = math.prod(window), torch.empty(0)
-        start, columns = torch.tensor([0, elements], dtype=torch.int32), torch.arange(elements, dtype=torch.int32)
+        columns, empty = np.arange(math.prod(window), dtype=np.int32), np.empty(0, np.float32)
+        start = np.array([0, len(columns)], np.int32)
         return Plan(_Windows(geometry, start, columns, empty, empty), tuple(x.shape[: -self._dims]), sizes)
 
 

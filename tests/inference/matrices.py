@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 
 from feather_param.inference.layout import Geometry
 from feather_param.inference.plan import Plan
@@ -29,10 +31,10 @@ class SparseMatrix:
     geometry: Geometry
     activation: str
     rows: int
-    block_start: Tensor
-    columns: Tensor
-    values: Tensor
-    bias: Tensor
+    block_start: NDArray[np.int32]
+    columns: NDArray[np.int32]
+    values: NDArray[np.float32]
+    bias: NDArray[np.float32]
 
 
 def matrix_of(layer, rows=1, activation="identity"):
@@ -51,7 +53,8 @@ def matrix_of(layer, rows=1, activation="identity"):
     block, col = blocks.any(1).nonzero(as_tuple=True)
     start = F.pad(torch.bincount(block, minlength=len(blocks)).cumsum(0), (1, 0)).int()
     bias = torch.zeros(out_channels) if layer.bias is None else layer.bias.detach()
-    return SparseMatrix(geometry, activation, rows, start, col.int(), blocks[block, :, col].contiguous(), bias)
+    tensors = start, col.int(), blocks[block, :, col].contiguous(), bias
+    return SparseMatrix(geometry, activation, rows, *(tensor.numpy() for tensor in tensors))
 
 
 def computed(layer, x, residual=None, rows=1, activation="identity"):
