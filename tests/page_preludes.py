@@ -145,7 +145,8 @@ def inference(section: str, scope: Scope) -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     feather_param.sparsify(model, final_rate=0.9, total_steps=1, end_step=0)
     feather_param.desparsify(model)
-    scope.update(model=model, example_input=torch.randn(1, 64), x=torch.randn(1, 64))
+    scope.update(model=model, build=lambda: nn.Sequential(nn.Linear(64, 64)))
+    scope.update(example_input=torch.randn(1, 64), x=torch.randn(1, 64))
 
 
 def migration(section: str, scope: Scope) -> None:

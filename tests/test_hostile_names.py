@@ -21,7 +21,7 @@ import feather_param
 from feather_param import allocations, reports, schedules
 from feather_param.cli import main as cli
 from feather_param.core import baked_state
-from feather_param.inference import to_semi_structured
+from feather_param.inference import Choices, to_semi_structured
 from feather_param.inference.report import InferenceReport, InferenceRow
 from feather_param.ops.groups import Group
 from feather_param.reports import LayerMultiplyAdds, MultiplyAdds, Report, Row, figures
@@ -168,7 +168,11 @@ PLACES: dict[str, Callable[[str], str]] = {
     "a plan": lambda name: str(feather_param.plan(network(name), final_rate=0.5)),
     "multiply-adds": lambda name: str(MultiplyAdds((LayerMultiplyAdds(name, (2, 2), 4, 2),), {name: name})),
     "an inference report": lambda name: str(
-        InferenceReport((InferenceRow(name, (8, 4), 0.7, "dense", 1.0, None, 0.4, None, name),), 1.0, 1.0, 1.0, 1.0, 1)
+        InferenceReport(
+            (InferenceRow(name, (8, 4), 0.7, "dense", 1.0, None, 0.4, None, name),),
+            *(1.0, 1.0, 1.0, 1.0),
+            Choices(name, 1, "sparse", (name,)),
+        )
     ),
     "a page": page_of,
     "a figure": figure_of,

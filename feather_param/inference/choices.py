@@ -29,6 +29,7 @@ class Choices:
     threads: int
     network: str  # "dense": the model as it is; "fused": with folded batch norms; "sparse": with sparse layers too
     sparse: tuple[str, ...]  # names of the sparse layers
+    untraced: str = ""  # why the model could not be fused
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -67,17 +68,23 @@ def load_choices(path: str | os.PathLike[str]) -> Choices | None:
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"expected a path, got {type(path).__name__}")
-    text = (open_container(path).metadata() or {}).get(_KEY)
+    try:
+        text = (open_container(path).metadata() or {}).get(_KEY)
+    except (ValueError, RecursionError) as error:
+        got = f"got {printable(path)}, which is damaged or another one ({printable(error)})"
+        raise ValueError(f"expected a safetensors file, {got}") from error
     if text is None:
         return None
     try:
         content = parse_json(text)
-        kinds = {"machine": str, "threads": int, "network": str, "sparse": list}
+        kinds = {"machine": str, "threads": int, "network": str, "sparse": list, "untraced": str}
         if {name: type(value) for name, value in content.items()} != kinds or content["network"] not in _NETWORKS:
             raise ValueError("a key is missing, unknown or of another type")
         if not all(isinstance(name, str) for name in content["sparse"]):
             raise ValueError("the name of a layer is no string")
+        if content["sparse"] and content["network"] != "sparse":
+            raise ValueError("a network without sparse layers names some")
     except (ValueError, RecursionError) as error:
-        damage = f"got damaged ones in {printable(path)}: {printable(error)}"
-        raise ValueError(f"expected choices of save_sparse, {damage}; convert without them") from error
-    return Choices(content["machine"], content["threads"], content["network"], tuple(content["sparse"]))
+        got = f"got damaged ones in {printable(path)}: {printable(error)}"
+        raise ValueError(f"expected choices of save_sparse, {got}; convert without them") from error
+    return Choices(**{**content, "sparse": tuple(content["sparse"])})

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from feather_param.inference import timing
 from feather_param.inference.choices import Choices, machine
 from feather_param.inference.fit import unfit
 from feather_param.inference.fuse import FusedLayer, fused
 from feather_param.inference.layers import SparseLayer
+from feather_param.inference.pooling import MAX_POOLS, FastMaxPool
 from feather_param.inference.report import InferenceReport, InferenceRow
+from feather_param.inference.tracer import Untraceable, hooked
+from feather_param.inference.tracing import require_same_outputs
 from feather_param.ops.values import require_values
 from feather_param.parametrizations import states_of
 from feather_param.selection.names import COMPILED
@@ -24,8 +30,7 @@ from feather_param.selection.weights import LINEAR_AND_CONV
 from feather_param.utils.text import printable
 
 _MAX_FRACTION = 0.95  # of the time of a simpler network; smaller gains are within the noise of the timings
-_Slot = tuple[dict[str, Any], str, tuple[nn.Module, nn.Module]]
-"""Where a layer is registered: its parent's children, its name among them, and the dense and the sparse layer."""
+_NOT_CALLED = "its forward was not called"
 
 
 def to_sparse_inference(
@@ -72,48 +77,67 @@ def to_sparse_inference(
         >>> torch.allclose(fast(x), model(x), atol=1e-5)
         True
     """
-    arguments = _checked(model, example_input)
+    with torch.inference_mode(False), torch.no_grad():
+        return _converted(model, _checked(model, example_input), choices)
+
+
+def _converted(
+    model: nn.Module, arguments: tuple[Any, ...], choices: Choices | None
+) -> tuple[nn.Module, InferenceReport]:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LINEAR_AND_CONV)}
     reasons = {name: unfit(layer) for name, layer in layers.items()}
     if all(reasons.values()):
         first = "".join(f"; {printable(name or 'the layer')}: {reason}" for name, reason in [*reasons.items()][:1])
         raise ValueError(f"expected a Linear or Conv layer in float32 on the CPU, got none{first}")
     require_values(model.named_parameters())
-    notes = []
+    notes: list[str] = []
     if choices is not None and not isinstance(choices, Choices):
         raise TypeError(f"expected choices of a report or of load_choices, got {type(choices).__name__}")
     if choices is not None and not choices.hold_here:
         notes.append(f"timed again: the choices are for {printable(choices.machine)}, {choices.threads} threads")
         choices = None
-    with torch.no_grad():
-        graph, untraced = fused(model, arguments, verify=choices is None)
-        twin = _sharing_tensors(model) if graph is None else graph
-        body = nn.ModuleList([twin])  # a parent for a model that is itself a layer
-        if graph is None:
-            notes.append(f"not fused: {untraced}")
-        found = {name: layer for name, layer in _candidates(body[0]).items() if not reasons.get(name)}
-        if choices is None:
-            trials = {name: timing.Trial(layer, SparseLayer(layer)) for name, layer in found.items()}
-            timing.run_trials(trials.values(), lambda: body[0](*arguments))
-            swaps = {name: trial.sparse for name, trial in trials.items() if trial.wins}
-        else:
-            trials, swaps = {}, {name: SparseLayer(found[name]) for name in _known(choices.sparse, found)}
-        slots = _slots(body, {found[name]: new for name, new in swaps.items()})
-        milliseconds: Mapping[str, float] = {}
-        if choices is None:
-            milliseconds = _timed(model, body, slots, arguments)
-            best = _best(milliseconds)
-            choices = Choices(machine(), torch.get_num_threads(), best, tuple(swaps) if best == "sparse" else ())
-        _put(slots, choices.network == "sparse")
-    kept: dict[int, Any] = {id(new): new for new in swaps.values()}
-    network = copy.deepcopy(model if choices.network == "dense" else body[0], kept).requires_grad_(False)
+    here = machine()
+    private = _copy(model, model.parameters())  # only it is called, as a forward may change buffers and attributes
+    graph, untraced = None, choices.untraced if choices else ""
+    if not untraced:
+        graph, untraced = fused(private, arguments, verify=choices is None)
+    if untraced:
+        notes.append(f"not fused: {printable(untraced)}")
+    body = graph or private
+    body = _copy(body, body.parameters(), body.buffers())
+    for name in _read(graph) if graph is not None else ():
+        if name in reasons:
+            reasons[name] = reasons[name] or "other code reads its weight"
+    found = {name: layer for name, layer in _candidates(body).items() if not reasons.get(name)}
+    reasons = {name: reason or ("" if name in found else _NOT_CALLED) for name, reason in reasons.items()}
+    trials: dict[str, timing.Trial] = {}
+    times: Mapping[str, float] = {}
+    if choices is None:
+        trials = {name: timing.Trial(layer, _fast) for name, layer in found.items()}
+        timing.run_trials(trials.values(), lambda: body(*arguments))
+        swaps = {name: trial.sparse for name, trial in trials.items() if trial.sparse}
+        times, failed = _timed(private, graph, _swapped(body, swaps) if swaps else None, arguments)
+        if failed:
+            notes.append(f"no layer is sparse: {printable(failed)}")
+            reasons.update({name: reasons.get(name) or failed for name in swaps})
+        best = _best(times)
+        choices = Choices(here, torch.get_num_threads(), best, tuple(swaps) if best == "sparse" else (), untraced)
+    else:
+        swaps = {name: _fast(found[name]) for name in _known(choices.sparse, found)}
+    network = model if graph is None or choices.network == "dense" else graph
+    shared = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    if choices.network == "sparse":
+        network = _swapped(_copy(network, network.parameters(), network.buffers()), swaps)
+    own = [tensor for tensor in (*network.parameters(), *network.buffers()) if id(tensor) not in shared]
+    network = _copy(network, own, swaps.values()).requires_grad_(False)
+    listed = {name: layer for name, layer in model.named_modules() if name in layers or name in found}
     rows = tuple(
-        _row(name, layer, trials.get(name), reasons[name], swaps.get(name), choices) for name, layer in layers.items()
+        _row(name, layer, trials.get(name), reasons.get(name, ""), swaps, choices) for name, layer in listed.items()
     )
     report = InferenceReport(
         rows,
-        dense_ms=milliseconds.get("dense"),
-        sparse_ms=milliseconds.get(choices.network),
+        dense_ms=times.get("dense"),
+        sparse_ms=times.get(choices.network),
         dense_mb=_megabytes(model.parameters(), model.buffers()),
         sparse_mb=_megabytes(network.parameters(), network.buffers()),
         choices=choices,
@@ -139,12 +163,17 @@ def _checked(model: Any, example_input: Any) -> tuple[Any, ...]:
         if module.training:
             got = f"{printable(name or 'the model')} in training mode"
             raise ValueError(f"expected a model in eval mode, got {got}; call model.eval() first")
-    return example_input if isinstance(example_input, tuple) else (example_input,)
+    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), arguments)  # a call may change them
 
 
-def _sharing_tensors(model: nn.Module) -> nn.Module:
-    """Return a copy of a model that shares its Parameters and buffers."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+def _copy(module: nn.Module, *shared: Iterable[Any]) -> Any:
+    """Return a deep copy of a module that shares some tensors and modules. Inference tensors become ordinary ones."""
+    kept: dict[int, Any] = {}
+    for value in itertools.chain(*shared):
+        if not (isinstance(value, Tensor) and value.is_inference()):
+            kept[id(value)] = value
+    return copy.deepcopy(module, kept)
 
 
 def _candidates(body: nn.Module) -> dict[str, nn.Module]:
@@ -156,7 +185,20 @@ def _candidates(body: nn.Module) -> dict[str, nn.Module]:
             inside.update(module.children())
         if isinstance(module, (FusedLayer, *LINEAR_AND_CONV)) and module not in inside:
             found[name] = module
+        plain = type(module) in MAX_POOLS and not hooked(module) and "forward" not in vars(module)
+        if plain and isinstance(module, MAX_POOLS) and not module.return_indices:
+            found[name] = module
     return found
+
+
+def _fast(layer: nn.Module) -> nn.Module:
+    """Return what may take the place of a layer."""
+    return FastMaxPool(layer) if isinstance(layer, MAX_POOLS) else SparseLayer(layer)
+
+
+def _read(graph: fx.GraphModule) -> set[str]:
+    """Return the names of modules of which the graph reads a tensor by itself."""
+    return {str(node.target).rpartition(".")[0] for node in graph.graph.nodes if node.op == "get_attr"}
 
 
 def _known(names: Iterable[str], found: Mapping[str, nn.Module]) -> Iterable[str]:
@@ -168,66 +210,83 @@ def _known(names: Iterable[str], found: Mapping[str, nn.Module]) -> Iterable[str
     return names
 
 
-def _slots(root: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> list[_Slot]:
-    """Return the slots of the layers to swap. A layer that is registered several times has several slots."""
-    return [
-        (parent._modules, key, (child, swaps[child]))
-        for parent in root.modules()
-        for key, child in parent._modules.items()
-        if child is not None and child in swaps
-    ]
+def _swapped(network: nn.Module, swaps: Mapping[str, nn.Module]) -> nn.Module:
+    """Put layers in the place of those of the given names, wherever these are registered; return the network."""
+    body = nn.ModuleList([network])  # a parent for a network that is itself a layer
+    new = {network.get_submodule(name): layer for name, layer in swaps.items()}
+    for parent in [*body.modules()]:
+        for key, child in parent._modules.items():
+            if child in new:
+                parent._modules[key] = new[child]
+    return body[0]
 
 
-def _put(slots: list[_Slot], sparse: bool) -> None:
-    """Put the dense or the sparse layers into the model."""
-    for modules, key, pair in slots:
-        modules[key] = pair[sparse]
-
-
-def _timed(model: nn.Module, body: nn.ModuleList, slots: list[_Slot], arguments: tuple[Any, ...]) -> dict[str, float]:
-    """Return the milliseconds of the model, of the fused one, and of that with sparse layers."""
-
-    def run(sparse: bool) -> None:
-        _put(slots, sparse)
-        body[0](*arguments)
-
-    calls = {"dense": lambda: model(*arguments), "fused": lambda: run(False), "sparse": lambda: run(True)}
-    return {name: 1e3 * seconds for name, seconds in timing.seconds_of(calls).items()}
+def _timed(
+    model: nn.Module, graph: nn.Module | None, sparse: nn.Module | None, arguments: tuple[Any, ...]
+) -> tuple[dict[str, float], str]:
+    """Return the milliseconds of the model, of the fused one, and of that with sparse layers if it gives the same."""
+    networks, failed = {"dense": model}, ""
+    if graph is not None:
+        networks["fused"] = graph
+    if sparse is not None:
+        try:
+            require_same_outputs(sparse, model, arguments)
+            networks["sparse"] = sparse
+        except Exception as error:
+            failed = f"the network with sparse layers fails: {error}"
+            if isinstance(error, Untraceable):
+                failed = "the network with sparse layers gives other outputs"
+    calls = {name: functools.partial(network, *arguments) for name, network in networks.items()}
+    for call in calls.values():
+        call()  # the first call takes longer
+    return {name: 1e3 * seconds for name, seconds in timing.seconds_of(calls).items()}, failed
 
 
 def _best(times: Mapping[str, float]) -> str:
     """Return the fastest network; one that is not clearly faster than a simpler one does not count."""
     best = "dense"
     for name in ("fused", "sparse"):
-        if times[name] < _MAX_FRACTION * times[best]:
+        if times.get(name, math.inf) < _MAX_FRACTION * times[best]:
             best = name
     return best
 
 
 def _row(
-    name: str, layer: Any, trial: timing.Trial | None, reason: str, sparse: nn.Module | None, choices: Choices
+    name: str,
+    layer: Any,
+    trial: timing.Trial | None,
+    reason: str,
+    swaps: Mapping[str, nn.Module],
+    choices: Choices,
 ) -> InferenceRow:
     """Return the row of a layer."""
-    method = "sparse" if sparse is not None and choices.network == "sparse" else "dense"
-    timed = trial is not None and trial.called
-    if method == "dense" and not reason:
-        if trial is not None:
-            reason = "its forward was not called" if not trial.called else "the dense layer is as fast"
-            reason = "the network as a whole became no faster" if trial.wins else reason
-        elif not sparse:
-            reason = "its forward was not called"
-    weight = layer.weight
+    timed = trial is not None and trial.dense_seconds > 0
+    weight = getattr(layer, "weight", None)
+    size = trial.sparse_bytes / 1e6 if trial is not None and timed else None
+    if trial is None and name in swaps:
+        size = _megabytes(swaps[name].buffers())
     return InferenceRow(
         name,
-        tuple(weight.shape),
-        1.0 - int(weight.count_nonzero()) / max(1, weight.numel()),
-        method,
-        1e3 * trial.dense_seconds if timed else None,
-        1e3 * trial.sparse_seconds if timed else None,
+        () if weight is None else tuple(weight.shape),
+        0.0 if weight is None else 1.0 - int(weight.count_nonzero()) / max(1, weight.numel()),
+        "sparse" if name in choices.sparse else "dense",
+        1e3 * trial.dense_seconds if trial is not None and timed else None,
+        1e3 * trial.sparse_seconds if trial is not None and timed else None,
         _megabytes(layer.parameters()),
-        _megabytes((trial.sparse if timed else sparse).buffers()) if timed or sparse else None,
-        reason,
+        size,
+        "" if name in choices.sparse else reason or _reason(trial),
     )
+
+
+def _reason(trial: timing.Trial | None) -> str:
+    """Return the reason why a layer that may be sparse stays dense."""
+    if trial is None:
+        return "by the given choices"
+    if not trial.called:
+        return _NOT_CALLED
+    if trial.error:
+        return f"the sparse layer fails: {trial.error}"
+    return "the network as a whole became no faster" if trial.wins else "the dense layer is as fast"
 
 
 def _megabytes(*tensors: Iterable[Tensor]) -> float:

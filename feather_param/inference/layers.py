@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from feather_param.inference import kernel
 from feather_param.inference.fuse import ACTIVATIONS, FusedLayer
 from feather_param.inference.layout import Geometry, Sizes
 from feather_param.inference.plan import NATIVE_ACTIVATIONS, Plan
@@ -19,6 +21,75 @@ __all__ = ["SparseLayer"]
 
 _BLOCK = 4  # output channels that may share their columns
 _BLOCK_COST = 3.1  # time of a column of such a block, in times of a column of one output channel (measured)
+_MOST_PLANS = 16  # of a layer; a plan has an int32 for each column
+
+_TRACED = (
+    "expected a call that is not traced, got one in torch.jit.trace or torch.export, which would record the output as "
+    "a constant; export the dense model"
+)
+
+
+@dataclass
+class _Matrix:
+    """The weights of a layer as a plan needs them. It keeps their memory alive."""
+
+    geometry: Geometry
+    activation: str
+    rows: int
+    block_start: Tensor
+    columns: Tensor
+    values: Tensor
+    bias: Tensor
+
+    def require_consistent(self) -> None:
+        """Raise a ValueError unless the tensors belong together. The kernel does not check its indices."""
+        g, blocks = self.geometry, self.geometry.out_channels // self.rows
+        count = len(self.columns)
+        shapes = ((self.block_start, (blocks + 1,), torch.int32), (self.columns, (count,), torch.int32))
+        shapes += ((self.values, (count, self.rows), torch.float32), (self.bias, (g.out_channels,), torch.float32))
+        good = all((tensor.shape, tensor.dtype, tensor.device.type) == (*form, "cpu") for tensor, *form in shapes)
+        if good:  # in numpy, as torch's own threads do not exist in a forked process
+            starts, columns = self.block_start.numpy(), self.columns.numpy()
+            good = (starts[0], starts[-1]) == (0, count) and (starts[1:] >= starts[:-1]).all()
+            good = good and ((columns >= 0) & (columns < g.channels * math.prod(g.kernel_size))).all()
+        if not good:
+            raise ValueError(
+                "expected buffers that belong together, got damaged or converted ones; convert the model again"
+            )
+
+
+class _Plans:
+    """The newest plans of a layer, by the shape of the input, for as long as its buffers stay as they are.
+
+    Args:
+        buffers: the layer's.
+    """
+
+    def __init__(self, buffers: Mapping[str, Tensor | None]) -> None:
+        tensors = [tensor for tensor in buffers.values() if tensor is not None]
+        self._tensors = tensors
+        self._versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+        self._plans: dict[Any, Plan] = {}
+
+    def hold(self, buffers: Mapping[str, Tensor | None]) -> bool:
+        """Return whether no buffer was replaced or written in place. Inference tensors do not tell the latter."""
+        for tensor, known, version in zip(buffers.values(), self._tensors, self._versions, strict=False):
+            if tensor is not known or (version is not None and known._version != version):
+                return False
+        return bool(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def get(self, key: Any) -> Plan | None:
+        """Return a plan."""
+        return self._plans.get(key)
+
+    def add(self, key: Any, plan: Plan) -> Plan:
+        """Keep a plan and return it."""
+        newest = [*self._plans.items()][1 - _MOST_PLANS :]
+        self._plans = dict([*newest, (key, plan)])  # a new dict, as other threads may read the old one
+        return plan
 
 
 class SparseLayer(nn.Module):
@@ -37,6 +108,7 @@ class SparseLayer(nn.Module):
     Raises:
         TypeError: the input has another dtype or device.
         ValueError: the input has another number of channels or dimensions, or is smaller than the window.
+            Or the buffers do not belong together, for example after loading those of another layer.
         RuntimeError: the input requires a gradient outside `torch.no_grad`, or the layer is traced.
         ImportError: llvmlite is not installed.
 
@@ -56,46 +128,48 @@ class SparseLayer(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.activation, self.input_dims = "identity", None
-        if isinstance(layer, FusedLayer):
-            self.activation, self.input_dims, layer = layer.activation, layer.dims, layer.layer
-        self.geometry, self.padding_mode, self.padding = _geometry(layer)
-        self.dims = 0 if isinstance(layer, nn.Linear) else len(self.geometry.kernel_size)
+        dense: Any = layer.layer if isinstance(layer, FusedLayer) else layer
+        self.activation = layer.activation if isinstance(layer, FusedLayer) else "identity"
+        self.input_dims = layer.dims if isinstance(layer, FusedLayer) else None
+        self.geometry, self.padding_mode, self.padding = _geometry(dense)
+        self.dims = 0 if isinstance(dense, nn.Linear) else len(self.geometry.kernel_size)
         with torch.no_grad():
-            matrix = layer.weight.detach().flatten(1)
+            matrix = dense.weight.detach().flatten(1)
             self.rows = _rows(matrix, self.geometry.groups)
             blocks = matrix.view(-1, self.rows, matrix.shape[1])
             block, column = blocks.any(1).nonzero(as_tuple=True)
             counts = torch.bincount(block, minlength=len(blocks))
-            bias = matrix.new_zeros(len(matrix)) if layer.bias is None else layer.bias.detach().clone()
+            bias = matrix.new_zeros(len(matrix)) if dense.bias is None else dense.bias.detach().clone()
             self.register_buffer("block_start", F.pad(counts.cumsum(0), (1, 0)).int())
             self.register_buffer("columns", column.int())
             self.register_buffer("values", blocks[block, :, column])
             self.register_buffer("bias", bias)
-        self._plans: dict[Any, Plan] = {}
+        self._native = self.activation in NATIVE_ACTIVATIONS
+        self._plans = _Plans({})
 
     def extra_repr(self) -> str:
         g = self.geometry
         window = f", window={g.kernel_size}" if self.dims else ""
-        nonzeros = int(self.values.count_nonzero())
+        nonzeros = int(torch.count_nonzero(self.values))
         return f"{g.channels * g.groups}, {g.out_channels}{window}, nonzeros={nonzeros}, activation={self.activation!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}}
+        return {**self.__dict__, "_plans": _Plans({})}
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLayer:
-        self._plans.clear()  # they point to the buffers
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self._plans = _Plans({})
+        return self
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        self._plans.clear()
         super()._load_from_state_dict(*arguments, **keywords)
+        self._plans = _Plans({})  # they depend on the columns, which were written in place
 
     @property
     def weight(self) -> Tensor:
         """The weight as a sparse matrix. Code may read its dtype, shape and device."""
         g = self.geometry
-        group = torch.repeat_interleave(self.block_start.diff()) * self.rows // (g.out_channels // g.groups)
+        group = torch.repeat_interleave(torch.diff(self.block_start)) * self.rows // (g.out_channels // g.groups)
         window = math.prod(g.kernel_size)
         shape = (g.out_channels, g.channels * g.groups * window)
         columns = (self.columns + group * g.channels * window).int()
@@ -107,54 +181,93 @@ class SparseLayer(nn.Module):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor:
+        if torch.compiler.is_compiling():  # it would compile the kernel's calls, with tensors that have no memory
+            return _not_compiled(self, input, residual)
+        return self._compute(input, residual)
+
+    def _compute(self, input: Tensor, residual: Tensor | None) -> Tensor:
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            raise RuntimeError(
-                "expected a call that is not traced, got one in torch.jit.trace, which would record the output as a "
-                "constant; export the dense model"
-            )
+            raise RuntimeError(_TRACED)
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
-                return self(input.float(), residual if residual is None else residual.float())
-        for kind, tensor in (("input", input), ("weight", self.values)):
-            if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-                got = f"{kind} of {tensor.dtype} on {tensor.device}"
-                raise TypeError(f"expected input and weight in float32 on the CPU, got {got}; use the dense model")
+                return self._compute(input.float(), residual if residual is None else residual.float())
+        if not _readable(input):
+            raise TypeError(_expected_floats("input", input))
+        if residual is not None and not residual.is_cpu:
+            raise TypeError(f"expected a residual on the CPU, got one on {residual.device}; use the dense model")
         if torch.is_grad_enabled() and (input.requires_grad or (residual is not None and residual.requires_grad)):
             raise RuntimeError("expected an input without gradient, for inference only; use the dense model")
         if self.input_dims is not None and input.dim() != self.input_dims:
             raise ValueError(f"expected an input of {self.input_dims} dimensions, got {input.dim()}")
         if self.padding:
             input = F.pad(input, self.padding, self.padding_mode)
-        x = input.detach().contiguous()
-        threads = torch.get_num_threads()
-        found = self._plans.get((x.shape, threads))
-        if found is None:
-            found = self._plans[x.shape, threads] = self._plan(x.shape)
-        output = x.new_empty(found.shape)
-        if residual is not None and (not self.dims or residual.shape != output.shape):
-            return self._added(input, residual)
-        found.run(x, output, residual if residual is None else residual.detach().contiguous())
-        return output if self.activation in NATIVE_ACTIVATIONS else ACTIVATIONS[self.activation](output)
+        x = _contiguous(input)
+        plan = self._plan(x.shape, self.activation)
+        output = torch.empty(plan.shape, dtype=torch.float32)
+        if not output.data_ptr() and output.numel():  # a FakeTensor
+            raise RuntimeError(_TRACED)
+        if residual is None:
+            plan.run(x, output)
+        elif self.dims and residual.shape == plan.shape and _readable(residual):
+            plan.run(x, output, _contiguous(residual))
+        else:
+            self._plan(x.shape, "identity").run(x, output)
+            same = residual.shape == output.shape and residual.dtype == output.dtype
+            output = output.add_(residual.detach()) if same else output + residual.detach()
+            return ACTIVATIONS[self.activation](output)
+        return output if self._native else ACTIVATIONS[self.activation](output)
 
-    # `torch.compiler.disable` sets this too, so that a compiled model calls this method as it is. Importing it takes a
-    # second.
-    forward._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
+    def _plan(self, shape: torch.Size, activation: str) -> Plan:
+        """Return the plan for a shape of the input. All plans go if a buffer was replaced or written."""
+        plans = self._plans
+        if not plans.hold(self._buffers):
+            plans = self._plans = self._new_plans()
+        key = (shape, activation, kernel.available_threads())
+        return plans.get(key) or plans.add(key, self._new_plan(shape, activation))
 
-    def _plan(self, shape: torch.Size) -> Plan:
-        """Return the plan for a shape of the input."""
+    def _new_plans(self) -> _Plans:
+        """Return an empty cache for the buffers as they are now."""
+        if not _readable(self.values):
+            raise TypeError(_expected_floats("weight", self.values))
+        return _Plans(self._buffers)
+
+    def _new_plan(self, shape: torch.Size, activation: str) -> Plan:
         leading = shape[: len(shape) - 1 - self.dims]
         channels = self.geometry.channels * self.geometry.groups
         if shape[len(leading) : len(leading) + 1] != (channels,) or (self.dims and len(leading) > 1):
             raise ValueError(f"expected {channels} input channels, got a tensor of shape {tuple(shape)}")
-        return Plan(self, leading, shape[len(leading) + 1 :])
+        tensors = (self.block_start, self.columns, self.values, self.bias)
+        matrix = _Matrix(self.geometry, activation, self.rows, *tensors)
+        matrix.require_consistent()
+        return Plan(matrix, leading, shape[len(leading) + 1 :])
 
-    def _added(self, input: Tensor, residual: Tensor) -> Tensor:
-        """Return the output where the kernel cannot do the addition."""
-        bare = copy.copy(self)
-        bare.activation, bare.padding, bare._plans = "identity", (), {}
-        output = bare(input)
-        output = output.add_(residual) if residual.shape == output.shape else output + residual
-        return ACTIVATIONS[self.activation](output)
+
+_disabled: Any = None
+
+
+def _not_compiled(layer: SparseLayer, input: Tensor, residual: Tensor | None) -> Tensor:
+    """Compute the output, in a process that uses torch.compile. The import of torch.compiler.disable takes a second."""
+    global _disabled
+    if _disabled is None:
+        _disabled = torch.compiler.disable(SparseLayer._compute)
+    return _disabled(layer, input, residual)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Return whether the kernel can read a tensor."""
+    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.layout is torch.strided
+
+
+def _expected_floats(kind: str, tensor: Tensor) -> str:
+    """Return the message for a tensor that the kernel cannot read."""
+    layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
+    got = f"{kind} of {tensor.dtype} on {tensor.device}{layout}"
+    return f"expected input and weight in float32 on the CPU, got {got}; use the dense model"
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """Return a tensor with its elements in memory in order, and no pending negation."""
+    return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.detach().resolve_neg().contiguous()
 
 
 def _geometry(layer: Any) -> tuple[Geometry, str, Sizes]:

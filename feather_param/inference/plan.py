@@ -88,9 +88,9 @@ class Plan:
             residual: of the output's shape, added before the activation; not for Linear layers.
         """
         calls = self._calls if residual is None else self._calls_with_residual
-        added = 0 if residual is None else residual.data_ptr()
+        input_, output, added = x.data_ptr(), y.data_ptr(), 0 if residual is None else residual.data_ptr()
         for call in calls:
-            call(x.data_ptr(), y.data_ptr(), added)
+            call(input_, output, added)
 
     def _planned(self, residual: bool) -> tuple[_Call, ...]:
         if not self._batch:

@@ -125,6 +125,11 @@ def require_agreement(graph: nn.Module, model: nn.Module, arguments: tuple[Any, 
     _require_equal(outputs, expected, _FUSED)
 
 
+def require_same_outputs(network: nn.Module, model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Raise Untraceable unless a network gives the model's outputs for the example, up to rounding."""
+    _require_equal(_outputs(network, arguments), _outputs(_twin(model), arguments), _FUSED)
+
+
 def _twin(model: nn.Module) -> nn.Module:
     """Return a copy of a model that shares its Parameters."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
@@ -189,4 +194,5 @@ def _named(model: nn.Module, arguments: tuple[Any, ...]) -> Mapping[str, Any]:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first sentence of an error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]

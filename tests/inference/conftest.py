@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
-from feather_param.inference import kernel, timing
-
-
-@pytest.fixture
-def without_numba(monkeypatch):
-    """Pretend that numba is not installed."""
-    monkeypatch.setitem(sys.modules, "numba", None)
-    kernel.compiled.cache_clear()
-    yield
-    kernel.compiled.cache_clear()
+from feather_param.inference import timing
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Return the seconds that will be measured for "dense", "csr" and "kernel" layers and the "sparse" network."""
-    times = {"dense": 1.0, "csr": 0.5, "kernel": 0.5, "sparse": 0.5}
+    """Return the seconds that will be measured for a "dense", a "fused" and a "sparse" layer or network."""
+    times = {"dense": 1.0, "fused": 0.9, "sparse": 0.5}
 
-    def seconds(calls, budget):
+    def seconds(calls, budget=0.0, *, stop_if_clear=False):
         for call in calls.values():
             call()
-        return {name: [times[name]] * 3 for name in calls}
+        return {name: times[name] for name in calls}
 
     monkeypatch.setattr(timing, "seconds_of", seconds)
     return times
