@@ -1,9 +1,12 @@
-"""What tensors the kernel can read."""
+"""What tensors the kernel can read and write."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+CPU = torch.device("cpu")
+"""For new tensors, as torch's default device may be another."""
 
 
 def readable(tensor: Tensor) -> bool:

@@ -49,25 +49,28 @@ def available_threads() -> int:
     return torch.get_num_threads() if _openmp() and not _process.forked else 1
 
 
-def worker(kind: str, threads: int, activation: Activation = Activation.IDENTITY) -> Callable[[Any], object]:
+def worker(
+    kind: str, threads: int, activation: Activation = Activation.IDENTITY, rows: int = 1
+) -> Callable[[Any], object]:
     """Return a function that runs a job. Its code is compiled when it is first needed.
 
     Args:
         kind: "convolution", "tokens" or "product".
         threads: that run the job.
         activation: of a product.
+        rows: of a block of the matrix, for a product.
 
     Raises:
         ImportError: llvmlite is not installed.
     """
-    code = _process.address(_worker, kind, threads > 1, activation)
+    code = _process.address(_worker, kind, threads > 1, activation, rows)
     if threads == 1:
         return _RUN(code)
     parallel = _PARALLEL(_openmp()["GOMP_parallel"])
 
     def run(job: Any) -> None:
         if _process.forked:
-            worker(kind, 1, activation)(job)
+            worker(kind, 1, activation, rows)(job)
         else:
             parallel(code, job, threads, 0)
 
@@ -131,7 +134,7 @@ def _tile(rows: int, width: int, activation: Activation, residual: bool) -> tupl
     return code, code.address("tile")
 
 
-def _worker(kind: str, threads: bool, activation: Activation) -> tuple[MachineCode, int]:
+def _worker(kind: str, threads: bool, activation: Activation, rows: int) -> tuple[MachineCode, int]:
     extra("llvmlite")
     from llvmlite import binding
 
@@ -140,7 +143,7 @@ def _worker(kind: str, threads: bool, activation: Activation) -> tuple[MachineCo
 
     for name, address in _openmp().items():
         binding.add_symbol(name, address)
-    code = MachineCode(Worker(kind, threads, activation).module())
+    code = MachineCode(Worker(kind, threads, activation, rows).module())
     return code, code.address("worker")
 
 

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from feather_param.inference import kernel
 from feather_param.inference.fuse import ACTIVATIONS, FusedLayer
-from feather_param.inference.inputs import contiguous, readable
+from feather_param.inference.inputs import CPU, contiguous, readable
 from feather_param.inference.layout import Geometry, Sizes
 from feather_param.inference.plan import NATIVE_ACTIVATIONS, Plan
 from feather_param.inference.plans import Plans
@@ -179,7 +179,7 @@ class SparseLayer(nn.Module):
             input = F.pad(input, self.padding, self.padding_mode)
         x = contiguous(input)
         plan = self._plan(x.shape, self.activation)
-        output = torch.empty(plan.shape, dtype=torch.float32, device="cpu")
+        output = torch.empty(plan.shape, dtype=torch.float32, device=CPU)
         if residual is None:
             plan.run(x, output)
         elif self.dims and residual.shape == plan.shape and readable(residual):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from feather_param.inference import kernel
+from feather_param.inference.inputs import CPU
 from feather_param.inference.job import LANES, PER_CALL, Activation, Fields, Slot, Template, bits
 from feather_param.inference.layout import Sizes, layout
 from feather_param.inference.matrix import Matrix, divided_matrix, parts_of
@@ -27,7 +28,7 @@ NATIVE_ACTIVATIONS = frozenset(activation.name.lower() for activation in Activat
 
 def new_scratch(floats: int) -> Tensor:
     """Return memory for the grids. Its values do not matter. torch's default dtype may be smaller than a float32."""
-    return torch.empty(floats, dtype=torch.float32, device="cpu")
+    return torch.empty(floats, dtype=torch.float32, device=CPU)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Plan:
             return tuple(self._convolutions(self._sizes, residual))
         if residual:
             raise ValueError("expected no residual for a Linear layer, got one; add it to the output")
-        if self._batch == 1 and self._layer.rows == 1:
+        if self._batch == 1:
             return (self._product(),)
         return tuple(self._products())
 
@@ -113,7 +114,7 @@ class Plan:
         template = self._template()
         starts = _shares(self._layer.block_start, self._threads)
         template.set(offsets=self._layer.columns, shares=self._threads, share_start=starts)
-        run = kernel.worker("product", self._threads, self._activation)
+        run = kernel.worker("product", self._threads, self._activation, self._layer.rows)
         return _Call(template, 0, 0, 0, run)
 
     def _products(self) -> list[_Call]:

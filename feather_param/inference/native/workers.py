@@ -25,6 +25,7 @@ class Worker:
     kind: str  # "convolution", "tokens" or "product"
     threads: bool  # several threads, through OpenMP
     activation: Activation = Activation.IDENTITY  # of a product
+    rows: int = 1  # of a block of the matrix, for a product
 
     def module(self) -> ir.Module:
         """Return a module with the code, in a function named "worker" whose parameter is the job."""
@@ -188,31 +189,40 @@ class _Tokens(_Team):
 
 
 class _Product(_Team):
-    """Multiplies the matrix with one token. Each output is one sum."""
+    """Multiplies the matrix with one token. Each block of rows is one sum, a vector with a float for each row."""
 
     def write(self) -> None:
-        job = self._job
+        job, rows = self._job, self._worker.rows
         x, y = job.pointer("input"), job.pointer("output")
         starts, bias, shares = job.pointer("block_start"), job.pointer("bias"), job.pointer("share_start")
         offsets, values = job.pointer("offsets"), job.pointer("values")
-        zero = ir.Constant(F32, 0.0)
+        column = ir.VectorType(F32, rows)
+        zero = ir.Constant(column, [0.0] * rows)
+
+        def of_rows(pointer: Value, i: Value) -> Value:
+            return self.load(self.at(pointer, i, column), align=4, typ=column)
 
         def product(p: Value, sum_: Value) -> Value:
-            return self.multiply_add(self.float_(values, p), self.float_(x, self.index(offsets, p)), sum_)
+            return self.multiply_add(
+                of_rows(values, p), self.spread(self.float_(x, self.index(offsets, p)), rows), sum_
+            )
 
         def several(p: Value, *sums: Value) -> list[Value]:
             return [product(self.add(p, integer(k)), s) for k, s in enumerate(sums)]
 
-        def row(i: Value) -> None:
+        def block(i: Value) -> None:
             first, last = self.index(starts, i), self.index(starts, self.add(i, integer(1)))
             whole = self.sub(last, self.srem(self.sub(last, first), integer(_PARALLEL)))
             sums = self.loop(first, whole, several, [zero] * _PARALLEL, step=_PARALLEL)
             while len(sums) > 1:
                 sums = [self.fadd(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
             (total,) = self.loop(whole, last, lambda p, s: [product(p, s)], sums)
-            result = activated(self, self.spread(self.fadd(total, self.float_(bias, i))), self._worker.activation)
-            self.put(self.extract_element(result, ir.Constant(I32, 0)), y, i)
+            total = self.fadd(total, of_rows(bias, i))
+            result = activated(
+                self, self.shuffled(total, total, [k % rows for k in range(LANES)]), self._worker.activation
+            )
+            self.store(self.shuffled(result, result, range(rows)), self.at(y, i, column), align=4)
 
         begin, end = self._mine(job.shares)
-        self.loop(self.index(shares, begin), self.index(shares, end), row)
+        self.loop(self.index(shares, begin), self.index(shares, end), block)
         self.ret_void()

@@ -73,14 +73,14 @@ class Writer(ir.IRBuilder):
         """Store a float or 16 floats at an index."""
         self.store(value, self.at(pointer, index), align=_LOOSE_ALIGNMENT)
 
-    def spread(self, value: Value) -> Value:
-        """Return a vector of 16 times a float."""
-        one = self.insert_element(ir.Constant(VECTOR, ir.Undefined), value, ir.Constant(I32, 0))
-        return self.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
+    def spread(self, value: Value, lanes: int = LANES) -> Value:
+        """Return a vector of equal floats."""
+        one = self.insert_element(ir.Constant(ir.VectorType(F32, lanes), ir.Undefined), value, ir.Constant(I32, 0))
+        return self.shuffled(one, one, [0] * lanes)
 
     def shuffled(self, a: Value, b: Value, lanes: Sequence[int]) -> Value:
-        """Return lanes of two vectors; those of the second are counted from 16."""
-        return self.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, LANES), list(lanes)))
+        """Return lanes of two vectors; those of the second are counted from the end of the first."""
+        return self.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
 
     def limited(self, x: Value, low: Value, high: Value) -> Value:
         """Return a vector with its elements limited. NaN stays NaN."""
@@ -144,7 +144,7 @@ class Writer(ir.IRBuilder):
     def intrinsic(self, name: str, *arguments: Value) -> Value:
         """Call a function of LLVM whose arguments and result are of one type, floats or vectors."""
         kind = arguments[0].type
-        suffix = f"v{LANES}f32" if kind == VECTOR else "f32"
+        suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
         return self.call_intrinsic(f"{name}.{suffix}", arguments, kind, [kind] * len(arguments))
 
     def smaller(self, a: Value, b: Value) -> Value:
