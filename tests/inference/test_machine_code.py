@@ -15,7 +15,9 @@ from feather_param.inference import kernel
 from feather_param.inference.job import LANES, Activation
 from feather_param.inference.native import machine_code
 from feather_param.inference.native.activations import activated, exponential
+from feather_param.inference.native.tile import Tile
 from feather_param.inference.native.transposing import write_transpose
+from feather_param.inference.native.workers import Worker
 from feather_param.inference.native.writer import I64, POINTER, Writer, integer
 from tests.inference.layer_cases import LAYERS, rows_of
 from tests.inference.matrices import assert_computes
@@ -108,6 +110,33 @@ def test_code_for_smaller_processors_computes_the_same(cpu, monkeypatch):
     for layer, shape in LAYERS.values():
         for rows in rows_of(pruned(layer, 0.6)):
             assert_computes(layer, torch.randn(shape), rows=rows, activation="silu" if rows == 1 else "relu6")
+
+
+def modules():
+    """Return one module of each kind."""
+    for activation in Activation:
+        yield from (Worker("product", False, activation, rows).module() for rows in (1, 4))
+        yield from (Tile(rows, 2, activation, residual).module() for rows in (1, 4) for residual in (False, True))
+    yield Tile(0, 4, Activation.IDENTITY, False).module()
+    yield from (Worker(kind, threads).module() for kind in ("convolution", "tokens") for threads in (False, True))
+
+
+@pytest.mark.parametrize(
+    "triple", ["aarch64-unknown-linux-gnu", "arm64-apple-darwin", "x86_64-pc-windows-msvc", "x86_64-apple-darwin"]
+)
+def test_the_code_compiles_for_other_systems(triple):
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    try:
+        target = binding.Target.from_triple(triple)
+    except RuntimeError:
+        pytest.skip("this llvmlite has no code generator for it")
+    machine = target.create_target_machine(opt=2, jit=True)
+    for module in modules():
+        module.triple = machine.triple
+        compiled = binding.parse_assembly(str(module))
+        compiled.verify()
+        assert machine.emit_object(compiled)
 
 
 def test_the_code_keeps_its_module_alive():
