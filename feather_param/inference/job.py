@@ -77,7 +77,7 @@ class Slot(enum.IntEnum):
     # A product of a matrix with tokens, the rows of the input:
     tokens = enum.auto()
     channels = enum.auto()  # floats of a row of the input
-    output_rows = enum.auto()  # floats of a row of the output
+    out_channels = enum.auto()  # floats of a row of the output
     token_grid = enum.auto()  # floats of the transposed input
 
 

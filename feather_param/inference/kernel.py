@@ -15,6 +15,9 @@ divided into parts, each of some input channels (`feather_param.inference.matrix
 have the same zeros, each vector of inputs is loaded once for the four. Else the loads limit the speed: one for each
 vector that is multiplied.
 
+A Linear layer is such a convolution too: the tokens are transposed, so that 16 of them lie side by side. For a single
+token, the inputs are read one by one.
+
 The code is compiled when it is first needed, for a tile's width, activation and residual
 (`feather_param.inference.native`). A job holds the addresses of the code and of all arrays
 (`feather_param.inference.job`).

@@ -19,7 +19,7 @@ from feather_param.inference.job import LANES, PER_CALL, Activation, Fields, Slo
 from feather_param.inference.layout import Sizes, layout
 from feather_param.inference.matrix import Matrix, divided_matrix, parts_of
 
-_TILE = {0: 4, 1: 4, 4: 2}  # vectors, for blocks of 1 and of 4 rows: 4 or 8 sums fit in registers
+_TILE = {0: 4, 1: 4, 4: 2}  # vectors, for blocks of so many rows: the 4 or 8 sums fit in the registers of AVX-512
 _TOKENS = 64  # of a Linear layer in a grid
 _FEW_TOKENS, _MANY_CHANNELS = 32, 2048  # with many channels, fewer tokens stay in the cache; or for all threads
 
@@ -132,7 +132,7 @@ class Plan:
                 template.set(
                     tokens=rows,
                     channels=g.channels,
-                    output_rows=g.out_channels,
+                    out_channels=g.out_channels,
                     scratch_floats=floats,
                     token_grid=g.channels * pixels,
                     sums=self._threads * floats,

@@ -162,7 +162,7 @@ class _Tokens(_Team):
 
     def write(self) -> None:
         job, transpose = self._job, write_transpose(self.function_.module)
-        channels, tokens, rows, width = job.channels, job.tokens, job.output_rows, job.output_row
+        channels, tokens, rows, width = job.channels, job.tokens, job.out_channels, job.output_row
 
         def image(i: Value, scratch: Value) -> None:
             x = self.at(job.pointer("input"), self.mul(i, job.input_image))
