@@ -212,8 +212,9 @@ def save_sparse(
         choices: those of a report of `to_sparse_inference`, which are stored too. `inference.load_choices` loads them.
 
     Raises:
-        TypeError: ``source`` is neither a model nor a state_dict, ``choices`` are of another type, or an entry cannot be stored: it is no tensor, or it
-            is quantised, not strided, sharded, or without content (meta, lazy), or its name is no string.
+        TypeError: ``source`` is neither a model nor a state_dict, ``choices`` are of another type, or an entry cannot
+            be stored: it is no tensor, or it is quantised, not strided, sharded, or without content (meta, lazy), or
+            its name is no string.
         ValueError: ``path`` is a folder, a device or a pipe, a tensor has more than 64 dimensions, a name has a lone
             surrogate, or the names are too long for a header of 100 MB.
         OSError: the file cannot be written, for example because its folder does not exist or the disk is full. The

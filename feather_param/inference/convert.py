@@ -19,8 +19,9 @@ from feather_param.inference.choices import Choices, machine
 from feather_param.inference.fit import unfit
 from feather_param.inference.fuse import FusedLayer, fused
 from feather_param.inference.layers import SparseLayer
+from feather_param.inference.pooling import MAX_POOLS, FastMaxPool
 from feather_param.inference.report import InferenceReport, InferenceRow
-from feather_param.inference.tracer import Untraceable
+from feather_param.inference.tracer import Untraceable, hooked
 from feather_param.inference.tracing import require_same_outputs
 from feather_param.ops.values import require_values
 from feather_param.parametrizations import states_of
@@ -112,7 +113,7 @@ def _converted(
     trials: dict[str, timing.Trial] = {}
     times: Mapping[str, float] = {}
     if choices is None:
-        trials = {name: timing.Trial(layer, SparseLayer) for name, layer in found.items()}
+        trials = {name: timing.Trial(layer, _fast) for name, layer in found.items()}
         timing.run_trials(trials.values(), lambda: body(*arguments))
         swaps = {name: trial.sparse for name, trial in trials.items() if trial.sparse}
         times, failed = _timed(private, graph, _swapped(body, swaps) if swaps else None, arguments)
@@ -122,14 +123,17 @@ def _converted(
         best = _best(times)
         choices = Choices(here, torch.get_num_threads(), best, tuple(swaps) if best == "sparse" else (), untraced)
     else:
-        swaps = {name: SparseLayer(found[name]) for name in _known(choices.sparse, found)}
+        swaps = {name: _fast(found[name]) for name in _known(choices.sparse, found)}
     network = model if graph is None or choices.network == "dense" else graph
     shared = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     if choices.network == "sparse":
         network = _swapped(_copy(network, network.parameters(), network.buffers()), swaps)
     own = [tensor for tensor in (*network.parameters(), *network.buffers()) if id(tensor) not in shared]
     network = _copy(network, own, swaps.values()).requires_grad_(False)
-    rows = tuple(_row(name, layer, trials.get(name), reasons[name], swaps, choices) for name, layer in layers.items())
+    listed = {name: layer for name, layer in model.named_modules() if name in layers or name in found}
+    rows = tuple(
+        _row(name, layer, trials.get(name), reasons.get(name, ""), swaps, choices) for name, layer in listed.items()
+    )
     report = InferenceReport(
         rows,
         dense_ms=times.get("dense"),
@@ -181,12 +185,20 @@ def _candidates(body: nn.Module) -> dict[str, nn.Module]:
             inside.update(module.children())
         if isinstance(module, (FusedLayer, *LINEAR_AND_CONV)) and module not in inside:
             found[name] = module
+        plain = type(module) in MAX_POOLS and not hooked(module) and "forward" not in vars(module)
+        if plain and isinstance(module, MAX_POOLS) and not module.return_indices:
+            found[name] = module
     return found
 
 
 def _read(graph: fx.GraphModule) -> set[str]:
     """Return the names of modules of which the graph reads a tensor by itself."""
     return {str(node.target).rpartition(".")[0] for node in graph.graph.nodes if node.op == "get_attr"}
+
+
+def _fast(layer: nn.Module) -> nn.Module:
+    """Return what may take the place of a layer."""
+    return FastMaxPool(layer) if isinstance(layer, MAX_POOLS) else SparseLayer(layer)
 
 
 def _known(names: Iterable[str], found: Mapping[str, nn.Module]) -> Iterable[str]:
@@ -247,13 +259,14 @@ def _row(
 ) -> InferenceRow:
     """Return the row of a layer."""
     timed = trial is not None and trial.dense_seconds > 0
+    weight = getattr(layer, "weight", None)
     size = trial.sparse_bytes / 1e6 if trial is not None and timed else None
     if trial is None and name in swaps:
         size = _megabytes(swaps[name].buffers())
     return InferenceRow(
         name,
-        tuple(layer.weight.shape),
-        1.0 - int(layer.weight.count_nonzero()) / max(1, layer.weight.numel()),
+        () if weight is None else tuple(weight.shape),
+        0.0 if weight is None else 1.0 - int(weight.count_nonzero()) / max(1, weight.numel()),
         "sparse" if name in choices.sparse else "dense",
         1e3 * trial.dense_seconds if trial is not None and timed else None,
         1e3 * trial.sparse_seconds if trial is not None and timed else None,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import sys
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,40 @@ class _Matrix:
             raise ValueError(
                 "expected buffers that belong together, got damaged or converted ones; convert the model again"
             )
+
+
+class _Plans:
+    """The newest plans of a layer, by the shape of the input, for as long as its buffers stay as they are.
+
+    Args:
+        buffers: the layer's.
+    """
+
+    def __init__(self, buffers: Mapping[str, Tensor | None]) -> None:
+        tensors = [tensor for tensor in buffers.values() if tensor is not None]
+        self._tensors = tensors
+        self._versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+        self._plans: dict[Any, Plan] = {}
+
+    def hold(self, buffers: Mapping[str, Tensor | None]) -> bool:
+        """Return whether no buffer was replaced or written in place. Inference tensors do not tell the latter."""
+        for tensor, known, version in zip(buffers.values(), self._tensors, self._versions, strict=False):
+            if tensor is not known or (version is not None and known._version != version):
+                return False
+        return bool(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def get(self, key: Any) -> Plan | None:
+        """Return a plan."""
+        return self._plans.get(key)
+
+    def add(self, key: Any, plan: Plan) -> Plan:
+        """Keep a plan and return it."""
+        newest = [*self._plans.items()][1 - _MOST_PLANS :]
+        self._plans = dict([*newest, (key, plan)])  # a new dict, as other threads may read the old one
+        return plan
 
 
 class SparseLayer(nn.Module):
@@ -110,7 +145,8 @@ class SparseLayer(nn.Module):
             self.register_buffer("columns", column.int())
             self.register_buffer("values", blocks[block, :, column])
             self.register_buffer("bias", bias)
-        self._plans: dict[Any, Plan] = {}
+        self._native = self.activation in NATIVE_ACTIVATIONS
+        self._plans = _Plans({})
 
     def extra_repr(self) -> str:
         g = self.geometry
@@ -119,16 +155,16 @@ class SparseLayer(nn.Module):
         return f"{g.channels * g.groups}, {g.out_channels}{window}, nonzeros={nonzeros}, activation={self.activation!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}}
+        return {**self.__dict__, "_plans": _Plans({})}
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLayer:
         super()._apply(fn, recurse)
-        self._plans = {}
+        self._plans = _Plans({})
         return self
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         super()._load_from_state_dict(*arguments, **keywords)
-        self._plans = {}  # they depend on the columns, which were written in place
+        self._plans = _Plans({})  # they depend on the columns, which were written in place
 
     @property
     def weight(self) -> Tensor:
@@ -146,9 +182,9 @@ class SparseLayer(nn.Module):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor:
-        # torch.compile would compile the code of the kernel's calls, with tensors that have no memory.
-        compute = _not_compiled if "torch._dynamo" in sys.modules else SparseLayer._compute
-        return compute(self, input, residual)
+        if torch.compiler.is_compiling():  # it would compile the kernel's calls, with tensors that have no memory
+            return _not_compiled()(self, input, residual)
+        return self._compute(input, residual)
 
     def _compute(self, input: Tensor, residual: Tensor | None) -> Tensor:
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
@@ -156,11 +192,8 @@ class SparseLayer(nn.Module):
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return self._compute(input.float(), residual if residual is None else residual.float())
-        for kind, tensor in (("input", input), ("weight", self.values)):
-            if not _readable(tensor):
-                layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
-                got = f"{kind} of {tensor.dtype} on {tensor.device}{layout}"
-                raise TypeError(f"expected input and weight in float32 on the CPU, got {got}; use the dense model")
+        if not _readable(input):
+            raise TypeError(_expected_floats("input", input))
         if residual is not None and not residual.is_cpu:
             raise TypeError(f"expected a residual on the CPU, got one on {residual.device}; use the dense model")
         if torch.is_grad_enabled() and (input.requires_grad or (residual is not None and residual.requires_grad)):
@@ -171,8 +204,8 @@ class SparseLayer(nn.Module):
             input = F.pad(input, self.padding, self.padding_mode)
         x = _contiguous(input)
         plan = self._plan(x.shape, self.activation)
-        output = x.new_empty(plan.shape)
-        if output.numel() and not output.data_ptr():  # a FakeTensor
+        output = torch.empty(plan.shape, dtype=torch.float32)
+        if not output.data_ptr() and output.numel():  # a FakeTensor
             raise RuntimeError(_TRACED)
         if residual is None:
             plan.run(x, output)
@@ -183,18 +216,21 @@ class SparseLayer(nn.Module):
             same = residual.shape == output.shape and residual.dtype == output.dtype
             output = output.add_(residual.detach()) if same else output + residual.detach()
             return ACTIVATIONS[self.activation](output)
-        return output if self.activation in NATIVE_ACTIVATIONS else ACTIVATIONS[self.activation](output)
+        return output if self._native else ACTIVATIONS[self.activation](output)
 
     def _plan(self, shape: torch.Size, activation: str) -> Plan:
-        """Return the plan for a shape of the input and the memory of the buffers, which may have been replaced."""
-        memory = [tensor.data_ptr() for tensor in self._buffers.values() if tensor is not None]
-        key = (shape, activation, kernel.available_threads(), *memory)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._new_plan(shape, activation)
-            newest = [*self._plans.items()][1 - _MOST_PLANS :]
-            self._plans = dict([*newest, (key, plan)])  # a new dict, as other threads may read the old one
-        return plan
+        """Return the plan for a shape of the input. All plans go if a buffer was replaced or written."""
+        plans = self._plans
+        if not plans.hold(self._buffers):
+            plans = self._plans = self._new_plans()
+        key = (shape, activation, kernel.available_threads())
+        return plans.get(key) or plans.add(key, self._new_plan(shape, activation))
+
+    def _new_plans(self) -> _Plans:
+        """Return an empty cache for the buffers as they are now."""
+        if not _readable(self.values):
+            raise TypeError(_expected_floats("weight", self.values))
+        return _Plans(self._buffers)
 
     def _new_plan(self, shape: torch.Size, activation: str) -> Plan:
         leading = shape[: len(shape) - 1 - self.dims]
@@ -207,25 +243,27 @@ class SparseLayer(nn.Module):
         return Plan(matrix, leading, shape[len(leading) + 1 :])
 
 
-_disabled: Any = None
-
-
-def _not_compiled(layer: SparseLayer, input: Tensor, residual: Tensor | None) -> Tensor:
-    """Compute the output, in a process that uses torch.compile. The import of torch.compiler.disable takes a second."""
-    global _disabled
-    if _disabled is None:
-        _disabled = torch.compiler.disable(SparseLayer._compute)
-    return _disabled(layer, input, residual)
+@functools.cache
+def _not_compiled() -> Callable[..., Tensor]:
+    """Return the method that computes, for a process that uses torch.compile. The import takes a second."""
+    return torch.compiler.disable(SparseLayer._compute)  # pyright: ignore[reportReturnType]
 
 
 def _readable(tensor: Tensor) -> bool:
     """Return whether the kernel can read a tensor."""
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.layout == torch.strided
+    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.layout is torch.strided
+
+
+def _expected_floats(kind: str, tensor: Tensor) -> str:
+    """Return the message for a tensor that the kernel cannot read."""
+    layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
+    got = f"{kind} of {tensor.dtype} on {tensor.device}{layout}"
+    return f"expected input and weight in float32 on the CPU, got {got}; use the dense model"
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
     """Return a tensor with its elements in memory in order, and no pending negation."""
-    return tensor.detach().resolve_neg().contiguous()
+    return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.detach().resolve_neg().contiguous()
 
 
 def _geometry(layer: Any) -> tuple[Geometry, str, Sizes]:

@@ -212,8 +212,12 @@ def _vectors(rows: _Int64, outputs: _Int64, width: int) -> tuple[_Int32, _Int32,
         while row < len(begins) and begins[row] + column < first + LANES:
             lane = begins[row] + column - first
             n = min(width - column, LANES - lane)
-            output.append(places[row] + column - lane)
-            lanes.append((2**n - 1) << lane)
+            base, bits = places[row] + column - lane, (2**n - 1) << lane
+            if lane and output[-1] == base:  # the row follows the one before in the output too
+                lanes[-1] |= bits
+            else:
+                output.append(base)
+                lanes.append(bits)
             row, column = (row + 1, 0) if column + n == width else (row, column + n)
         start.append(len(output))
     position, start, output, lanes = (np.array(numbers, np.int32) for numbers in (position, start, output, lanes))

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +15,10 @@ from torch import Tensor
 
 from feather_param.inference import kernel
 from feather_param.inference.job import LANES, PER_CALL, Activation, Fields, Slot, Template, bits
-from feather_param.inference.layout import Geometry, Layout, Sizes, layout
+from feather_param.inference.layout import Sizes, layout
+from feather_param.inference.matrix import Matrix, divided_matrix, parts_of
 
 _TILE = {0: 4, 1: 4, 4: 2}  # vectors, for blocks of 1 and of 4 rows: 4 or 8 sums fit in registers
-_CACHED = 24576  # bytes of inputs in a part
-_COLUMNS = 10  # at least, of a block in a part
 _TOKENS = 64  # of a Linear layer in a grid
 _FEW_TOKENS, _MANY_CHANNELS = 32, 2048  # with many channels, fewer tokens stay in the cache
 
@@ -29,18 +28,6 @@ NATIVE_ACTIVATIONS = frozenset(activation.name.lower() for activation in Activat
 def new_scratch(floats: int) -> Tensor:
     """Return memory for the grids. Its values do not matter."""
     return torch.empty(floats)
-
-
-class Matrix(Protocol):
-    """A sparse matrix in blocks of rows, and how it is used."""
-
-    geometry: Geometry
-    activation: str  # is left out if the kernel does not know it
-    rows: int  # in a block; 0: the outputs are the largest elements of the windows, and there are no values
-    block_start: Tensor  # int32 [blocks + 1]: first column of each block
-    columns: Tensor  # int32: the columns
-    values: Tensor  # float32 [columns, rows]
-    bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -101,9 +88,9 @@ class Plan:
             residual: of the output's shape, added before the activation; not for Linear layers.
         """
         calls = self._calls if residual is None else self._calls_with_residual
-        added = 0 if residual is None else residual.data_ptr()
+        input_, output, added = x.data_ptr(), y.data_ptr(), 0 if residual is None else residual.data_ptr()
         for call in calls:
-            call(x.data_ptr(), y.data_ptr(), added)
+            call(input_, output, added)
 
     def _planned(self, residual: bool) -> tuple[_Call, ...]:
         if not self._batch:
@@ -177,14 +164,14 @@ class Plan:
         divided = images * g.groups < threads and tiles < 8 * threads  # else each thread gets whole tiles
         shares = threads if divided and g.groups == 1 else 1
         start = _shares(layer.block_start.numpy(), shares) if shares > 1 else np.array([0, blocks], np.int32)
-        matrix = _divided(layer, _parts(layer, places, size))
+        matrix = divided_matrix(layer, parts_of(layer, places, size))
         template = self._template()
-        sums = _most(start, blocks) * max(1, layer.rows) * size * LANES if matrix.parts > 1 else 0
+        sums = int(np.diff(start).max()) * max(1, layer.rows) * size * LANES if matrix.parts > 1 else 0
         template.set(
             parts=matrix.parts,
             part_starts=len(layer.block_start),
             block_start=matrix.start,
-            offsets=places.offsets[matrix.col],
+            offsets=places.offsets[matrix.columns],
             values=matrix.values,
             sums_floats=sums,
             images=images,
@@ -223,52 +210,9 @@ class Plan:
 
     def _template(self) -> Template:
         template, layer = Template(), self._layer
-        template.set(
-            parts=1, block_start=layer.block_start.numpy(), values=layer.values.numpy(), bias=layer.bias.numpy()
-        )
+        starts, values = layer.block_start.numpy(), layer.values.numpy()
+        template.set(parts=1, block_start=starts, values=values, bias=layer.bias.numpy())
         return template
-
-
-@dataclass(frozen=True)
-class _Divided:
-    """A matrix whose columns are divided into parts, one part after the other."""
-
-    parts: int
-    start: NDArray[np.int32]
-    col: NDArray[np.int32]
-    values: NDArray[np.float32]
-
-
-def _divided(layer: Matrix, parts: int) -> _Divided:
-    """Divide the columns of a matrix into parts of about as many channels."""
-    crow, col, values = layer.block_start.numpy(), layer.columns.numpy(), layer.values.numpy()
-    if parts == 1:
-        return _Divided(1, crow, col, values)
-    blocks = len(crow) - 1
-    window, channels = math.prod(layer.geometry.kernel_size), layer.geometry.channels
-    part = (col // window) * parts // channels
-    key = part * blocks + np.repeat(np.arange(blocks), np.diff(crow))
-    order = np.argsort(key, kind="stable")
-    ends = np.append(0, np.bincount(key, minlength=parts * blocks).cumsum())
-    start = ends[np.arange(parts)[:, None] * blocks + np.arange(blocks + 1)].astype(np.int32)
-    return _Divided(parts, start, col[order], values[order])
-
-
-def _parts(layer: Matrix, places: Layout, tile: int) -> int:
-    """Return into how many parts the columns are divided, such that the inputs of a part stay in the first cache.
-
-    Between two parts, the sums are stored and loaded again, so that a block has enough columns in each part.
-    """
-    if not layer.rows:
-        return 1
-    columns = len(layer.columns) / max(1, len(layer.block_start) - 1)
-    bytes_ = places.footprint(tile) * layer.geometry.channels
-    return max(1, min(round(bytes_ / _CACHED), int(columns / _COLUMNS)))
-
-
-def _most(starts: NDArray[np.int32], blocks: int) -> int:
-    """Return the most blocks of a share."""
-    return int(np.diff(starts).max()) if len(starts) > 1 else blocks
 
 
 def _shares(crow: NDArray[np.int32], shares: int) -> NDArray[np.int32]:

@@ -64,9 +64,9 @@ class FastMaxPool(nn.Module):
         if plan is None:
             return self.pool(input)
         x = input.detach().contiguous()
-        y = x.new_empty(*x.shape[: -self._dims], *plan.shape[2:])
+        y = x.new_empty(plan.shape)
         plan.run(x, y)
-        return y
+        return y.squeeze(-self._dims - 1)
 
     def _plan(self, x: Tensor) -> Plan | None:
         """Return the plan for an input, or None for torch's layer."""
@@ -97,7 +97,7 @@ class FastMaxPool(nn.Module):
         geometry = Geometry(1, 1, 1, window, stride, dilation, padding, tuple(after))
         elements, empty = math.prod(window), torch.empty(0)
         start, columns = torch.tensor([0, elements], dtype=torch.int32), torch.arange(elements, dtype=torch.int32)
-        return Plan(_Windows(geometry, start, columns, empty, empty), (x.numel() // math.prod(sizes),), sizes)
+        return Plan(_Windows(geometry, start, columns, empty, empty), tuple(x.shape[: -self._dims]), sizes)
 
 
 def _each(value: int | Sizes, dims: int) -> Sizes:

@@ -39,7 +39,7 @@ def check(layer, shape, rows, at_end, threads):
     torch.set_num_threads(threads)
     x = guarded(shape, at_end).normal_()
     linear = isinstance(layer, torch.nn.Linear)
-    planned = plan.Plan(matrix_of(layer, rows, "relu"), shape[:1], () if linear else shape[2:])
+    planned = plan.Plan(matrix_of(layer, rows, "relu"), shape[:1], shape[2:])
     y = guarded(planned.shape, at_end)
     residual = None if linear else guarded(y.shape, at_end).normal_()
     planned.run(x, y, residual)

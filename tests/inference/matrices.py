@@ -49,16 +49,14 @@ def matrix_of(layer, rows=1, activation="identity"):
         )
     blocks = weight.reshape(out_channels // rows, rows, -1)
     block, col = blocks.any(1).nonzero(as_tuple=True)
-    crow = F.pad(torch.bincount(block, minlength=len(blocks)).cumsum(0), (1, 0)).int()
+    start = F.pad(torch.bincount(block, minlength=len(blocks)).cumsum(0), (1, 0)).int()
     bias = torch.zeros(out_channels) if layer.bias is None else layer.bias.detach()
-    return SparseMatrix(geometry, activation, rows, crow, col.int(), blocks[block, :, col].contiguous(), bias)
+    return SparseMatrix(geometry, activation, rows, start, col.int(), blocks[block, :, col].contiguous(), bias)
 
 
 def computed(layer, x, residual=None, rows=1, activation="identity"):
     """Return the output of the kernel."""
-    linear = isinstance(layer, nn.Linear)
-    sizes = () if linear else tuple(x.shape[2:])
-    plan = Plan(matrix_of(layer, rows, activation), (len(x),), sizes)
+    plan = Plan(matrix_of(layer, rows, activation), (len(x),), tuple(x.shape[2:]))
     y = x.new_full(plan.shape, math.nan)
     plan.run(x.contiguous(), y, residual)
     return y

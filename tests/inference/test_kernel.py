@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from feather_param.inference import kernel, plan
+from feather_param.inference import kernel, matrix, plan
 from tests.inference.layer_cases import LAYERS, rows_of
 from tests.inference.matrices import ACTIVATIONS, assert_computes, computed, matrix_of
 from tests.inference.pruned import pruned
@@ -69,8 +70,10 @@ def test_a_convolution_of_any_geometry(data):
     activation = data.draw(st.sampled_from(sorted(ACTIVATIONS)))
     before = torch.get_num_threads()
     torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3])))
+    cached = data.draw(st.sampled_from([matrix.CACHED, 500]))  # with 500 bytes, the matrix has several parts
     try:
-        assert_computes(layer, x, residual, data.draw(st.sampled_from([1, 4])), activation)
+        with mock.patch.multiple(matrix, CACHED=cached, COLUMNS=2):
+            assert_computes(layer, x, residual, data.draw(st.sampled_from([1, 4])), activation)
     finally:
         torch.set_num_threads(before)
 

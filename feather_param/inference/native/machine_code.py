@@ -22,10 +22,6 @@ class MachineCode:
         module.triple = machine.triple
         compiled = binding.parse_assembly(str(module))
         compiled.verify()
-        options = binding.create_pipeline_tuning_options(speed_level=1)
-        options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
-        passes = binding.create_pass_builder(machine, options)
-        passes.getModulePassManager().run(compiled, passes)
         self._engine = binding.create_mcjit_compiler(compiled, machine)
         self._engine.finalize_object()
 

@@ -1,4 +1,4 @@
-"""Machine code of a tile: some vectors of outputs, for blocks of output channels."""
+"""Machine code of tiles: some vectors of outputs, for blocks of output channels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from feather_param.inference.native.activations import activated
 from feather_param.inference.native.writer import I32, I64, POINTER, VECTOR, VOID, Job, Value, Writer, integer, vector
 
 SIGNATURE = ir.FunctionType(VOID, [POINTER, POINTER, POINTER, POINTER, I64, I64, I64, I64, POINTER])
-"""Of a tile: the job, the grid, the output and the residual of the image, the first vector, the index of the first
-contiguous output (or -1), the first block and the last, and memory for the sums between two parts."""
+"""Of the code: the job, the grid, the output and the residual of the image, the first tile and the last, the first
+block and the last, and memory for the sums between two parts."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,35 @@ class _TileWriter(Writer):
         super().__init__(module, "tile", SIGNATURE.args)
         self._tile = tile
         self._height = max(1, tile.rows)
-        _, self._grid, self._output, self._residual, self._first, self._plain, *_ = self.arguments
+        _, self._grid, self._output, self._residual = self.arguments[:4]
         self._begin, self._end, self._sums = self.arguments[-3:]
         self._job = Job(self)
+        # Of the tile whose code is being written: its first vector, the index of its first output, and the positions.
+        self._first, self._plain = integer(0), integer(0)
+        self._positions: list[Value] = []
 
     def write(self) -> None:
-        pointer = self._job.pointer
-        vectors = [self.add(self._first, integer(t)) for t in range(self._tile.width)]
-        self._positions = [self.at(self._grid, self.index(pointer("position"), vector)) for vector in vectors]
+        """Write the function: loops over tiles, parts and blocks."""
+        job, pointer = self._job, self._job.pointer
+        self._position, self._plains = pointer("position"), pointer("plain")
         self._offsets, self._values, self._bias = pointer("offsets"), pointer("values"), pointer("bias")
         self._segments, self._outputs = pointer("segment_start"), pointer("segment_output")
-        self._lanes, self._row_size = pointer("segment_lanes"), self._job.output_row
-        starts, part_starts, parts = pointer("block_start"), self._job.part_starts, self._job.parts
-        last = self.sub(parts, integer(1))
+        self._lanes, self._row_size = pointer("segment_lanes"), job.output_row
+        starts, part_starts, parts, size = pointer("block_start"), job.part_starts, job.parts, job.tile_vectors
+        final = self.sub(parts, integer(1))
+
+        def tile(number: Value) -> None:
+            self._first, self._plain = self.mul(number, size), self.index(self._plains, number)
+            vectors = [self.add(self._first, integer(t)) for t in range(self._tile.width)]
+            self._positions = [self.at(self._grid, self.index(self._position, vector)) for vector in vectors]
+            self.loop(integer(0), parts, part)
 
         def part(number: Value) -> None:
-            first, final = (self.icmp_signed("==", number, value) for value in (integer(0), last))
+            is_first, is_final = (self.icmp_signed("==", number, value) for value in (integer(0), final))
             begin = self.at(starts, self.mul(number, part_starts), I32)
-            self.loop(self._begin, self._end, lambda i: self._write_block(i, begin, first, final))
+            self.loop(self._begin, self._end, lambda i: self._write_block(i, begin, is_first, is_final))
 
-        self.loop(integer(0), parts, part)
+        self.loop(self.arguments[4], self.arguments[5], tile)
         self.ret_void()
 
     def _write_block(self, block: Value, starts: Value, first: Value, final: Value) -> None:

@@ -87,21 +87,22 @@ class _Team(Writer):
         size, vectors, shares = job.tile_vectors, job.vectors, job.shares
         tiles = self.sdiv(self.sub(self.add(vectors, size), integer(1)), size)
         last = self.sub(tiles, integer(1))
-        starts, plain = job.pointer("share_start"), job.pointer("plain")
-        kind = tile.SIGNATURE.as_pointer()
+        starts, kind = job.pointer("share_start"), tile.SIGNATURE.as_pointer()
         whole, rest = (self.inttoptr(value, kind) for value in (job.tile, job.last_tile))
         sums = self.at(job.pointer("scratch"), self.add(job.sums, self.mul(self._me, job.sums_floats)))
+        first, end = self._mine(self.mul(tiles, shares))
 
-        def one(j: Value) -> None:
-            share, number = self.sdiv(j, tiles), self.srem(j, tiles)
-            begin = self.add(base, self.index(starts, share))
-            end = self.add(base, self.index(starts, self.add(share, integer(1))))
-            code = self.select(self.icmp_signed("==", number, last), rest, whole)
-            first = self.mul(number, size)
-            at = self.index(plain, number)
-            self.call(code, [job.address, grid, output, residual, first, at, begin, end, sums])
+        def share(number: Value) -> None:
+            before = self.mul(number, tiles)
+            low, high = self.larger(self.sub(first, before), integer(0)), self.smaller(self.sub(end, before), tiles)
+            blocks = [self.add(base, self.index(starts, self.add(number, integer(n)))) for n in range(2)]
+            self.call(whole, [job.address, grid, output, residual, low, self.smaller(high, last), *blocks, sums])
+            with self.if_then(self.icmp_signed("==", high, tiles)):
+                begin = self.larger(low, last)
+                self.call(rest, [job.address, grid, output, residual, begin, high, *blocks, sums])
 
-        self.loop(*self._mine(self.mul(tiles, shares)), one)
+        begin, after = self.sdiv(first, tiles), self.sdiv(self.sub(self.add(end, tiles), integer(1)), tiles)
+        self.loop(begin, after, share)
 
 
 class _Convolution(_Team):

@@ -174,24 +174,18 @@ class Writer(ir.IRBuilder):
             step: between two indices.
         """
         before = self.block
-        head, inside, after = (self.append_basic_block(name) for name in ("head", "body", "end"))
-        self.branch(head)
-        self.position_at_end(head)
-        index = self.phi(I64)
-        index.add_incoming(begin, before)
-        values = [self.phi(value.type) for value in carried]
-        for phi, value in zip(values, carried, strict=True):
-            phi.add_incoming(value, before)
-        self.cbranch(self.icmp_signed("<", index, end), inside, after)
+        inside, after = (self.append_basic_block(name) for name in ("body", "end"))
+        self.cbranch(self.icmp_signed("<", begin, end), inside, after)
         self.position_at_end(inside)
+        index, values = self.phi(I64), [self.phi(value.type) for value in carried]
         new = body(index, *values) or ()
-        following = self.add(index, integer(step))
-        index.add_incoming(following, self.block)
-        for phi, value in zip(values, new, strict=True):
-            phi.add_incoming(value, self.block)
-        self.branch(head)
+        following, last = self.add(index, integer(step)), self.block
+        self.cbranch(self.icmp_signed("<", following, end), inside, after)
+        for phi, first, value in zip([index, *values], [begin, *carried], [following, *new], strict=True):
+            phi.add_incoming(first, before)
+            phi.add_incoming(value, last)
         self.position_at_end(after)
-        return values
+        return [self.either(a.type, (a, before), (b, last)) for a, b in zip(carried, new, strict=True)]
 
 
 class Job:
