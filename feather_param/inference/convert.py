@@ -103,7 +103,7 @@ def _converted(
         graph, untraced = fused(private, arguments, verify=choices is None)
     if untraced:
         notes.append(f"not fused: {printable(untraced)}")
-    body = graph or private
+    body = private if graph is None else graph
     body = _copy(body, body.parameters(), body.buffers())
     for name in _read(graph) if graph is not None else ():
         if name in reasons:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +182,7 @@ class SparseLayer(nn.Module):
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor:
         if torch.compiler.is_compiling():  # it would compile the kernel's calls, with tensors that have no memory
-            return _not_compiled()(self, input, residual)
+            return _not_compiled(self, input, residual)
         return self._compute(input, residual)
 
     def _compute(self, input: Tensor, residual: Tensor | None) -> Tensor:
@@ -243,10 +242,15 @@ class SparseLayer(nn.Module):
         return Plan(matrix, leading, shape[len(leading) + 1 :])
 
 
-@functools.cache
-def _not_compiled() -> Callable[..., Tensor]:
-    """Return the method that computes, for a process that uses torch.compile. The import takes a second."""
-    return torch.compiler.disable(SparseLayer._compute)  # pyright: ignore[reportReturnType]
+_disabled: Any = None
+
+
+def _not_compiled(layer: SparseLayer, input: Tensor, residual: Tensor | None) -> Tensor:
+    """Compute the output as it is. The import of `torch.compiler.disable` takes a second."""
+    global _disabled
+    if _disabled is None:
+        _disabled = torch.compiler.disable(SparseLayer._compute)
+    return _disabled(layer, input, residual)
 
 
 def _readable(tensor: Tensor) -> bool:
