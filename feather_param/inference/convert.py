@@ -44,7 +44,8 @@ def to_sparse_inference(
 
     Then each layer is timed on the inputs that it gets for the example, dense and sparse in turns. A layer is swapped
     for a `SparseLayer` if that takes less than 0.9 of the dense time. Last, the network is timed as it was, fused, and
-    with sparse layers. The fastest is returned; a step that does not take less than 0.95 of the time is not taken.
+    with sparse layers, after its outputs for the example were compared. The fastest is returned; a step that does not
+    take less than 0.95 of the time is not taken.
 
     The outputs are those of the model up to rounding, also for inputs of other sizes. The choice of layers holds for
     the example's size, this kind of machine and this number of threads (`torch.set_num_threads`).
@@ -53,10 +54,10 @@ def to_sparse_inference(
     state_dict has other keys than that of the model, so save the model (`save_sparse`) and convert it after loading.
 
     Args:
-        model: a baked or otherwise pruned model, in eval mode. It is not changed.
+        model: a baked or otherwise pruned model, in eval mode. It is not changed. A copy that shares its Parameters is called.
         example_input: a tensor, or a tuple of arguments, as in a typical call.
         choices: of an earlier report, or from `load_choices`. Nothing is timed if they were made on the same kind of
-            machine with the same number of threads. Otherwise they are ignored.
+            machine with the same number of threads, and outputs are not compared. Otherwise they are ignored.
 
     Returns:
         The copy, and a report whose ``str()`` is a table. A model that was traced becomes a `torch.fx.GraphModule`.
