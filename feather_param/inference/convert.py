@@ -54,7 +54,8 @@ def to_sparse_inference(
     state_dict has other keys than that of the model, so save the model (`save_sparse`) and convert it after loading.
 
     Args:
-        model: a baked or otherwise pruned model, in eval mode. It is not changed. A copy that shares its Parameters is called.
+        model: a baked or otherwise pruned model, in eval mode. It is not changed. A copy that shares its Parameters is
+            called.
         example_input: a tensor, or a tuple of arguments, as in a typical call.
         choices: of an earlier report, or from `load_choices`. Nothing is timed if they were made on the same kind of
             machine with the same number of threads, and outputs are not compared. Otherwise they are ignored.
@@ -192,14 +193,14 @@ def _candidates(body: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _read(graph: fx.GraphModule) -> set[str]:
-    """Return the names of modules of which the graph reads a tensor by itself."""
-    return {str(node.target).rpartition(".")[0] for node in graph.graph.nodes if node.op == "get_attr"}
-
-
 def _fast(layer: nn.Module) -> nn.Module:
     """Return what may take the place of a layer."""
     return FastMaxPool(layer) if isinstance(layer, MAX_POOLS) else SparseLayer(layer)
+
+
+def _read(graph: fx.GraphModule) -> set[str]:
+    """Return the names of modules of which the graph reads a tensor by itself."""
+    return {str(node.target).rpartition(".")[0] for node in graph.graph.nodes if node.op == "get_attr"}
 
 
 def _known(names: Iterable[str], found: Mapping[str, nn.Module]) -> Iterable[str]:

@@ -53,7 +53,7 @@ class Slot(enum.IntEnum):
     sums_floats = enum.auto()  # of a thread
 
     # The vectors of outputs, in tiles:
-    vectors = enum.auto()
+    tiles = enum.auto()
     tile_vectors = enum.auto()  # vectors in a tile
     tile = enum.auto()  # machine code of a tile
     last_tile = enum.auto()  # of the last tile, which may have fewer vectors

@@ -10,8 +10,14 @@ that are zero are left out of the sum. No window is copied (im2col) and nothing 
 method in https://arxiv.org/abs/1608.01409.
 
 The sums of a tile (four vectors) stay in registers while all weights of an output channel are added. The inputs of a
-tile stay in the cache while all output channels are computed. Where blocks of four output channels have the same zeros,
-each vector of inputs is loaded once for the four.
+tile stay in the cache while all output channels are computed. If they are too many for the first cache, the weights are
+divided into parts, each of some input channels (`feather_param.inference.matrix`). Where blocks of four output channels
+have the same zeros, each vector of inputs is loaded once for the four. Else the loads limit the speed: one for each
+vector that is multiplied.
+
+The code is compiled when it is first needed, for a tile's width, activation and residual
+(`feather_param.inference.native`). A job holds the addresses of the code and of all arrays
+(`feather_param.inference.job`).
 """
 
 from __future__ import annotations
@@ -118,7 +124,7 @@ def _tile(rows: int, width: int, activation: Activation, residual: bool) -> tupl
     from feather_param.inference.native.machine_code import MachineCode
     from feather_param.inference.native.tile import Tile
 
-    code = MachineCode(Tile(rows, width, activation, residual).module())
+    code = MachineCode(Tile(rows, width, activation, residual).module(), optimized=True)
     return code, code.address("tile")
 
 

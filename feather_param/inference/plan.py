@@ -20,7 +20,7 @@ from feather_param.inference.matrix import Matrix, divided_matrix, parts_of
 
 _TILE = {0: 4, 1: 4, 4: 2}  # vectors, for blocks of 1 and of 4 rows: 4 or 8 sums fit in registers
 _TOKENS = 64  # of a Linear layer in a grid
-_FEW_TOKENS, _MANY_CHANNELS = 32, 2048  # with many channels, fewer tokens stay in the cache
+_FEW_TOKENS, _MANY_CHANNELS = 32, 2048  # with many channels, fewer tokens stay in the cache; or for all threads
 
 NATIVE_ACTIVATIONS = frozenset(activation.name.lower() for activation in Activation)
 
@@ -114,7 +114,8 @@ class Plan:
     def _products(self) -> list[_Call]:
         """Return the calls for several tokens: they are the pixels of images."""
         g, calls = self._layer.geometry, []
-        tokens = _TOKENS if g.channels <= _MANY_CHANNELS else _FEW_TOKENS
+        uneven = -(-self._batch // _TOKENS) % self._threads
+        tokens = _FEW_TOKENS if uneven or g.channels > _MANY_CHANNELS else _TOKENS
         full, rest = divmod(self._batch, tokens)
         run = kernel.worker("tokens", self._threads)
         for images, rows, start in ((full, tokens, 0), (1, rest, full * tokens)):
@@ -161,7 +162,7 @@ class Plan:
         size, vectors = _TILE[layer.rows], len(places.position)
         blocks = g.out_channels // g.groups // max(1, layer.rows)
         tiles = -(-vectors // size)
-        divided = images * g.groups < threads and tiles < 8 * threads  # else each thread gets whole tiles
+        divided = images * g.groups % threads and tiles < 8 * threads  # else each thread gets whole tiles
         shares = threads if divided and g.groups == 1 else 1
         start = _shares(layer.block_start.numpy(), shares) if shares > 1 else np.array([0, blocks], np.int32)
         matrix = divided_matrix(layer, parts_of(layer, places, size))
@@ -183,7 +184,7 @@ class Plan:
             group_blocks=blocks,
             shares=shares,
             share_start=start,
-            vectors=vectors,
+            tiles=tiles,
             tile_vectors=size,
             tile=kernel.tile(layer.rows, size, self._activation, residual),
             last_tile=kernel.tile(layer.rows, vectors - (tiles - 1) * size, self._activation, residual),

@@ -101,8 +101,8 @@ def processors():
 
 @pytest.mark.parametrize("cpu", processors())
 def test_code_for_smaller_processors_computes_the_same(cpu, monkeypatch):
-    machine = machine_code._machine
-    monkeypatch.setattr(machine_code, "_machine", lambda *_: machine(cpu, processors()[cpu]))
+    machine = machine_code.machine_for(cpu, processors()[cpu])
+    monkeypatch.setattr(machine_code, "machine_for", lambda *_: machine)
     monkeypatch.setattr(kernel, "_process", kernel._Process())
     torch.manual_seed(0)
     for layer, shape in LAYERS.values():

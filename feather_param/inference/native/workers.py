@@ -12,8 +12,9 @@ from feather_param.inference.native import tile
 from feather_param.inference.native.activations import activated
 from feather_param.inference.native.copying import write_copy
 from feather_param.inference.native.transposing import write_transpose
-from feather_param.inference.native.writer import F32, I32, I64, POINTER, VOID, Job, Value, Writer, integer
+from feather_param.inference.native.writer import F32, I1, I32, I64, POINTER, VOID, Job, Value, Writer, integer
 
+_FEW = 4  # threads that each fill a grid
 _PARALLEL = 8  # sums at once in a product, because a sum waits for the one before
 
 
@@ -46,7 +47,10 @@ class _Team(Writer):
             count = self._openmp("omp_get_num_threads", I32)
             self._me, self._team = self.sext(self.call(number, []), I64), self.sext(self.call(count, []), I64)
             self._barrier = self._openmp("GOMP_barrier", VOID)
-        self._number, self._count = self._me, self._team  # of the threads that share a grid
+        # While the code of a pair is written: this thread's number among those that compute it, their count, and
+        # whether they share a grid.
+        self._number, self._count = self._me, self._team
+        self._sharing: Value = ir.Constant(I1, 0)
 
     def _openmp(self, name: str, result: ir.Type) -> ir.Function:
         return ir.Function(self.function_.module, ir.FunctionType(result, []), name)
@@ -54,54 +58,71 @@ class _Team(Writer):
     def _wait(self) -> None:
         """Wait for the other threads that share the grid."""
         if self._worker.threads:
-            with self.if_then(self.icmp_signed(">", self._count, integer(1))):
+            with self.if_then(self._sharing):
                 self.call(self._barrier, [])
 
     def _part(self, n: Value, number: Value, count: Value) -> tuple[Value, Value]:
         """Return the begin and end of a thread's part of n items."""
+        if not self._worker.threads:  # without the divisions, which take longer than a small tile
+            return integer(0), n
         return self.sdiv(self.mul(n, number), count), self.sdiv(self.mul(n, self.add(number, integer(1))), count)
 
     def _mine(self, n: Value) -> tuple[Value, Value]:
         """Return the begin and end of this thread's part of n items of a grid."""
         return self._part(n, self._number, self._count)
 
-    def _each(self, pairs: Value, body: Callable[[Value, Value], None]) -> None:
+    def _each(self, pairs: Value, body: Callable[[Value, Value], None], alone: int) -> None:
         """Write a loop over pairs of an image and a group, with the address of the grid.
 
-        If there are at least as many pairs as threads, each thread has pairs and a grid of its own. Otherwise all
-        threads share each pair.
+        Each thread computes as many pairs as the others. All threads share each of the remaining pairs. Few threads
+        fill a grid of their own for such a pair, because to fetch it from another processor takes longer.
+
+        Args:
+            pairs: their number.
+            body: writes the code of a pair.
+            alone: most threads that fill grids of their own for a shared pair.
         """
-        apart = self.icmp_signed(">=", pairs, self._team)
         me, team, job = self._me, self._team, self._job
-        floats = self.select(apart, self.mul(me, job.scratch_floats), integer(0))
-        scratch = self.at(job.pointer("scratch"), floats)
-        begin, end = self._part(pairs, me, team)
-        begin, end = self.select(apart, begin, integer(0)), self.select(apart, end, pairs)
-        self._number = self.select(apart, integer(0), me)
-        self._count = self.select(apart, integer(1), team)
-        self.loop(begin, end, lambda i: body(i, scratch))
+        memory, floats = job.pointer("scratch"), job.scratch_floats
+        if not self._worker.threads:
+            self.loop(integer(0), pairs, lambda i: body(i, memory))
+            return
+        rounds = self.sdiv(pairs, team)
+        several = self.icmp_signed(">", team, integer(alone))
+
+        def one(k: Value) -> None:
+            shared = self.icmp_signed(">=", k, rounds)
+            first = self.mul(rounds, self.select(shared, self.sub(team, integer(1)), me))
+            self._number = self.select(shared, me, integer(0))
+            self._count = self.select(shared, team, integer(1))
+            self._sharing = self.and_(shared, several)
+            begin = self.select(self._sharing, integer(0), self.mul(me, floats))
+            body(self.add(first, k), self.at(memory, begin))
+
+        self.loop(integer(0), self.add(rounds, self.srem(pairs, team)), one)
 
     def _tiles(self, grid: Value, output: Value, residual: Value, base: Value) -> None:
         """Write a loop over this thread's tiles, from a block of the matrix on."""
         job = self._job
-        size, vectors, shares = job.tile_vectors, job.vectors, job.shares
-        tiles = self.sdiv(self.sub(self.add(vectors, size), integer(1)), size)
-        last = self.sub(tiles, integer(1))
+        tiles, shares = job.tiles, job.shares
         starts, kind = job.pointer("share_start"), tile.SIGNATURE.as_pointer()
         whole, rest = (self.inttoptr(value, kind) for value in (job.tile, job.last_tile))
         sums = self.at(job.pointer("scratch"), self.add(job.sums, self.mul(self._me, job.sums_floats)))
         first, end = self._mine(self.mul(tiles, shares))
+        last = self.sub(tiles, integer(1))
 
         def share(number: Value) -> None:
             before = self.mul(number, tiles)
             low, high = self.larger(self.sub(first, before), integer(0)), self.smaller(self.sub(end, before), tiles)
             blocks = [self.add(base, self.index(starts, self.add(number, integer(n)))) for n in range(2)]
-            self.call(whole, [job.address, grid, output, residual, low, self.smaller(high, last), *blocks, sums])
-            with self.if_then(self.icmp_signed("==", high, tiles)):
-                begin = self.larger(low, last)
-                self.call(rest, [job.address, grid, output, residual, begin, high, *blocks, sums])
+            for code, begin, after in ((whole, low, self.smaller(high, last)), (rest, self.larger(low, last), high)):
+                with self.if_then(self.icmp_signed("<", begin, after)):
+                    self.call(code, [job.address, grid, output, residual, begin, after, *blocks, sums])
 
-        begin, after = self.sdiv(first, tiles), self.sdiv(self.sub(self.add(end, tiles), integer(1)), tiles)
+        if self._worker.threads:
+            begin, after = self.sdiv(first, tiles), self.sdiv(self.add(end, last), tiles)
+        else:
+            begin, after = integer(0), shares
         self.loop(begin, after, share)
 
 
@@ -123,15 +144,15 @@ class _Convolution(_Team):
                 self.call(copy, [job.address, source, self.at(scratch, target)])
 
             with self.if_then(copied):
-                self.loop(*self._mine(planes), plane)
+                self._wait()  # until nobody reads the grid
+                number = self.select(self._sharing, self._number, integer(0))
+                self.loop(*self._part(planes, number, self.select(self._sharing, self._count, integer(1))), plane)
                 self._wait()
             output = self.mul(image, job.output_image)
             y, residual = (self.at(job.pointer(name), output) for name in ("output", "residual"))
             self._tiles(self.select(copied, scratch, x), y, residual, self.mul(group, job.group_blocks))
-            with self.if_then(copied):
-                self._wait()  # before the grid is filled again
 
-        self._each(self.mul(job.images, groups), pair)
+        self._each(self.mul(job.images, groups), pair, _FEW)
         self.ret_void()
 
 
@@ -146,6 +167,7 @@ class _Tokens(_Team):
             x = self.at(job.pointer("input"), self.mul(i, job.input_image))
             y = self.at(job.pointer("output"), self.mul(i, job.output_image))
             result = self.at(scratch, job.token_grid)
+            self._wait()  # until nobody reads the grid
             begin, end = self._lines(channels)
             target = self.at(scratch, self.mul(begin, width))
             self.call(transpose, [self.at(x, begin), channels, target, width, tokens, self.sub(end, begin)])
@@ -155,9 +177,8 @@ class _Tokens(_Team):
             begin, end = self._lines(rows)
             source = self.at(result, self.mul(begin, width))
             self.call(transpose, [source, width, self.at(y, begin), rows, self.sub(end, begin), tokens])
-            self._wait()
 
-        self._each(job.images, image)
+        self._each(job.images, image, 1)
         self.ret_void()
 
     def _lines(self, n: Value) -> tuple[Value, Value]:
