@@ -38,10 +38,9 @@ def check(layer, shape, rows, at_end, threads):
     """Raise an error if the output is wrong."""
     torch.set_num_threads(threads)
     x = guarded(shape, at_end).normal_()
-    linear = isinstance(layer, torch.nn.Linear)
     planned = plan.Plan(matrix_of(layer, rows, "relu"), shape[:1], shape[2:])
     y = guarded(planned.shape, at_end)
-    residual = None if linear else guarded(y.shape, at_end).normal_()
+    residual = None if isinstance(layer, torch.nn.Linear) else guarded(y.shape, at_end).normal_()
     planned.run(x, y, residual)
     expected, bound = bounded(layer, x, residual, "relu")
     assert ((y - expected).abs() <= bound).all(), (layer, shape, rows, at_end, threads)
@@ -52,7 +51,7 @@ def main():
         plan.new_scratch = lambda floats, at_end=at_end: guarded((floats,), at_end).fill_(math.nan)
         for layer, shape in LAYERS.values():
             for rows in rows_of(pruned(layer, 0.6)):
-                for threads in (1, 2):
+                for threads in (1, 2) if at_end else (1,):
                     check(layer, shape, rows, at_end, threads)
 
 
