@@ -81,6 +81,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "resnet20": (archs.resnet20, images(3, 32, 32)),
 }
 CASES = [
+    Case("resnet50", 0.7, 1),
     Case("resnet50", 0.85, 1),
     Case("resnet50", 0.95, 1),
     Case("resnet50", 0.99, 1),

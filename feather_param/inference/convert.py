@@ -44,7 +44,8 @@ def to_sparse_inference(
 
     Then each layer is timed on the inputs that it gets for the example, dense and sparse in turns. A layer is swapped
     for a `SparseLayer` if that takes less than 0.9 of the dense time. Last, the network is timed as it was, fused, and
-    with sparse layers. The fastest is returned; a step that does not take less than 0.95 of the time is not taken.
+    with sparse layers, after its outputs for the example were compared. The fastest is returned; a step that does not
+    take less than 0.95 of the time is not taken.
 
     The outputs are those of the model up to rounding, also for inputs of other sizes. The choice of layers holds for
     the example's size, this kind of machine and this number of threads (`torch.set_num_threads`).
@@ -53,10 +54,11 @@ def to_sparse_inference(
     state_dict has other keys than that of the model, so save the model (`save_sparse`) and convert it after loading.
 
     Args:
-        model: a baked or otherwise pruned model, in eval mode. It is not changed.
+        model: a baked or otherwise pruned model, in eval mode. It is not changed. A copy that shares its Parameters is
+            called.
         example_input: a tensor, or a tuple of arguments, as in a typical call.
         choices: of an earlier report, or from `load_choices`. Nothing is timed if they were made on the same kind of
-            machine with the same number of threads. Otherwise they are ignored.
+            machine with the same number of threads, and outputs are not compared. Otherwise they are ignored.
 
     Returns:
         The copy, and a report whose ``str()`` is a table. A model that was traced becomes a `torch.fx.GraphModule`.
@@ -103,7 +105,7 @@ def _converted(
         graph, untraced = fused(private, arguments, verify=choices is None)
     if untraced:
         notes.append(f"not fused: {printable(untraced)}")
-    body = graph or private
+    body = private if graph is None else graph
     body = _copy(body, body.parameters(), body.buffers())
     for name in _read(graph) if graph is not None else ():
         if name in reasons:
@@ -237,8 +239,6 @@ def _timed(
             if isinstance(error, Untraceable):
                 failed = "the network with sparse layers gives other outputs"
     calls = {name: functools.partial(network, *arguments) for name, network in networks.items()}
-    for call in calls.values():
-        call()  # the first call takes longer
     return {name: 1e3 * seconds for name, seconds in timing.seconds_of(calls).items()}, failed
 
 

@@ -234,7 +234,7 @@ _disabled: Any = None
 
 
 def _not_compiled(layer: SparseLayer, input: Tensor, residual: Tensor | None) -> Tensor:
-    """Compute the output, in a process that uses torch.compile. The import of torch.compiler.disable takes a second."""
+    """Compute the output as it is. The import of `torch.compiler.disable` takes a second."""
     global _disabled
     if _disabled is None:
         _disabled = torch.compiler.disable(SparseLayer._compute)

@@ -84,7 +84,7 @@ def seconds_of(
     """Return the shortest time of each call. In a round each call runs once.
 
     Args:
-        calls: functions by name. Each has run before, since the first call takes longer.
+        calls: functions by name.
         budget: seconds after which no further round begins. There are at least 3 rounds and at most 50.
         stop_if_clear: whether to stop after 3 rounds if the first call is more than twice as fast as the second in
             each of them, or more than twice as slow.
