@@ -51,12 +51,15 @@ class _Plans(Plans):
 
     Args:
         buffers: the layer's.
-        matrix: that they are; None if there are no buffers.
+
+    Attributes:
+        matrix: that the buffers are.
     """
 
-    def __init__(self, buffers: Mapping[str, Tensor | None], matrix: _Matrix | None = None) -> None:
+    matrix: _Matrix
+
+    def __init__(self, buffers: Mapping[str, Tensor | None]) -> None:
         super().__init__()
-        self.matrix = matrix
         self._tensors = [tensor for tensor in buffers.values() if tensor is not None]
         self._versions = [None if tensor.is_inference() else tensor._version for tensor in self._tensors]
 
@@ -195,7 +198,9 @@ class SparseLayer(nn.Module):
         """Return the plan for a shape of the input. All plans go if a buffer was replaced or written."""
         plans = self._plans
         if not plans.hold(self._buffers):
-            plans = self._plans = _Plans(self._buffers, self._matrix())
+            plans = _Plans(self._buffers)  # before they are read, so that it notices writes from then on
+            plans.matrix = self._matrix()
+            self._plans = plans
         key = (shape, activation, kernel.available_threads())
         return plans.get(key) or plans.add(key, self._new_plan(plans.matrix, shape, activation))
 
@@ -222,7 +227,7 @@ class SparseLayer(nn.Module):
             "expected buffers that belong together, got damaged or converted ones; convert the model again"
         )
 
-    def _new_plan(self, matrix: Any, shape: torch.Size, activation: str) -> Plan:
+    def _new_plan(self, matrix: _Matrix, shape: torch.Size, activation: str) -> Plan:
         leading = shape[: len(shape) - 1 - self.dims]
         channels = self.geometry.channels * self.geometry.groups
         if shape[len(leading) : len(leading) + 1] != (channels,) or (self.dims and len(leading) > 1):

@@ -53,6 +53,17 @@ def test_views_and_large_images():
         assert_same_bits(pool, view)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_several_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape in ((1, 1, 90, 70), (1, 2, 9, 9), (2, 7, 40, 40)):
+            assert_same_bits(nn.MaxPool2d(3, 2, 1), torch.randn(shape))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_other_inputs_are_given_to_torch():
     fast = FastMaxPool(nn.MaxPool2d(2))
     x = torch.randn(1, 2, 4, 4, requires_grad=True)
