@@ -33,7 +33,7 @@ _TRACED = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Matrix:
     """The weights of a layer as a plan needs them."""
 
