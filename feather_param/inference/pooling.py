@@ -14,6 +14,7 @@ from feather_param.inference.plan import Plan
 from feather_param.ops.tracing import concrete
 
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_MOST_PLANS = 16  # of a layer, as sizes may change from call to call
 
 
 @dataclass
@@ -63,7 +64,7 @@ class FastMaxPool(nn.Module):
         plan = self._plan(input)
         if plan is None:
             return self.pool(input)
-        x = input.detach().contiguous()
+        x = input.detach().resolve_neg().contiguous()
         y = x.new_empty(plan.shape)
         plan.run(x, y)
         return y.squeeze(-self._dims - 1)
@@ -73,9 +74,11 @@ class FastMaxPool(nn.Module):
         if not concrete(x) or x.dtype != torch.float32 or not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
             return None
         key = x.shape, torch.get_num_threads()
-        if key not in self._plans:
-            self._plans[key] = self._planned(x)
-        return self._plans[key]
+        plans = self._plans
+        if key not in plans:
+            newest = [*plans.items()][1 - _MOST_PLANS :]
+            plans = self._plans = dict([*newest, (key, self._planned(x))])  # other threads may read the old one
+        return plans[key]
 
     def _planned(self, x: Tensor) -> Plan | None:
         sizes, dims = tuple(x.shape[-self._dims :]), self._dims
