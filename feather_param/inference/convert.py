@@ -210,7 +210,7 @@ def _known(names: Iterable[str], found: Mapping[str, nn.Module]) -> Iterable[str
     """Return the names of choices, if the model has these layers."""
     unknown = sorted(set(names) - found.keys())
     if unknown:
-        got = f"choices that name {printable(unknown[0])}, which it lacks"
+        got = f"choices that name {printable(unknown[0] or 'the model')}, which it lacks or which cannot be sparse"
         raise ValueError(f"expected choices for this model, got {got}; convert without choices")
     return names
 
