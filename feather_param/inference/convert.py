@@ -170,8 +170,13 @@ def _checked(model: Any, example_input: Any) -> tuple[Any, ...]:
 
 
 def _copy(module: nn.Module, *shared: Iterable[Any]) -> Any:
-    """Return a deep copy of a module that shares some tensors and modules. Inference tensors become ordinary ones."""
-    kept: dict[int, Any] = {}
+    """Return a deep copy of a module that shares some tensors and modules.
+
+    Inference tensors become ordinary ones, and so do computed ones, which torch cannot copy (`nn.utils.weight_norm`).
+    """
+    attributes = pytree.tree_leaves([vars(part) for part in module.modules()])
+    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    kept: dict[int, Any] = {id(value): value.detach().clone() for value in computed}
     for value in itertools.chain(*shared):
         if not (isinstance(value, Tensor) and value.is_inference()):
             kept[id(value)] = value
@@ -195,7 +200,7 @@ def _candidates(body: nn.Module) -> dict[str, nn.Module]:
 
 def _fast(layer: nn.Module) -> nn.Module:
     """Return what may take the place of a layer."""
-    return FastMaxPool(layer) if isinstance(layer, MAX_POOLS) else SparseLayer(layer)
+    return (FastMaxPool(layer) if isinstance(layer, MAX_POOLS) else SparseLayer(layer)).eval()
 
 
 def _read(graph: fx.GraphModule) -> set[str]:
@@ -207,7 +212,7 @@ def _known(names: Iterable[str], found: Mapping[str, nn.Module]) -> Iterable[str
     """Return the names of choices, if the model has these layers."""
     unknown = sorted(set(names) - found.keys())
     if unknown:
-        got = f"choices that name {printable(unknown[0])}, which it lacks"
+        got = f"choices that name {printable(unknown[0] or 'the model')}, which it lacks or which cannot be sparse"
         raise ValueError(f"expected choices for this model, got {got}; convert without choices")
     return names
 

@@ -110,12 +110,14 @@ class SparseLayer(nn.Module):
         dense: Any = layer.layer if isinstance(layer, FusedLayer) else layer
         self.activation = layer.activation if isinstance(layer, FusedLayer) else "identity"
         self.input_dims = layer.dims if isinstance(layer, FusedLayer) else None
-        self.geometry, self.padding_mode, self.padding = _geometry(dense)
+        for name in dense.__constants__:  # code may read the sizes of a layer: in_features, stride
+            setattr(self, name, getattr(dense, name))
+        self.geometry, self._pad_mode, self._pad = _geometry(dense)
         self.dims = 0 if isinstance(dense, nn.Linear) else len(self.geometry.kernel_size)
         with torch.no_grad():
             matrix = dense.weight.detach().flatten(1)
             self.rows = _rows(matrix, self.geometry.groups)
-            blocks = matrix.view(-1, self.rows, matrix.shape[1])
+            blocks = matrix.view(len(matrix) // self.rows, self.rows, matrix.shape[1])
             block, column = blocks.any(1).nonzero(as_tuple=True)
             counts = torch.bincount(block, minlength=len(blocks))
             bias = matrix.new_zeros(len(matrix)) if dense.bias is None else dense.bias.detach().clone()
@@ -178,8 +180,8 @@ class SparseLayer(nn.Module):
             raise RuntimeError("expected an input without gradient, for inference only; use the dense model")
         if self.input_dims is not None and input.dim() != self.input_dims:
             raise ValueError(f"expected an input of {self.input_dims} dimensions, got {input.dim()}")
-        if self.padding:
-            input = F.pad(input, self.padding, self.padding_mode)
+        if self._pad:
+            input = F.pad(input, self._pad, self._pad_mode)
         x = contiguous(input)
         plan = self._plan(x.shape, self.activation)
         output = torch.empty(plan.shape, dtype=torch.float32, device=CPU)
@@ -278,5 +280,5 @@ def _rows(matrix: Tensor, groups: int) -> int:
     """Return the number of output channels in a block, 1 or 4, that makes the product faster."""
     if len(matrix) // groups % _BLOCK:
         return 1
-    blocks = int(matrix.view(-1, _BLOCK, matrix.shape[1]).any(1).sum())
+    blocks = int(matrix.view(len(matrix) // _BLOCK, _BLOCK, matrix.shape[1]).any(1).sum())
     return _BLOCK if blocks * _BLOCK_COST < int(matrix.count_nonzero()) else 1

@@ -62,7 +62,7 @@ def parts_of(matrix: Matrix, places: Layout, tile: int) -> int:
         places: the layout of the images.
         tile: vectors in a tile.
     """
-    if not matrix.rows:
+    if not matrix.rows or not len(matrix.columns):
         return 1
     columns = len(matrix.columns) / max(1, len(matrix.block_start) - 1)
     inputs = places.footprint(tile) * matrix.geometry.channels

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import operator
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,6 +69,11 @@ class Tracer(fx.Tracer):
         if isinstance(m, self._leaf) or own_forward or hooked(m):  # a traced hook would see no values
             return True
         return super().is_leaf_module(m, module_qualified_name)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is OrderedDict:  # torch.fx would record a dict
+            return self.create_proxy("call_function", OrderedDict, ([*a.items()],), {}).node
+        return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

@@ -7,9 +7,10 @@ import inspect
 import itertools
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -18,6 +19,7 @@ from feather_param.inference.tracer import Tracer, Untraceable, hooked
 
 _TRACED, _FUSED = 1e-5, 1e-3  # of the largest output: the rounding of equal steps, and of folded ones in a deep network
 _LARGE_BATCH = 8  # half of it tells as much as twice of it, and is faster
+_NUMERIC = (float, complex, np.ndarray, np.number)
 _SEED = 7340033  # a random number that was recorded as a constant differs from those of this seed
 
 
@@ -148,16 +150,32 @@ def _require_equal(outputs: Any, expected: Any, tolerance: float) -> None:
     (got, form), (wanted, same_form) = pytree.tree_flatten(outputs), pytree.tree_flatten(expected)
     try:
         same = form == same_form or tolerance == _TRACED  # a Recorder's lists and dicts are those of torch.fx
-        equal = same and len(got) == len(wanted) and all(map(_close, got, wanted, itertools.repeat(tolerance)))
+        equal = same and _all_close(got, wanted, tolerance)
     except Exception as error:
         raise Untraceable(f"its outputs cannot be compared: {_line(error)}") from error
     if not equal:
         raise Untraceable("its graph gives other outputs; part of its forward is not recorded")
 
 
+def _all_close(got: Sequence[Any], wanted: Sequence[Any], tolerance: float) -> bool:
+    return len(got) == len(wanted) and all(map(_close, got, wanted, itertools.repeat(tolerance)))
+
+
 def _close(got: Any, wanted: Any, tolerance: float) -> bool:
-    if not isinstance(got, Tensor) or not isinstance(wanted, Tensor):
-        return type(got) is type(wanted) and bool(got == wanted)
+    """Return whether two outputs are equal. Objects are compared by their attributes, for example a cache of tensors.
+
+    An object that has neither attributes nor an equality of its own equals any other of its type.
+    """
+    if got is wanted:
+        return True
+    if type(got) is not type(wanted):
+        return False
+    if isinstance(wanted, _NUMERIC):
+        return _close(torch.as_tensor(got), torch.as_tensor(wanted), tolerance)
+    if not isinstance(wanted, Tensor):
+        if getattr(wanted, "__dict__", None):
+            return _all_close(pytree.tree_leaves(vars(got)), pytree.tree_leaves(vars(wanted)), tolerance)
+        return type(wanted).__eq__ is object.__eq__ or bool(got == wanted)
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return False
     if not wanted.dtype.is_floating_point and not wanted.dtype.is_complex:

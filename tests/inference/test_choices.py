@@ -128,6 +128,14 @@ def test_unknown_layers_are_refused(clock):
         assert str(caught.value).isprintable()
 
 
+def test_choices_of_a_layer_that_cannot_be_sparse_are_refused(clock):
+    _, report = to_sparse_inference(network(), X)
+    model = network()
+    model.get_submodule(report.choices.sparse[0]).register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="which it lacks or which cannot be sparse"):
+        to_sparse_inference(model, X, choices=report.choices)
+
+
 DAMAGED = {
     "no json": "{",
     "empty": "",

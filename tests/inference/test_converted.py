@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +26,87 @@ def test_inputs_of_other_sizes(size, clock):
     assert report.swapped == ("0", "3")
     x = torch.randn(size, 3, 7, 12)
     assert torch.allclose(fast(x), model(x), atol=1e-5)
+
+
+@dataclass
+class Outputs:
+    scores: Any
+    more: Any = None
+
+
+class Cache:
+    def __init__(self, *tensors):
+        self.tensors = tensors
+
+
+class Plain:
+    __slots__ = ()
+
+
+class Forms(nn.Module):
+    """A model whose outputs have a form that `form` makes of a tensor."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.form = form
+
+    def forward(self, x):
+        return self.form(self.fc(x))
+
+
+FORMS = {
+    "ordered": (lambda y: OrderedDict(a=y, b=[y + 1]), lambda out: (out["a"], out["b"][0])),
+    "dataclass": (lambda y: Outputs(y, Outputs(y + 1)), lambda out: (out.scores, out.more.scores)),
+    "object": (lambda y: (y, Cache(y + 1), Plain()), lambda out: (out[0], *out[1].tensors)),
+    "float": (lambda y: (y, y.sum().item()), lambda out: (out[0], torch.tensor(out[1]))),
+    "array": (lambda y: y.numpy(), lambda out: (torch.from_numpy(out),)),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_outputs_of_any_form(name, clock):
+    form, tensors = FORMS[name]
+    model, x = pruned(Forms(form)), torch.randn(2, 6)
+    fast, report = to_sparse_inference(model, x)
+    assert report.swapped == ("fc",)
+    with torch.no_grad():
+        output, expected = fast(x), model(x)
+    assert type(output) is type(expected)
+    for got, wanted in zip(tensors(output), tensors(expected), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-5)
+
+
+def test_an_ordered_dict_is_traced(clock):
+    fast, report = to_sparse_inference(pruned(Forms(FORMS["ordered"][0])), torch.randn(2, 6))
+    assert report.notes == ()
+    assert type(pickle.loads(pickle.dumps(fast))(torch.randn(2, 6))) is OrderedDict
+
+
+def test_other_tensors_in_an_object_are_found(clock):
+    numbers = itertools.count()
+    model = pruned(Forms(lambda y: Cache(y + next(numbers))))
+    _, report = to_sparse_inference(model, torch.randn(2, 6))
+    assert report.swapped == ()
+    assert "no layer is sparse: the network with sparse layers gives other outputs" in report.notes
+
+
+def test_the_copy_is_in_eval_mode(clock):
+    model = pruned(nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)))
+    fast, report = to_sparse_inference(model, X)
+    assert report.swapped == ("0", "1")
+    assert not any(module.training for module in fast.modules())
+
+
+def test_a_model_that_keeps_computed_tensors(clock):
+    model: Any = pruned(Forms(lambda y: y))
+    model.kept = [model(torch.randn(1, 6))]
+    model.fc.again = 2 * model.fc.weight
+    x = torch.randn(2, 6)
+    fast, report = to_sparse_inference(model, x)
+    assert report.swapped == ("fc",)
+    assert torch.allclose(fast(x), model(x), atol=1e-5)
+    assert model.kept[0].requires_grad
 
 
 def test_a_model_is_converted_in_inference_mode(clock):

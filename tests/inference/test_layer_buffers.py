@@ -38,6 +38,13 @@ def test_the_tables_of_few_sizes_are_kept():
     assert len(sparse._plans) == 16
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 6, bias=False), nn.Conv2d(4, 6, (3, 5), 2, "valid", groups=2)])
+def test_code_may_read_the_sizes_of_the_layer(layer):
+    sparse = SparseLayer(layer)
+    for name in layer.__constants__:
+        assert getattr(sparse, name) == getattr(layer, name)
+
+
 def test_replaced_buffers_are_used():
     sparse, x = SparseLayer(pruned(nn.Linear(6, 5))), torch.randn(2, 6)
     sparse(x)

@@ -97,6 +97,15 @@ def test_weights_without_zeros_and_with_zeros_alone(rate):
     assert_computes_the_same(SparseLayer(layer), layer, torch.randn(1, 4, 6, 6))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (0, 0)])
+def test_layers_without_inputs_or_outputs(sizes):
+    layer = nn.Linear(*sizes)
+    nn.init.constant_(layer.bias, 2.0)
+    x = torch.randn(3, sizes[0])
+    assert torch.equal(SparseLayer(layer)(x), layer(x))
+
+
 def test_inputs_of_any_memory_format():
     layer = pruned(nn.Conv2d(4, 5, 3, stride=2, padding=1))
     sparse = SparseLayer(layer)

@@ -49,7 +49,7 @@ def test_a_window_without_a_finite_element():
 def test_views_and_large_images():
     pool = nn.MaxPool2d(3, 2, 1)
     x = torch.randn(2, 12, 80, 90)
-    for view in (x, x.transpose(2, 3), x[:, ::3, 1:], x.to(memory_format=torch.channels_last)):
+    for view in (x, x.transpose(2, 3), x[:, ::3, 1:], x.to(memory_format=torch.channels_last), torch._neg_view(x)):
         assert_same_bits(pool, view)
 
 
@@ -62,6 +62,13 @@ def test_several_threads(threads):
             assert_same_bits(nn.MaxPool2d(3, 2, 1), torch.randn(shape))
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_tables_of_few_sizes_are_kept():
+    fast = FastMaxPool(nn.MaxPool1d(2))
+    for n in range(2, 100):
+        fast(torch.randn(1, 1, n))
+    assert len(fast._plans) == 16
 
 
 def test_other_inputs_are_given_to_torch():
