@@ -17,12 +17,12 @@ from torch.utils import _pytree as pytree
 from feather_param.inference import timing
 from feather_param.inference.choices import Choices, machine
 from feather_param.inference.fit import unfit
-from feather_param.inference.fuse import FusedLayer, fused
+from feather_param.inference.fusing.fuse import FusedLayer, fused
+from feather_param.inference.fusing.tracer import Untraceable, hooked
+from feather_param.inference.fusing.tracing import require_same_outputs
 from feather_param.inference.layers import SparseLayer
 from feather_param.inference.pooling import MAX_POOLS, FastMaxPool
 from feather_param.inference.report import InferenceReport, InferenceRow
-from feather_param.inference.tracer import Untraceable, hooked
-from feather_param.inference.tracing import require_same_outputs
 from feather_param.ops.values import require_values
 from feather_param.parametrizations import states_of
 from feather_param.selection.names import COMPILED

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from feather_param.inference import kernel
-from feather_param.inference.fuse import ACTIVATIONS, FusedLayer
-from feather_param.inference.inputs import CPU, contiguous, readable
-from feather_param.inference.layout import Geometry, Sizes
-from feather_param.inference.plan import NATIVE_ACTIVATIONS, Plan
-from feather_param.inference.plans import Plans
+from feather_param.inference.engine import kernel
+from feather_param.inference.engine.inputs import CPU, contiguous, readable
+from feather_param.inference.engine.layout import Geometry, Sizes
+from feather_param.inference.engine.plan import NATIVE_ACTIVATIONS, Plan
+from feather_param.inference.engine.plans import Plans
+from feather_param.inference.fusing.fuse import ACTIVATIONS, FusedLayer
 
 __all__ = ["SparseLayer"]
 
@@ -76,7 +76,7 @@ class SparseLayer(nn.Module):
 
     The weight of each group is a matrix of shape [out channels, in channels * window], in the block sparse row format
     with blocks of 1 x 1, or of 4 x 1 if that is faster (a pattern of such blocks, or few zeros). The kernel multiplies
-    it by the inputs (`feather_param.inference.kernel`).
+    it by the inputs (`feather_param.inference.engine.kernel`).
 
     Shape:
         As those of the layer, in float32 on the CPU. CPU autocast converts inputs of other dtypes to float32.

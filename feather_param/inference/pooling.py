@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from feather_param.inference import kernel
-from feather_param.inference.inputs import contiguous, readable
-from feather_param.inference.layout import Geometry, Sizes
-from feather_param.inference.plan import Plan
-from feather_param.inference.plans import Plans
+from feather_param.inference.engine import kernel
+from feather_param.inference.engine.inputs import contiguous, readable
+from feather_param.inference.engine.layout import Geometry, Sizes
+from feather_param.inference.engine.plan import Plan
+from feather_param.inference.engine.plans import Plans
 from feather_param.ops.tracing import concrete
 
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from feather_param.inference.fuse import FusedLayer, fused
+from feather_param.inference.fusing.fuse import FusedLayer, fused
 
 
 class Net(nn.Module):

@@ -8,7 +8,7 @@ import mmap
 
 import torch
 
-from feather_param.inference import plan
+from feather_param.inference.engine import plan
 from tests.inference.layer_cases import LAYERS, rows_of
 from tests.inference.matrices import bounded, matrix_of
 from tests.inference.pruned import pruned

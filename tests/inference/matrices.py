@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from feather_param.inference.layout import Geometry
-from feather_param.inference.plan import Plan
+from feather_param.inference.engine.layout import Geometry
+from feather_param.inference.engine.plan import Plan
 
 ACTIVATIONS = {
     "identity": lambda x: x,

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from feather_param.inference.fuse import ACTIVATIONS
+from feather_param.inference.fusing.fuse import ACTIVATIONS
 from feather_param.inference.layers import SparseLayer
 
 

@@ -13,8 +13,9 @@ import feather_param
 from feather_param import to_sparse_inference
 from feather_param.files.sparse import write_sparse
 from feather_param.inference import choices as choices_module
-from feather_param.inference import convert, load_choices, timing, tracing
+from feather_param.inference import convert, load_choices, timing
 from feather_param.inference.choices import Choices
+from feather_param.inference.fusing import tracing
 from feather_param.inference.layers import SparseLayer
 from tests.inference.pruned import X, network, pruned
 

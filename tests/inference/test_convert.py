@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from feather_param import to_sparse_inference
-from feather_param.inference.fuse import FusedLayer
+from feather_param.inference.fusing.fuse import FusedLayer
 from feather_param.inference.layers import SparseLayer
 from tests.inference.pruned import NETWORKS, X, names_of, network, pruned
 

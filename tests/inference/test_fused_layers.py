@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from feather_param.inference.fuse import ACTIVATIONS, FusedLayer
+from feather_param.inference.fusing.fuse import ACTIVATIONS, FusedLayer
 from tests.inference.graphs import agree, graph_of, measured_norms, summary
 
 X = torch.randn(2, 4, 6, 6)

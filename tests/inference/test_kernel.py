@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from feather_param.inference import kernel, matrix, plan
+from feather_param.inference.engine import kernel, matrix, plan
 from tests.inference.layer_cases import LAYERS, rows_of
 from tests.inference.matrices import ACTIVATIONS, assert_computes, computed, matrix_of
 from tests.inference.pruned import pruned
@@ -143,7 +143,7 @@ def test_a_forked_process_computes_with_one_thread():
     code = """
 import os, torch
 from torch import nn
-from feather_param.inference import kernel, plan
+from feather_param.inference.engine import kernel, plan
 from tests.inference.matrices import matrix_of
 torch.set_num_threads(2)
 planned = plan.Plan(matrix_of(nn.Conv2d(4, 4, 3)), (1,), (9, 9))
@@ -167,7 +167,7 @@ os._exit(0)
 def test_a_fork_waits_until_no_thread_compiles():
     code = """
 import os, threading, time
-from feather_param.inference import kernel
+from feather_param.inference.engine import kernel
 begun, ended = threading.Event(), []
 def compile():
     begun.set()
@@ -206,7 +206,7 @@ def test_without_llvmlite_the_error_names_the_extra(monkeypatch):
 
 
 def test_the_package_does_not_import_llvmlite():
-    code = "import sys, feather_param.inference.plan; sys.exit('llvmlite' in sys.modules)"
+    code = "import sys, feather_param.inference.engine.plan; sys.exit('llvmlite' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

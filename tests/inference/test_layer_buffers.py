@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from feather_param.inference.fuse import FusedLayer
+from feather_param.inference.fusing.fuse import FusedLayer
 from feather_param.inference.layers import SparseLayer
 from tests.inference.pruned import assert_computes_the_same, pruned
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from feather_param.inference.fuse import ACTIVATIONS, FusedLayer
+from feather_param.inference.fusing.fuse import ACTIVATIONS, FusedLayer
 from feather_param.inference.layers import SparseLayer
 from tests.inference.layer_cases import LAYERS
 from tests.inference.pruned import assert_computes_the_same, pruned

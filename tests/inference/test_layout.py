@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feather_param.inference.job import LANES
-from feather_param.inference.layout import Geometry, layout
+from feather_param.inference.engine.job import LANES
+from feather_param.inference.engine.layout import Geometry, layout
 
 
 @st.composite

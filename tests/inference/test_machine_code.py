@@ -11,14 +11,13 @@ import pytest
 import torch
 from llvmlite import binding, ir
 
-from feather_param.inference import kernel
-from feather_param.inference.job import LANES, Activation
-from feather_param.inference.native import machine_code
-from feather_param.inference.native.activations import activated, exponential
-from feather_param.inference.native.tile import Tile
-from feather_param.inference.native.transposing import write_transpose
-from feather_param.inference.native.workers import Worker
-from feather_param.inference.native.writer import I64, POINTER, Writer, integer
+from feather_param.inference.engine import kernel, machine_code
+from feather_param.inference.engine.activations import activated, exponential
+from feather_param.inference.engine.job import LANES, Activation
+from feather_param.inference.engine.tile import Tile
+from feather_param.inference.engine.transposing import write_transpose
+from feather_param.inference.engine.workers import Worker
+from feather_param.inference.engine.writer import I64, POINTER, Writer, integer
 from tests.inference.layer_cases import LAYERS, rows_of
 from tests.inference.matrices import assert_computes
 from tests.inference.pruned import pruned

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from feather_param.inference import plan
+from feather_param.inference.engine import plan
 from feather_param.inference.pooling import MAX_POOLS, FastMaxPool
 
 

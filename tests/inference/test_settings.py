@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from feather_param.inference.fuse import FusedLayer
+from feather_param.inference.fusing.fuse import FusedLayer
 from feather_param.inference.layers import SparseLayer
 from feather_param.inference.pooling import FastMaxPool
 from tests.inference.pruned import pruned

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from feather_param.inference.fuse import FusedLayer, fused
+from feather_param.inference.fusing.fuse import FusedLayer, fused
 from tests.inference.graphs import Net, asserting, fused_layers, graph_of
 
 X = torch.randn(2, 4, 6, 6)
@@ -316,7 +316,7 @@ def test_a_fused_model_can_be_fused_again():
 
 
 def test_it_does_not_import_torchs_compiler():
-    code = "import sys, torch; from torch import nn; from feather_param.inference.fuse import fused\n"
+    code = "import sys, torch; from torch import nn; from feather_param.inference.fusing.fuse import fused\n"
     code += "assert fused(nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval(), (torch.ones(2, 2),))[0] is not None\n"
     code += "assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from feather_param.inference.job import LANES, Activation
-from feather_param.inference.native.activations import activated
-from feather_param.inference.native.writer import I32, I64, POINTER, VECTOR, VOID, Job, Value, Writer, integer, vector
+from feather_param.inference.engine.activations import activated
+from feather_param.inference.engine.job import LANES, Activation
+from feather_param.inference.engine.writer import I32, I64, POINTER, VECTOR, VOID, Job, Value, Writer, integer, vector
 
 SIGNATURE = ir.FunctionType(VOID, [POINTER, POINTER, POINTER, POINTER, I64, I64, I64, I64, POINTER])
 """Of the code: the job, the grid, the output and the residual of the image, the first tile and the last, the first

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from feather_param.inference.tracer import Tracer, Untraceable, hooked
+from feather_param.inference.fusing.tracer import Tracer, Untraceable, hooked
 
 _TRACED, _FUSED = 1e-5, 1e-3  # of the largest output: the rounding of equal steps, and of folded ones in a deep network
 _LARGE_BATCH = 8  # half of it tells as much as twice of it, and is faster

@@ -1,6 +1,6 @@
 """Where the kernel finds the inputs of a convolution and puts the outputs, for one shape of the input.
 
-See Note [A convolution is a sum of shifted rows] in `feather_param.inference.kernel`. Indices are int32 in the kernel,
+See Note [A convolution is a sum of shifted rows] in `kernel.py`. Indices are int32 in the kernel,
 so that the grid of a group, and the output of the images that share it, have at most 2**31 floats.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from feather_param.inference.job import LANES
+from feather_param.inference.engine.job import LANES
 
 _WAY = 512  # floats: channels this far apart share few places in a cache
 

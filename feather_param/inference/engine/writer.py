@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from feather_param.inference.job import LANES, Slot
+from feather_param.inference.engine.job import LANES, Slot
 
 I1, I32, I64, F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR = ir.VectorType(F32, LANES)

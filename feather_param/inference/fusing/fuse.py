@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from feather_param.inference import nodes
 from feather_param.inference.fit import unfit
-from feather_param.inference.folding import Norm, folded
-from feather_param.inference.tracer import Untraceable
-from feather_param.inference.tracing import Recorder, require_agreement, traced
+from feather_param.inference.fusing import nodes
+from feather_param.inference.fusing.folding import Norm, folded
+from feather_param.inference.fusing.tracer import Untraceable
+from feather_param.inference.fusing.tracing import Recorder, require_agreement, traced
 from feather_param.selection.weights import LINEAR_AND_CONV
 
 __all__ = ["ACTIVATIONS", "FusedLayer", "fused"]

@@ -6,8 +6,8 @@ import math
 
 from llvmlite import ir
 
-from feather_param.inference.job import LANES, Activation
-from feather_param.inference.native.writer import I32, VECTOR, Value, Writer, vector
+from feather_param.inference.engine.job import LANES, Activation
+from feather_param.inference.engine.writer import I32, VECTOR, Value, Writer, vector
 
 _LIMITS = {Activation.RELU: (0.0, math.inf), Activation.RELU6: (0.0, 6.0)}
 _LARGEST, _SMALLEST = 88.72284, -103.97208  # exp is infinite above, and 0 below

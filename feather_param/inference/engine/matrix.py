@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from feather_param.inference.layout import Geometry, Layout
+from feather_param.inference.engine.layout import Geometry, Layout
 
 CACHED = 24576  # bytes of inputs in a part
 COLUMNS = 10  # at least, of a block in a part

@@ -2,7 +2,7 @@
 
 Note [A convolution is a sum of shifted rows]
 
-Store the padded input in flat memory, one channel after the other (the grid, see `feather_param.inference.layout`). If
+Store the padded input in flat memory, one channel after the other (the grid, see `layout.py`). If
 the window moves by one pixel, the index of each element that it reads moves by one. 16 outputs of a channel that lie
 side by side are therefore a sum of vectors, ``weight * grid[position + offset : position + offset + 16]``. The position
 depends only on the outputs, and the offset only on the weight: its input channel and its place in the window. Weights
@@ -11,7 +11,7 @@ method in https://arxiv.org/abs/1608.01409.
 
 The sums of a tile (four vectors) stay in registers while all weights of an output channel are added. The inputs of a
 tile stay in the cache while all output channels are computed. If they are too many for the first cache, the weights are
-divided into parts, each of some input channels (`feather_param.inference.matrix`). Where blocks of four output channels
+divided into parts, each of some input channels (`matrix.py`). Where blocks of four output channels
 have the same zeros, each vector of inputs is loaded once for the four. Else the loads limit the speed: one for each
 vector that is multiplied.
 
@@ -19,8 +19,8 @@ A Linear layer is such a convolution too: the tokens are transposed, so that 16 
 token, the inputs are read one by one.
 
 The code is compiled when it is first needed, for a tile's width, activation and residual
-(`feather_param.inference.native`). A job holds the addresses of the code and of all arrays
-(`feather_param.inference.job`).
+(the files of this folder). A job holds the addresses of the code and of all arrays
+(`job.py`).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from feather_param.inference.job import Activation
+from feather_param.inference.engine.job import Activation
 from feather_param.utils.extras import extra
 
 if TYPE_CHECKING:
-    from feather_param.inference.native.machine_code import MachineCode
+    from feather_param.inference.engine.machine_code import MachineCode
 
 _OPENMP = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier", "GOMP_parallel")
 
@@ -130,8 +130,8 @@ _process = _Process()
 
 def _tile(rows: int, width: int, activation: Activation, residual: bool) -> tuple[MachineCode, int]:
     extra("llvmlite")
-    from feather_param.inference.native.machine_code import MachineCode
-    from feather_param.inference.native.tile import Tile
+    from feather_param.inference.engine.machine_code import MachineCode
+    from feather_param.inference.engine.tile import Tile
 
     code = MachineCode(Tile(rows, width, activation, residual).module(), optimized=True)
     return code, code.address("tile")
@@ -141,8 +141,8 @@ def _worker(kind: str, threads: bool, activation: Activation, rows: int) -> tupl
     extra("llvmlite")
     from llvmlite import binding
 
-    from feather_param.inference.native.machine_code import MachineCode
-    from feather_param.inference.native.workers import Worker
+    from feather_param.inference.engine.machine_code import MachineCode
+    from feather_param.inference.engine.workers import Worker
 
     for name, address in _openmp().items():
         binding.add_symbol(name, address)

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from feather_param.inference import kernel
-from feather_param.inference.inputs import CPU
-from feather_param.inference.job import LANES, PER_CALL, Activation, Fields, Slot, Template, bits
-from feather_param.inference.layout import Sizes, layout
-from feather_param.inference.matrix import Matrix, divided_matrix, parts_of
+from feather_param.inference.engine import kernel
+from feather_param.inference.engine.inputs import CPU
+from feather_param.inference.engine.job import LANES, PER_CALL, Activation, Fields, Slot, Template, bits
+from feather_param.inference.engine.layout import Sizes, layout
+from feather_param.inference.engine.matrix import Matrix, divided_matrix, parts_of
 
 _TILE = {0: 4, 1: 4, 4: 2}  # vectors, for blocks of so many rows: the 4 or 8 sums fit in the registers of AVX-512
 _TOKENS = 64  # of a Linear layer in a grid

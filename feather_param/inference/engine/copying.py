@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from feather_param.inference.job import LANES
-from feather_param.inference.native.writer import F32, I32, POINTER, Job, Value, Writer, integer
+from feather_param.inference.engine.job import LANES
+from feather_param.inference.engine.writer import F32, I32, POINTER, Job, Value, Writer, integer
 
 _EVEN = [2 * lane for lane in range(LANES // 2)] + [2 * lane + 1 for lane in range(LANES // 2, LANES)]
 

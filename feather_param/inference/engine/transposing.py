@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from feather_param.inference.job import LANES
-from feather_param.inference.native.writer import I64, POINTER, Value, Writer, integer
+from feather_param.inference.engine.job import LANES
+from feather_param.inference.engine.writer import I64, POINTER, Value, Writer, integer
 
 
 def write_transpose(module: ir.Module) -> ir.Function:

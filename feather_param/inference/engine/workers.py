@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from feather_param.inference.job import LANES, Activation
-from feather_param.inference.native import tile
-from feather_param.inference.native.activations import activated
-from feather_param.inference.native.copying import write_copy
-from feather_param.inference.native.transposing import write_transpose
-from feather_param.inference.native.writer import F32, I1, I32, I64, POINTER, VOID, Job, Value, Writer, integer
+from feather_param.inference.engine import tile
+from feather_param.inference.engine.activations import activated
+from feather_param.inference.engine.copying import write_copy
+from feather_param.inference.engine.job import LANES, Activation
+from feather_param.inference.engine.transposing import write_transpose
+from feather_param.inference.engine.writer import F32, I1, I32, I64, POINTER, VOID, Job, Value, Writer, integer
 
 _FEW = 4  # threads that each fill a grid
 _PARALLEL = 8  # sums at once in a product, because a sum waits for the one before

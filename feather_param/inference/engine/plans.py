@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from feather_param.inference.plan import Plan
+from feather_param.inference.engine.plan import Plan
 
 _MOST_PLANS = 16  # of a layer; a plan has an int32 for each column
 

@@ -1,0 +1,1 @@
+"""The machine code of the sparse layers, and the tables that it needs."""
