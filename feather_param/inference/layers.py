@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from feather_param.inference.engine import kernel
 from feather_param.inference.engine.inputs import CPU, contiguous, readable
 from feather_param.inference.engine.layout import Geometry, Sizes
+from feather_param.inference.engine.matrix import Matrix
 from feather_param.inference.engine.plan import NATIVE_ACTIVATIONS, Plan
 from feather_param.inference.engine.plans import Plans
 from feather_param.inference.fusing.fuse import ACTIVATIONS, FusedLayer
@@ -33,19 +32,6 @@ _TRACED = (
 )
 
 
-@dataclass
-class _Matrix:
-    """The weights of a layer as a plan needs them."""
-
-    geometry: Geometry
-    activation: str
-    rows: int
-    block_start: NDArray[np.int32]
-    columns: NDArray[np.int32]
-    values: NDArray[np.float32]
-    bias: NDArray[np.float32]
-
-
 class _Plans(Plans):
     """The newest plans of a layer, for as long as its buffers stay as they are.
 
@@ -56,7 +42,7 @@ class _Plans(Plans):
         matrix: that the buffers are.
     """
 
-    matrix: _Matrix
+    matrix: Matrix
 
     def __init__(self, buffers: Mapping[str, Tensor | None]) -> None:
         super().__init__()
@@ -206,7 +192,7 @@ class SparseLayer(nn.Module):
         key = (shape, activation, kernel.available_threads())
         return plans.get(key) or plans.add(key, self._new_plan(plans.matrix, shape, activation))
 
-    def _matrix(self) -> _Matrix:
+    def _matrix(self) -> Matrix:
         """Return the matrix that the buffers are now, if they belong together."""
         if not readable(self.values):
             raise TypeError(_expected_floats("weight", self.values))
@@ -224,12 +210,12 @@ class SparseLayer(nn.Module):
             good = (starts[0], starts[-1]) == (0, count) and (starts[1:] >= starts[:-1]).all()
             if good and ((columns >= 0) & (columns < g.channels * math.prod(g.kernel_size))).all():
                 values, bias = self.values.numpy(), self.bias.numpy()
-                return _Matrix(g, self.activation, rows, starts, columns, values, bias)
+                return Matrix(g, self.activation, rows, starts, columns, values, bias)
         raise ValueError(
             "expected buffers that belong together, got damaged or converted ones; convert the model again"
         )
 
-    def _new_plan(self, matrix: _Matrix, shape: torch.Size, activation: str) -> Plan:
+    def _new_plan(self, matrix: Matrix, shape: torch.Size, activation: str) -> Plan:
         leading = shape[: len(shape) - 1 - self.dims]
         channels = self.geometry.channels * self.geometry.groups
         if shape[len(leading) : len(leading) + 1] != (channels,) or (self.dims and len(leading) > 1):

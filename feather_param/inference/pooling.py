@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from feather_param.inference.engine import kernel
 from feather_param.inference.engine.inputs import contiguous, readable
 from feather_param.inference.engine.layout import Geometry, Sizes
+from feather_param.inference.engine.matrix import Matrix
 from feather_param.inference.engine.plan import Plan
 from feather_param.inference.engine.plans import Plans
 from feather_param.ops.tracing import concrete
 
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-
-
-@dataclass
-class _Windows:
-    """The matrix of a pooling layer: one row with all elements of the window."""
-
-    geometry: Geometry
-    block_start: NDArray[np.int32]
-    columns: NDArray[np.int32]
-    values: NDArray[np.float32]
-    bias: NDArray[np.float32]
-    activation: str = "identity"
-    rows: int = 0
 
 
 class FastMaxPool(nn.Module):
@@ -103,7 +89,8 @@ class FastMaxPool(nn.Module):
         geometry = Geometry(1, 1, 1, window, stride, dilation, padding, tuple(after))
         columns, empty = np.arange(math.prod(window), dtype=np.int32), np.empty(0, np.float32)
         start = np.array([0, len(columns)], np.int32)
-        return Plan(_Windows(geometry, start, columns, empty, empty), tuple(x.shape[: -self._dims]), sizes)
+        matrix = Matrix(geometry, "identity", 0, start, columns, empty, empty)  # a row with all elements of the window
+        return Plan(matrix, tuple(x.shape[: -self._dims]), sizes)
 
 
 def _each(value: int | Sizes, dims: int) -> Sizes:

@@ -10,6 +10,21 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from feather_param.inference.fusing.fuse import FusedLayer, fused
 
+X = torch.randn(2, 4, 6, 6)
+ROWS = torch.randn(5, 4)
+
+
+def conv(bias=True):
+    return nn.Conv2d(4, 4, 3, padding=1, bias=bias)
+
+
+def bn(**options):
+    return nn.BatchNorm2d(4, **options)
+
+
+def seq(*layers):
+    return nn.Sequential(*layers)
+
 
 class Net(nn.Module):
     """A module with a given forward."""

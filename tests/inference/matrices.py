@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import nn
 
 from feather_param.inference.engine.layout import Geometry
+from feather_param.inference.engine.matrix import Matrix
 from feather_param.inference.engine.plan import Plan
 
 ACTIVATIONS = {
@@ -22,19 +20,6 @@ ACTIVATIONS = {
     "hardswish": F.hardswish,
 }
 _SLOPE = 1.5  # no activation has a steeper one
-
-
-@dataclass
-class SparseMatrix:
-    """A layer's weight in blocks of rows."""
-
-    geometry: Geometry
-    activation: str
-    rows: int
-    block_start: NDArray[np.int32]
-    columns: NDArray[np.int32]
-    values: NDArray[np.float32]
-    bias: NDArray[np.float32]
 
 
 def matrix_of(layer, rows=1, activation="identity"):
@@ -54,7 +39,7 @@ def matrix_of(layer, rows=1, activation="identity"):
     start = F.pad(torch.bincount(block, minlength=len(blocks)).cumsum(0), (1, 0)).int()
     bias = torch.zeros(out_channels) if layer.bias is None else layer.bias.detach()
     tensors = start, col.int(), blocks[block, :, col].contiguous(), bias
-    return SparseMatrix(geometry, activation, rows, *(tensor.numpy() for tensor in tensors))
+    return Matrix(geometry, activation, rows, *(tensor.numpy() for tensor in tensors))
 
 
 def computed(layer, x, residual=None, rows=1, activation="identity"):

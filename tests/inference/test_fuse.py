@@ -12,22 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.inference.graphs import Net, agree, fused_layers, graph_of, measured_norms, summary
-
-X = torch.randn(2, 4, 6, 6)
-ROWS = torch.randn(5, 4)
-
-
-def conv(bias=True):
-    return nn.Conv2d(4, 4, 3, padding=1, bias=bias)
-
-
-def bn(**options):
-    return nn.BatchNorm2d(4, **options)
-
-
-def seq(*layers):
-    return nn.Sequential(*layers)
+from tests.inference.graphs import ROWS, Net, X, agree, bn, conv, fused_layers, graph_of, measured_norms, seq, summary
 
 
 def net(forward, **children):

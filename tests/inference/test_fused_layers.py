@@ -12,22 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from feather_param.inference.fusing.fuse import ACTIVATIONS, FusedLayer
-from tests.inference.graphs import agree, graph_of, measured_norms, summary
-
-X = torch.randn(2, 4, 6, 6)
-ROWS = torch.randn(5, 4)
-
-
-def conv(bias=True):
-    return nn.Conv2d(4, 4, 3, padding=1, bias=bias)
-
-
-def bn(**options):
-    return nn.BatchNorm2d(4, **options)
-
-
-def seq(*layers):
-    return nn.Sequential(*layers)
+from tests.inference.graphs import ROWS, X, agree, bn, conv, graph_of, measured_norms, seq, summary
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,8 @@ CACHED = 24576  # bytes of inputs in a part
 COLUMNS = 10  # at least, of a block in a part
 
 
-class Matrix(Protocol):
+@dataclass(frozen=True)
+class Matrix:
     """A sparse matrix in blocks of rows, and how it is used."""
 
     geometry: Geometry
