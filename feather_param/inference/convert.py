@@ -86,6 +86,7 @@ def to_sparse_inference(
 def _converted(
     model: nn.Module, arguments: tuple[Any, ...], choices: Choices | None
 ) -> tuple[nn.Module, InferenceReport]:
+    """Return the copy and the report of `to_sparse_inference`."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LINEAR_AND_CONV)}
     reasons = {name: unfit(layer) for name, layer in layers.items()}
     if all(reasons.values()):
