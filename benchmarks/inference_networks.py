@@ -17,6 +17,7 @@ import archs
 import feather_param
 from feather_param import allocations
 from feather_param.inference import recalibrate_batchnorm
+from feather_param.patterns import Pattern
 
 __all__ = ["CASES", "NETWORKS", "Case", "pruned", "rate_of", "trained"]
 
@@ -97,15 +98,25 @@ CASES = [
 ]
 
 
-def pruned(case: Case) -> tuple[nn.Module, Tensor]:
-    """Return a network of random weights whose layers have the same rate, and an input."""
+def pruned(
+    case: Case, pattern: Pattern | None = None, fits: Callable[[Any], bool] = lambda layer: True
+) -> tuple[nn.Module, Tensor]:
+    """Return a network of random weights whose layers have the same rate, and an input.
+
+    Args:
+        case: the network.
+        pattern: of the zeros.
+        fits: whether a Linear or Conv layer is pruned; the others stay dense.
+    """
     build, inputs = NETWORKS[case.network]
     torch.manual_seed(0)
     model = build().eval()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    dense = [f"{name}.weight" for name, layer in layers.items() if not fits(layer)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "nothing survives|fewer survivors")
         settings: dict[str, Any] = {"final_rate": case.rate, "total_steps": 1, "allocation": allocations.uniform}
-        feather_param.sparsify(model, **settings).step()
+        feather_param.sparsify(model, pattern=pattern, exclude=dense or None, **settings).step()
         feather_param.desparsify(model)
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         # Otherwise the activations vanish, and computing with subnormal numbers is slow.

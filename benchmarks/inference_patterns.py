@@ -7,18 +7,15 @@ Networks with random weights are pruned in one step, 15 of 16 weights in each la
 from __future__ import annotations
 
 import argparse
-import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 import feather_param
 from benchmarks import timing
-from benchmarks.inference_networks import NETWORKS
-from feather_param import allocations, patterns
-from feather_param.inference import recalibrate_batchnorm
+from benchmarks.inference_networks import Case, pruned
+from feather_param import patterns
 
 RATE = 15 / 16
 PATTERNS = {
@@ -30,21 +27,9 @@ PATTERNS = {
 CASES = [("resnet50", 1), ("mobilenet_v2", 1), ("mlp", 1), ("mlp", 32), ("bert", 1)]
 
 
-def pruned(network: str, pattern: Any, batch: int) -> tuple[nn.Module, Tensor]:
-    """Return a network whose layers have the same rate and pattern, and an input. Layers that do not fit stay dense."""
-    build, inputs = NETWORKS[network]
-    torch.manual_seed(0)
-    model = build().eval()
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
-    odd = [f"{name}.weight" for name, layer in layers.items() if layer.weight.shape[1] % 16 or len(layer.weight) % 4]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "nothing survives|fewer survivors")
-        settings: dict[str, Any] = {"final_rate": RATE, "total_steps": 1, "allocation": allocations.uniform}
-        feather_param.sparsify(model, pattern=pattern, exclude=odd or None, **settings).step()
-        feather_param.desparsify(model)
-    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        recalibrate_batchnorm(model, [inputs(4)])  # otherwise the activations vanish
-    return model, inputs(batch)
+def fits(layer: Any) -> bool:
+    """Return whether all patterns fit a layer."""
+    return layer.weight.shape[1] % 16 == 0 and len(layer.weight) % 4 == 0
 
 
 def main() -> None:
@@ -56,7 +41,7 @@ def main() -> None:
     for network, batch in tqdm(CASES, unit="case"):
         calls = {}
         for name, pattern in PATTERNS.items():
-            model, x = pruned(network, pattern, batch)
+            model, x = pruned(Case(network, RATE, batch), pattern, fits)
             fast, _ = feather_param.to_sparse_inference(model, x)
             calls[name] = lambda fast=fast, x=x: fast(x)
         with torch.inference_mode():

@@ -19,7 +19,7 @@ from feather_param.inference.engine.layout import Geometry, Sizes
 from feather_param.inference.engine.matrix import Matrix
 from feather_param.inference.engine.plan import NATIVE_ACTIVATIONS, Plan
 from feather_param.inference.engine.plans import Plans
-from feather_param.inference.fusing.fuse import ACTIVATIONS, FusedLayer
+from feather_param.inference.fusing.fuse import ACTIVATIONS, FusedLayer, finished
 
 __all__ = ["SparseLayer"]
 
@@ -177,9 +177,7 @@ class SparseLayer(nn.Module):
             plan.run(x, output, contiguous(residual))
         else:
             self._plan(x.shape, "identity").run(x, output)
-            same = residual.shape == output.shape and residual.dtype == output.dtype
-            output = output.add_(residual.detach()) if same else output + residual.detach()
-            return ACTIVATIONS[self.activation](output)
+            return finished(output, residual.detach(), self.activation)
         return output if self._native else ACTIVATIONS[self.activation](output)
 
     def _plan(self, shape: torch.Size, activation: str) -> Plan:

@@ -9,7 +9,6 @@ from llvmlite import ir
 from feather_param.inference.engine.job import LANES, Activation
 from feather_param.inference.engine.writer import I32, VECTOR, Value, Writer, vector
 
-_LIMITS = {Activation.RELU: (0.0, math.inf), Activation.RELU6: (0.0, 6.0)}
 _LARGEST, _SMALLEST = 88.72284, -103.97208  # exp is infinite above, and 0 below
 
 
@@ -17,10 +16,10 @@ def activated(w: Writer, x: Value, activation: Activation) -> Value:
     """Write code that applies an activation to a vector. NaN stays NaN."""
     if activation == Activation.IDENTITY:
         return x
-    if activation in _LIMITS:
-        low, high = _LIMITS[activation]
-        x = w.select(w.fcmp_ordered("<", x, vector(low)), vector(low), x)
-        return x if high == math.inf else w.select(w.fcmp_ordered(">", x, vector(high)), vector(high), x)
+    if activation == Activation.RELU:
+        return w.select(w.fcmp_ordered("<", x, vector(0.0)), vector(0.0), x)
+    if activation == Activation.RELU6:
+        return w.limited(x, vector(0.0), vector(6.0))
     name = activation.name.lower()
     known = w.function_.module.globals.get(name) or _write(w.function_.module, name, activation)
     return w.call(known, [x])

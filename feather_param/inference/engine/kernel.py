@@ -2,25 +2,24 @@
 
 Note [A convolution is a sum of shifted rows]
 
-Store the padded input in flat memory, one channel after the other (the grid, see `layout.py`). If
-the window moves by one pixel, the index of each element that it reads moves by one. 16 outputs of a channel that lie
-side by side are therefore a sum of vectors, ``weight * grid[position + offset : position + offset + 16]``. The position
-depends only on the outputs, and the offset only on the weight: its input channel and its place in the window. Weights
-that are zero are left out of the sum. No window is copied (im2col) and nothing is gathered. Park et al. describe the
-method in https://arxiv.org/abs/1608.01409.
+Store the padded input in flat memory, one channel after the other (the grid, see `layout.py`). If the window moves by
+one pixel, the index of each element that it reads moves by one. 16 outputs of a channel that lie side by side are
+therefore a sum of vectors, ``weight * grid[position + offset : position + offset + 16]``. The position depends only on
+the outputs, and the offset only on the weight: its input channel and its place in the window. Weights that are zero are
+left out of the sum. No window is copied (im2col) and nothing is gathered. Park et al. describe the method in
+https://arxiv.org/abs/1608.01409.
 
 The sums of a tile (four vectors) stay in registers while all weights of an output channel are added. The inputs of a
 tile stay in the cache while all output channels are computed. If they are too many for the first cache, the weights are
-divided into parts, each of some input channels (`matrix.py`). Where blocks of four output channels
-have the same zeros, each vector of inputs is loaded once for the four. Else the loads limit the speed: one for each
-vector that is multiplied.
+divided into parts, each of some input channels (`matrix.py`). Where blocks of four output channels have the same zeros,
+each vector of inputs is loaded once for the four. Else the loads limit the speed: one for each vector that is
+multiplied.
 
 A Linear layer is such a convolution too: the tokens are transposed, so that 16 of them lie side by side. For a single
 token, the inputs are read one by one.
 
-The code is compiled when it is first needed, for a tile's width, activation and residual
-(the files of this folder). A job holds the addresses of the code and of all arrays
-(`job.py`).
+The code is compiled when it is first needed, for a tile's width, activation and residual (the files of this folder). A
+job holds the addresses of the code and of all arrays (`job.py`).
 """
 
 from __future__ import annotations

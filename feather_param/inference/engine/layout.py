@@ -1,7 +1,7 @@
 """Where the kernel finds the inputs of a convolution and puts the outputs, for one shape of the input.
 
-See Note [A convolution is a sum of shifted rows] in `kernel.py`. Indices are int32 in the kernel,
-so that the grid of a group, and the output of the images that share it, have at most 2**31 floats.
+See Note [A convolution is a sum of shifted rows] in `kernel.py`. Indices are int32 in the kernel, so that the grid of a
+group, and the output of the images that share it, have at most 2**31 floats.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from feather_param.inference.fusing.tracer import Untraceable
 from feather_param.inference.fusing.tracing import Recorder, require_agreement, traced
 from feather_param.selection.weights import LINEAR_AND_CONV
 
-__all__ = ["ACTIVATIONS", "FusedLayer", "fused"]
+__all__ = ["ACTIVATIONS", "FusedLayer", "finished", "fused"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -73,11 +73,15 @@ class FusedLayer(nn.Module):
     ) -> Tensor:
         if self.dims is not None and input.dim() != self.dims:
             raise ValueError(f"expected an input of {self.dims} dimensions for the batch norm, got {input.dim()}")
-        output = self.layer(input)
-        if residual is not None:
-            same = residual.shape == output.shape and residual.dtype == output.dtype
-            output = output.add_(residual) if same else output + residual
-        return ACTIVATIONS[self.activation](output)
+        return finished(self.layer(input), residual, self.activation)
+
+
+def finished(output: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """Return ``activation(output + residual)``. The output of a layer may be changed in place."""
+    if residual is not None:
+        same = residual.shape == output.shape and residual.dtype == output.dtype
+        output = output.add_(residual) if same else output + residual
+    return ACTIVATIONS[activation](output)
 
 
 @dataclass
