@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hypothesis import strategies as st
 from torch import nn
 
 LAYERS = {
@@ -46,3 +47,17 @@ LAYERS = {
 def rows_of(layer):
     """Return the numbers of rows that a block of the layer's matrix may have."""
     return (1, 4) if layer.weight.shape[0] // getattr(layer, "groups", 1) % 4 == 0 else (1,)
+
+
+def drawn_convolution(data, dims, out_channels, most):
+    """Return a convolution of 4 channels and the sizes of an image for it, drawn by hypothesis.
+
+    The sizes are at most so much larger than the smallest that it takes.
+    """
+    numbers = lambda low, high: data.draw(st.tuples(*[st.integers(low, high)] * dims))  # noqa: E731
+    window, stride, padding, dilation = numbers(1, 4), numbers(1, 4), numbers(0, 4), numbers(1, 3)
+    groups = data.draw(st.sampled_from([1, 2, 4]))
+    smallest = (max(1, d * (k - 1) + 1 - 2 * p) for k, d, p in zip(window, dilation, padding, strict=True))
+    sizes = [low + more for low, more in zip(smallest, numbers(0, most), strict=True)]
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    return kind(4, out_channels, window, stride, padding, dilation, groups), sizes

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from feather_param.inference.engine import kernel, matrix, plan
-from tests.inference.layer_cases import LAYERS, rows_of
+from tests.inference.layer_cases import LAYERS, drawn_convolution, rows_of
 from tests.inference.matrices import ACTIVATIONS, assert_computes, computed, matrix_of
 from tests.inference.pruned import pruned
 
@@ -58,12 +58,7 @@ def test_every_activation_with_and_without_a_residual(name, activation):
 @given(st.data())
 def test_a_convolution_of_any_geometry(data):
     dims = data.draw(st.integers(1, 3))
-    numbers = lambda low, high: data.draw(st.tuples(*[st.integers(low, high)] * dims))  # noqa: E731
-    window, stride, padding, dilation = numbers(1, 4), numbers(1, 4), numbers(0, 4), numbers(1, 3)
-    groups = data.draw(st.sampled_from([1, 2, 4]))
-    smallest = (max(1, d * (k - 1) + 1 - 2 * p) for k, d, p in zip(window, dilation, padding, strict=True))
-    sizes = [low + more for low, more in zip(smallest, numbers(0, 20 if dims == 2 else 6), strict=True)]
-    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](4, 16, window, stride, padding, dilation, groups)
+    layer, sizes = drawn_convolution(data, dims, 16, 20 if dims == 2 else 6)
     pruned(layer, data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])))
     x = torch.randn(data.draw(st.integers(1, 9)), 4, *sizes)
     residual = torch.randn_like(layer(x)) if data.draw(st.booleans()) else None

@@ -13,7 +13,7 @@ from torch import nn
 
 from feather_param.inference.fusing.fuse import ACTIVATIONS, FusedLayer
 from feather_param.inference.layers import SparseLayer
-from tests.inference.layer_cases import LAYERS
+from tests.inference.layer_cases import LAYERS, drawn_convolution
 from tests.inference.pruned import assert_computes_the_same, pruned
 
 MORE_LAYERS = {
@@ -79,14 +79,8 @@ def test_a_residual_on_another_device_is_refused(name):
 @settings(max_examples=100, derandomize=True, deadline=None)
 @given(st.data())
 def test_a_convolution_of_any_geometry_computes_the_dense_output(data):
-    dims = data.draw(st.integers(1, 2))
-    numbers = lambda low, high: data.draw(st.tuples(*[st.integers(low, high)] * dims))  # noqa: E731
-    window, stride, padding, dilation = numbers(1, 4), numbers(1, 4), numbers(0, 4), numbers(1, 3)
-    groups = data.draw(st.sampled_from([1, 2, 4]))
-    smallest = (max(1, d * (k - 1) + 1 - 2 * p) for k, d, p in zip(window, dilation, padding, strict=True))
-    sizes = (low + more for low, more in zip(smallest, numbers(0, 6), strict=True))
-    kind = (nn.Conv1d, nn.Conv2d)[dims - 1]
-    layer = pruned(kind(4, 8, window, stride, padding, dilation, groups), rate=data.draw(st.sampled_from([0.1, 0.5])))
+    layer, sizes = drawn_convolution(data, data.draw(st.integers(1, 2)), 8, 6)
+    pruned(layer, rate=data.draw(st.sampled_from([0.1, 0.5])))
     with torch.no_grad():
         assert_computes_the_same(SparseLayer(layer), layer, torch.randn(data.draw(st.integers(1, 5)), 4, *sizes))
 
